@@ -1,0 +1,421 @@
+"""Attention with per-head block masks: `sparse_attention` in SDPA's shapes, and the kernel's own functions on any machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from bsa_vision.backends import Problem, Result, choose
+from bsa_vision.custom_op import attend, attention_op
+from bsa_vision.head_masks import Handled, HeadMasks
+from bsa_vision.packing import pack, pack_head_masks, unpack
+from bsa_vision.rel_pos import RelPos
+
+BLOCK = 128  # of the kernel, and so of masks that come as bare tensors
+
+
+def sparse_attention(
+    q: Tensor | Sequence[Tensor],
+    k: Tensor | Sequence[Tensor],
+    v: Tensor | Sequence[Tensor],
+    head_masks: HeadMasks | Sequence[HeadMasks],
+    *,
+    rel_pos: RelPos | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> Tensor | list[Tensor]:
+    """Attention that computes the blocks `head_masks` keeps. Differentiable.
+
+    q           (B, H, N, D) in model order, or a list of (H, n, D) images of different sizes, one HeadMasks each
+    k, v        (B, G, M, D) and (B, G, M, Dv) with H a multiple of G; M = N unless `head_masks` says otherwise
+    rel_pos     factored relative position (`RelPos`), added to the logits
+    scale       of q . k; None = D ** -0.5
+    backend     "auto" takes the first that can, a name takes that one or raises BackendUnavailable
+
+    Returns (B, H, N, Dv), or a list of (H, n, Dv).
+
+        >>> hm = HeadMasks(*masks.generate_vit_hybrid_mask(1024, 16, 128, 1, 12))
+        >>> out = sparse_attention(q, k, v, hm)
+    """
+    if isinstance(head_masks, HeadMasks):
+        q, k, v = cast(Tensor, q), cast(Tensor, k), cast(Tensor, v)
+        _check_tensors(q, k, v, 4, "(B, H, N, D)")
+        _check_fit(q, k, head_masks, rel_pos)
+        return attend_masks(head_masks, q, k, v, rel_pos=rel_pos, scale=scale, dropout_p=dropout_p, backend=backend)
+    if rel_pos is not None:
+        raise ValueError("rel_pos with a list of images: relative position needs one grid; call once per image size.")
+    return _ragged_attention(list(q), list(k), list(v), list(head_masks), scale, dropout_p, backend)
+
+
+def _ragged_attention(
+    q: list[Tensor], k: list[Tensor], v: list[Tensor], masks: list[HeadMasks], scale: float | None, dropout_p: float, backend: str
+) -> list[Tensor]:
+    if not len(q) == len(k) == len(v) == len(masks):
+        raise ValueError(
+            f"{len(q)} images in q, {len(k)} in k, {len(v)} in v and {len(masks)} HeadMasks: the lists must be equally long."
+        )
+    for image_q, image_k, image_v, image_masks in zip(q, k, v, masks, strict=True):
+        _check_tensors(image_q, image_k, image_v, 3, "(H, n, D) per image")
+        _check_fit(image_q[None], image_k[None], image_masks, None)
+    packed_q = pack(q, [m.layout for m in masks])
+    packed_k, packed_v = (pack(x, [m.kv_layout for m in masks]) for x in (k, v))
+    result = _run(
+        pack_head_masks(masks),
+        *(p.tokens.transpose(0, 1)[None] for p in (packed_q, packed_k, packed_v)),
+        scale=scale,
+        dropout_p=dropout_p,
+        backend=backend,
+        cu_seqlens=(packed_q.cu_seqlens, packed_k.cu_seqlens),
+        longest=(packed_q.max_seqlen, packed_k.max_seqlen),
+    )
+    return cast(list[Tensor], unpack(result.out[0].transpose(0, 1), packed_q))
+
+
+def attend_masks(
+    source: Handled,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid: tuple[int, int] = (0, 0),
+    rel_pos: RelPos | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """`sparse_attention` for masks found by `source.masks_for(grid)`, unchecked; (B, H, N, D) -> (B, H, N, Dv)."""
+    return _run(source, q, k, v, grid=grid, rel_pos=rel_pos, scale=scale, dropout_p=dropout_p, backend=backend).out
+
+
+def _run(
+    source: Handled | tuple[Tensor | None, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid: tuple[int, int] = (0, 0),
+    rel_pos: RelPos | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+    cu_seqlens: tuple[Tensor | None, Tensor | None] = (None, None),
+    longest: tuple[int, int] = (0, 0),
+    is_causal: bool = False,
+    exact_streaming: bool = False,
+    deterministic: bool = False,
+    return_probs: bool = False,
+    return_lse: bool = False,
+) -> Result:
+    """Choose a backend and run it. `source` is an object with `masks_for`, or (head_mask_type, streaming_info, blockmask).
+
+    `gather`, and everything under torch.compile, goes through the operator. The other backends are differentiated by
+    torch or bring their own gradient, so they run directly where Python runs anyway.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    rel_h, rel_w = (None, None) if rel_pos is None else rel_pos
+    if not torch.compiler.is_compiling():
+        masks = _masks(source, grid)
+        problem = Problem(
+            q,
+            k,
+            v,
+            masks,
+            scale,
+            cu_seqlens_q=cu_seqlens[0],
+            cu_seqlens_k=cu_seqlens[1],
+            max_q=longest[0] or None,
+            max_k=longest[1] or None,
+            is_causal=is_causal,
+            exact_streaming=exact_streaming,
+            dropout_p=dropout_p,
+            seed=int(torch.randint(2**62, (1,), device="cpu")) if dropout_p else 0,
+            deterministic=deterministic,
+            rel_pos=rel_pos,
+            return_lse=return_lse,
+            return_probs=return_probs,
+        )
+        backend = choose(problem, backend)
+        if backend != "gather":
+            return attend(problem, backend)
+        source = masks
+    elif return_probs:
+        raise ValueError("return_attn_probs with dropout under torch.compile: the dropout mask is not returned; do not compile.")
+    handle, raw = (source.handle, (None, None, None)) if isinstance(source, Handled) else (0, source)
+    out, lse, _ = attention_op(
+        q, k, v, rel_h, rel_w, *cu_seqlens, *raw, handle, *grid, *longest, scale, is_causal, exact_streaming, dropout_p, backend
+    )
+    return Result(out, lse)
+
+
+def _masks(source: Handled | tuple[Tensor | None, ...], grid: tuple[int, int]) -> HeadMasks:
+    if isinstance(source, tuple):
+        head_mask_type, streaming_info, base_blockmask = source
+        return HeadMasks(base_blockmask, head_mask_type, streaming_info, allow_empty_rows=True)
+    return source.masks_for(grid)  # type: ignore[attr-defined]
+
+
+# The kernel's own functions
+
+
+def block_sparse_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    head_mask_type: Tensor,
+    streaming_info: Tensor | None,
+    base_blockmask: Tensor | None,
+    max_seqlen_q_: int,
+    max_seqlen_k_: int,
+    p_dropout: float,
+    deterministic: bool = False,
+    softmax_scale: float | None = None,
+    is_causal: bool = False,
+    exact_streaming: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """mit-han-lab's `block_sparse_attn_func`, same signature and semantics, on any device and dtype.
+
+    q                (total_q, H, D); k, v (total_k, G, D) with H a multiple of G
+    cu_seqlens_*     (batch + 1,) int32
+    head_mask_type   (H,) int32, streaming_info (2 * H,) int32 or None: see `HeadMasks`
+    base_blockmask   (batch or 1, S, ceil(max_seqlen_q_ / 128), ceil(max_seqlen_k_ / 128)) bool, or None
+    is_causal        bottom-right aligned; exact_streaming (causal only) counts sinks and windows in tokens
+
+    Tokens are taken in the order they come. A query that sees nothing gives 0 and LSE +inf. Returns out (total_q, H, D),
+    or with return_attn_probs (out, lse (batch, H, max_seqlen_q_) float32 without gradient, S_dmask: empty without dropout).
+    """
+    return _varlen(
+        q,
+        k,
+        v,
+        (cu_seqlens_q, cu_seqlens_k),
+        (head_mask_type, streaming_info, base_blockmask),
+        (max_seqlen_q_, max_seqlen_k_),
+        p_dropout,
+        deterministic,
+        softmax_scale,
+        is_causal,
+        exact_streaming,
+        return_attn_probs,
+    )
+
+
+def block_streaming_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    head_mask_type: Tensor,
+    streaming_info: Tensor | None,
+    max_seqlen_q_: int,
+    max_seqlen_k_: int,
+    p_dropout: float,
+    deterministic: bool = False,
+    softmax_scale: float | None = None,
+    is_causal: bool = True,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """mit-han-lab's `block_streaming_attn_func`: dense and streaming heads, windows in blocks. See `block_sparse_attn_func`."""
+    return _varlen(
+        q,
+        k,
+        v,
+        (cu_seqlens_q, cu_seqlens_k),
+        (head_mask_type, streaming_info, None),
+        (max_seqlen_q_, max_seqlen_k_),
+        p_dropout,
+        deterministic,
+        softmax_scale,
+        is_causal,
+        False,
+        return_attn_probs,
+    )
+
+
+def token_streaming_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    head_mask_type: Tensor,
+    streaming_info: Tensor | None,
+    max_seqlen_q_: int,
+    max_seqlen_k_: int,
+    deterministic: bool = False,
+    softmax_scale: float | None = None,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """mit-han-lab's `token_streaming_attn_func`: causal, windows in tokens. See `block_sparse_attn_func`."""
+    return _varlen(
+        q,
+        k,
+        v,
+        (cu_seqlens_q, cu_seqlens_k),
+        (head_mask_type, streaming_info, None),
+        (max_seqlen_q_, max_seqlen_k_),
+        0.0,
+        deterministic,
+        softmax_scale,
+        True,
+        True,
+        return_attn_probs,
+    )
+
+
+def _varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: tuple[Tensor, Tensor],
+    masks: tuple[Tensor | None, Tensor | None, Tensor | None],
+    longest: tuple[int, int],
+    dropout_p: float,
+    deterministic: bool,
+    scale: float | None,
+    is_causal: bool,
+    exact_streaming: bool,
+    return_attn_probs: bool,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    _check_tensors(q, k, v, 3, "(total, H, D)")
+    _check_varlen(q, k, cu_seqlens, masks, longest, is_causal, exact_streaming)
+    result = _run(
+        masks,
+        *(x.transpose(0, 1)[None] for x in (q, k, v)),  # (1, H, T, D)
+        scale=scale,
+        dropout_p=dropout_p,
+        cu_seqlens=cu_seqlens,
+        longest=longest,
+        is_causal=is_causal,
+        exact_streaming=exact_streaming,
+        deterministic=deterministic,
+        return_lse=return_attn_probs,
+        return_probs=return_attn_probs and dropout_p > 0,
+    )
+    out = result.out[0].transpose(0, 1)  # (T, H, D)
+    if not return_attn_probs:
+        return out
+    assert result.lse is not None
+    return out, result.lse.detach().float(), q.new_empty(0) if result.probs is None else result.probs.detach()
+
+
+# Checks
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, dims: int, expected: str) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == dims:
+        raise ValueError(f"{shapes}: expected {expected} for each; reshape them.")
+    heads, tokens = (1, 2) if dims == 4 else (1, 0) if expected.startswith("(total") else (0, 1)
+    if q.shape[-1] != k.shape[-1] or k.shape[heads] != v.shape[heads] or k.shape[tokens] != v.shape[tokens]:
+        raise ValueError(f"{shapes}: q and k need one head dim, k and v the same heads and tokens; correct the one that differs.")
+    if k.shape[heads] == 0 or q.shape[heads] % k.shape[heads]:
+        raise ValueError(
+            f"{shapes}: {q.shape[heads]} query heads are not a multiple of {k.shape[heads]} key heads; repeat or drop key heads."
+        )
+    if dims == 4 and not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ValueError(f"{shapes}: the batch sizes differ; expand the smaller ones.")
+    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
+        raise TypeError(
+            f"q is {q.dtype} on {q.device}, k {k.dtype} on {k.device}, v {v.dtype} on {v.device}: one dtype and one device are "
+            "needed; convert them with .to(q)."
+        )
+
+
+def _check_fit(q: Tensor, k: Tensor, masks: HeadMasks, rel_pos: RelPos | None) -> None:
+    """Whether `masks` were made for (B, H, N, D) queries and keys like these."""
+    if q.shape[1] != masks.num_heads:
+        raise ValueError(f"q has {q.shape[1]} heads, the HeadMasks {masks.num_heads}: they must be equal; rebuild the masks.")
+    if masks.base_blockmask is not None and masks.base_blockmask.shape[0] not in (1, q.shape[0]):
+        raise ValueError(
+            f"q has {q.shape[0]} images, base_blockmask {masks.base_blockmask.shape[0]}: allowed are 1 or as many; index the mask."
+        )
+    sides = (("q", q.shape[2], masks.layout, 0), ("k", k.shape[2], masks.kv_layout, 1))
+    for name, tokens, layout, axis in sides:
+        if layout is not None and tokens != layout.num_tokens:
+            raise ValueError(
+                f"{name} has {tokens} tokens, the layout of the HeadMasks {layout.num_tokens} ({layout.start} special + "
+                f"{layout.grid[0]} x {layout.grid[1]} patches + {layout.end} special): make the masks for this grid."
+            )
+        if masks.num_blocks is not None and masks.num_blocks[axis] != -(-tokens // masks.block_size):
+            raise ValueError(
+                f"{name} has {tokens} tokens in {-(-tokens // masks.block_size)} blocks of {masks.block_size}, base_blockmask "
+                f"has shape {tuple(masks.base_blockmask.shape)}: its {'columns' if axis else 'rows'} must match; make the mask "  # type: ignore[union-attr]
+                "for this many tokens (special tokens included)."
+            )
+    if rel_pos is not None:
+        _check_rel_pos(q, masks, rel_pos)
+
+
+def _check_rel_pos(q: Tensor, masks: HeadMasks, rel_pos: RelPos) -> None:
+    layout = masks.kv_layout
+    if layout is None or layout.start or layout.end:
+        raise ValueError(
+            f"rel_pos needs HeadMasks with a layout without special tokens, got layout={layout}: it says which patch each key "
+            "is; pass layout=TokenLayout(grid) when making the HeadMasks."
+        )
+    expected = [(*q.shape[:3], side) for side in layout.grid]
+    got = [tuple(term.shape) for term in rel_pos]
+    if got != expected:
+        raise ValueError(f"rel_pos has shapes {got}: expected {expected} for the grid {layout.grid}; see rel_pos.decompose.")
+
+
+def _check_varlen(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: tuple[Tensor, Tensor],
+    masks: tuple[Tensor | None, Tensor | None, Tensor | None],
+    longest: tuple[int, int],
+    is_causal: bool,
+    exact_streaming: bool,
+) -> None:
+    for name, bounds, tokens, most in zip(("q", "k"), cu_seqlens, (q, k), longest, strict=True):
+        if bounds.dim() != 1 or bounds.dtype != torch.int32 or bounds.shape[0] < 2:
+            raise TypeError(
+                f"cu_seqlens_{name} is {bounds.dtype} of shape {tuple(bounds.shape)}: expected (batch + 1,) torch.int32; convert "
+                "it with .to(torch.int32)."
+            )
+        if bounds.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere reading values would stall the device
+            check_bounds(name, bounds, tokens.shape[0], most)
+    if cu_seqlens[0].shape != cu_seqlens[1].shape:
+        raise ValueError(
+            f"cu_seqlens_q is for {cu_seqlens[0].shape[0] - 1} sequences, cu_seqlens_k for {cu_seqlens[1].shape[0] - 1}: they "
+            "must describe the same batch."
+        )
+    head_mask_type, _, base_blockmask = masks
+    if head_mask_type is None or head_mask_type.shape != (q.shape[1],):
+        shape = None if head_mask_type is None else tuple(head_mask_type.shape)
+        raise ValueError(f"head_mask_type has shape {shape}, q has {q.shape[1]} heads: expected one int32 entry per head.")
+    if base_blockmask is not None:
+        batch, blocks = cu_seqlens[0].shape[0] - 1, [-(-n // BLOCK) for n in longest]
+        shape = tuple(base_blockmask.shape)
+        if len(shape) != 4 or shape[0] not in (1, batch) or list(shape[2:]) != blocks:
+            raise ValueError(
+                f"base_blockmask has shape {shape}: expected ({batch}, S, {blocks[0]}, {blocks[1]}), blocks of {BLOCK} of the "
+                f"longest sequences ({longest[0]} and {longest[1]} tokens); make it for these lengths."
+            )
+    if exact_streaming and not is_causal:
+        raise ValueError("exact_streaming=True with is_causal=False: exact streaming is causal only; pass is_causal=True.")
+
+
+def check_bounds(name: str, bounds: Tensor, total: int, longest: int) -> None:
+    """Raise a ValueError that names what is wrong with the values of cu_seqlens."""
+    values = bounds.tolist()
+    lengths = [b - a for a, b in zip(values, values[1:], strict=False)]
+    if values[0] != 0 or values[-1] != total or min(lengths) < 0:
+        raise ValueError(
+            f"cu_seqlens_{name}={values}: sequence boundaries must start at 0, never fall, and end at {total}, the tokens of "
+            f"{name}; use the cumulative sum of the sequence lengths with a 0 in front."
+        )
+    if max(lengths) > longest:
+        raise ValueError(
+            f"max_seqlen_{name}_={longest} is less than the longest sequence of cu_seqlens_{name}, {max(lengths)} tokens: pass "
+            "at least that."
+        )

@@ -1,0 +1,43 @@
+"""The ways to run a `Problem`, in the order `auto` prefers them, and the one place that chooses.
+
+A backend is a module with `why_not(problem) -> str | None`, the single source for choosing, for errors and for reports,
+and `run(problem) -> Result`. Backends never import each other.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from bsa_vision.backends import gather, kernel, reference, sdpa
+from bsa_vision.backends.problem import Problem, Result
+from bsa_vision.errors import BackendUnavailable
+
+BACKENDS: dict[str, ModuleType] = {"kernel": kernel, "gather": gather, "sdpa": sdpa, "reference": reference}
+
+
+def choose(problem: Problem, backend: str = "auto") -> str:
+    """The name of the backend that runs `problem`: the named one or an error, or with "auto" the first that can.
+
+    Every one of them applies the mask, so the choice changes the time a call takes and nothing else.
+    """
+    if backend == "auto":
+        # With nothing to skip, torch's own attention is the fastest way to the same result.
+        order = ("sdpa", *BACKENDS) if problem.masks.all_dense and problem.rel_pos is None else tuple(BACKENDS)
+        return next(name for name in order if BACKENDS[name].why_not(problem) is None)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: allowed are 'auto', {', '.join(map(repr, BACKENDS))}; choose one of them.")
+    reason = BACKENDS[backend].why_not(problem)
+    if reason is not None:
+        able = [name for name in BACKENDS if BACKENDS[name].why_not(problem) is None]
+        raise BackendUnavailable(
+            f"backend={backend!r} cannot run this call: {reason}. Able here: {', '.join(able)}; name one of them, or 'auto'."
+        )
+    return backend
+
+
+def reasons(problem: Problem) -> dict[str, str | None]:
+    """Every backend's `why_not` for this problem, in order of preference."""
+    return {name: module.why_not(problem) for name, module in BACKENDS.items()}
+
+
+__all__ = ["BACKENDS", "Problem", "Result", "choose", "reasons"]

@@ -1,0 +1,149 @@
+"""One attention call, fully described: what every backend receives, and what all of them agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bsa_vision.head_masks import STREAMING, HeadMasks
+from bsa_vision.rel_pos import RelPos
+
+
+class Result(NamedTuple):
+    """What a backend returns.
+
+    out    shaped like q, except for the head dim of v
+    lse    (images, H, longest) natural log of the softmax denominators; +inf where a query sees nothing and past the end
+           of short sequences; None where the backend has none
+    probs  (images, H, longest q, longest k), rounded up to blocks, negative where dropout struck; None unless asked for
+    """
+
+    out: Tensor
+    lse: Tensor | None = None
+    probs: Tensor | None = None
+
+
+class Span(NamedTuple):
+    """One image of the batch: its place in the tensors, and its tokens there."""
+
+    image: int
+    row: int  # index into the first axis of q, k, v
+    q: slice
+    k: slice
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Attention of all images and heads in one call. Tokens are in packed order.
+
+    q        (B, H, Nq, D), any strides; a ragged batch is (1, H, Tq, D) with cu_seqlens and the longest lengths
+    k, v     (B, G, Nk, D) and (B, G, Nk, Dv) with H a multiple of G (grouped queries)
+    masks    the heads' block masks; their layouts were applied already
+    scale    multiplies q . k
+    rel_pos  factored relative position; `key_row` and `key_column` (Nk,) are the keys' patch coordinates
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    masks: HeadMasks
+    scale: float
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    max_q: int | None = None
+    max_k: int | None = None
+    is_causal: bool = False
+    exact_streaming: bool = False
+    dropout_p: float = 0.0
+    seed: int = 0
+    deterministic: bool = False
+    rel_pos: RelPos | None = None
+    key_row: Tensor | None = None
+    key_column: Tensor | None = None
+    return_lse: bool = False
+    return_probs: bool = False
+
+    @property
+    def num_heads(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def group(self) -> int:
+        """Query heads per key head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def ragged(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    @property
+    def num_images(self) -> int:
+        return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
+
+    @property
+    def longest_q(self) -> int:
+        return self.q.shape[2] if self.max_q is None else self.max_q
+
+    @property
+    def longest_k(self) -> int:
+        return self.k.shape[2] if self.max_k is None else self.max_k
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """float64 stays; everything else accumulates in float32."""
+        return torch.promote_types(self.q.dtype, torch.float32)
+
+    def spans(self) -> Iterator[Span]:
+        """The images, one by one."""
+        if self.cu_seqlens_q is None or self.cu_seqlens_k is None:
+            for image in range(self.q.shape[0]):
+                yield Span(image, image, slice(0, self.q.shape[2]), slice(0, self.k.shape[2]))
+            return
+        bounds_q, bounds_k = self.cu_seqlens_q.tolist(), self.cu_seqlens_k.tolist()
+        for image in range(self.num_images):
+            yield Span(image, 0, slice(*bounds_q[image : image + 2]), slice(*bounds_k[image : image + 2]))
+
+    def mask_image(self, image: int) -> int:
+        """Which image of `masks` serves this image of the batch."""
+        return 0 if self.masks.base_blockmask is None or self.masks.base_blockmask.shape[0] == 1 else image
+
+    def empty_out(self) -> Tensor:
+        """(B, H, Nq, Dv) laid out token by token in memory, as the output projections that follow read it."""
+        batch, heads, tokens, _ = self.q.shape
+        return self.q.new_empty(batch, tokens, heads, self.v.shape[-1]).transpose(1, 2)
+
+    def empty_lse(self) -> Tensor:
+        """(images, H, longest), filled with +inf."""
+        shape = (self.num_images, self.num_heads, self.longest_q)
+        return torch.full(shape, torch.inf, dtype=self.compute_dtype, device=self.q.device)
+
+    def token_mask(self, span: Span) -> Tensor | None:
+        """(H, n_q, n_k) bool, True = attend: block masks, causality and exact streaming spelled out; None = all."""
+        num_q, num_k = span.q.stop - span.q.start, span.k.stop - span.k.start
+        if self.masks.all_dense and not self.is_causal:
+            return None
+        size, device = self.masks.block_size, self.q.device
+        blocks = self.masks.block_mask(num_q, num_k, causal=self.is_causal)[self.mask_image(span.image)].to(device)
+        mask = blocks.repeat_interleave(size, 1)[:, :num_q].repeat_interleave(size, 2)[:, :, :num_k]
+        if not self.is_causal:
+            return mask
+        query = torch.arange(num_q, device=device)[:, None] + num_k - num_q  # bottom-right aligned
+        key = torch.arange(num_k, device=device)[None]
+        if self.exact_streaming:
+            for head, kind in enumerate(self.masks.slices):
+                if kind == STREAMING:
+                    sink, local = self.masks.streaming[head]
+                    mask[head] = (key < sink) | (key > query - local)
+        return mask & (key <= query)
+
+    def keep(self, shape: tuple[int, ...], *place: int) -> Tensor:
+        """A dropout mask, True = keep: the same bits whenever the same `place` of the same call is asked for."""
+        seed = self.seed
+        for number in place:
+            seed = (seed * 1_000_003 + number + 1) % 2**63
+        generator = torch.Generator(device=self.q.device).manual_seed(seed)
+        return torch.rand(shape, generator=generator, device=self.q.device) >= self.dropout_p

@@ -1,0 +1,205 @@
+"""The boundary for torch.compile: block-sparse attention as one operator, and its gradient as another.
+
+What is Python about a call (masks, cached block lists, token order, the choice of a backend) happens inside, at run time;
+a compiler sees tensors and numbers. Masks travel as the handle of a living object, or as the kernel's three tensors.
+"""
+
+# No `from __future__ import annotations` here: torch reads the operators' schemas from these annotations.
+from dataclasses import replace
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from bsa_vision.backends import BACKENDS, Problem, Result, choose, gather
+from bsa_vision.errors import BackendUnavailable
+from bsa_vision.head_masks import HeadMasks, from_handle
+from bsa_vision.packing import order_tokens, restore_tokens
+from bsa_vision.rel_pos import RelPos
+from masks import TokenLayout
+
+
+def attend(problem: Problem, backend: str) -> Result:
+    """Run `problem`, whose tokens are in model order, on the named backend; results come back in model order."""
+    layout, _ = _layouts(problem)
+    out, lse, probs = BACKENDS[backend].run(_ordered(problem))
+    if layout is not None and not layout.is_identity:
+        # Token by token in memory, as backends lay it out and projections read it.
+        out = restore_tokens(out.transpose(1, 2), layout, dim=1).transpose(1, 2)  # (B, H, N, D)
+        lse = None if lse is None else restore_tokens(lse, layout, dim=-1)
+    return Result(out, lse, probs)
+
+
+def _layouts(problem: Problem) -> tuple[Optional[TokenLayout], Optional[TokenLayout]]:
+    """The layouts of queries and keys; none where every head is dense, since order then changes nothing but the time."""
+    masks = problem.masks
+    return (None, None) if masks.all_dense and problem.rel_pos is None else (masks.layout, masks.kv_layout)
+
+
+def _ordered(problem: Problem) -> Problem:
+    """`problem` with its tokens in packed order, and the keys' patch coordinates where relative position needs them."""
+    layout, kv_layout = _layouts(problem)
+    rel_pos, key_row, key_column = problem.rel_pos, None, None
+    if rel_pos is not None:
+        assert kv_layout is not None
+        key_row, key_column = (place.to(problem.k.device) for place in kv_layout.coordinates)
+        rel_pos = RelPos(*(order_tokens(term, layout) for term in rel_pos))
+    q = order_tokens(problem.q, layout)
+    k, v = (order_tokens(x, kv_layout) for x in (problem.k, problem.v))
+    return replace(problem, q=q, k=k, v=v, rel_pos=rel_pos, key_row=key_row, key_column=key_column)
+
+
+@torch.library.custom_op("bsa_vision::attention", mutates_args=())
+def attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Optional[Tensor],
+    rel_w: Optional[Tensor],
+    cu_seqlens_q: Optional[Tensor],
+    cu_seqlens_k: Optional[Tensor],
+    head_mask_type: Optional[Tensor],
+    streaming_info: Optional[Tensor],
+    base_blockmask: Optional[Tensor],
+    handle: int,
+    grid_h: int,
+    grid_w: int,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    is_causal: bool,
+    exact_streaming: bool,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of (B, H, N, D) tensors in model order -> (out, lse, seed of the dropout mask).
+
+    handle > 0 names a `HeadMasks`, or whatever else has `masks_for(grid)`; 0 means the three mask tensors.
+    cu_seqlens None is a uniform batch. lse is (images, H, longest), NaN from a backend that has none.
+    """
+    seed = torch.randint(2**62, (1,), device="cpu") if dropout_p else torch.zeros(1, dtype=torch.int64, device="cpu")
+    arguments = (q, k, v, rel_h, rel_w, cu_seqlens_q, cu_seqlens_k, head_mask_type, streaming_info, base_blockmask)
+    numbers = (handle, grid_h, grid_w, max_q, max_k, scale, is_causal, exact_streaming, dropout_p)
+    problem = _problem(arguments, numbers, int(seed))
+    out, lse, _ = attend(problem, choose(problem, backend))
+    if lse is None:
+        lse = problem.empty_lse().fill_(torch.nan)
+    return out, lse.to(problem.compute_dtype), seed
+
+
+@attention_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    cu_seqlens_q, max_q = arguments[2], arguments[10]
+    images, longest = (q.shape[0], q.shape[2]) if cu_seqlens_q is None else (cu_seqlens_q.shape[0] - 1, max_q)
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)  # (B, H, N, Dv)
+    lse = q.new_empty(images, q.shape[1], longest, dtype=torch.promote_types(q.dtype, torch.float32))
+    return out, lse, torch.empty(1, dtype=torch.int64, device="cpu")
+
+
+@torch.library.custom_op("bsa_vision::attention_gradient", mutates_args=())
+def gradient_op(
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Optional[Tensor],
+    rel_w: Optional[Tensor],
+    cu_seqlens_q: Optional[Tensor],
+    cu_seqlens_k: Optional[Tensor],
+    head_mask_type: Optional[Tensor],
+    streaming_info: Optional[Tensor],
+    base_blockmask: Optional[Tensor],
+    handle: int,
+    grid_h: int,
+    grid_w: int,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    is_causal: bool,
+    exact_streaming: bool,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, rel_h, rel_w at `grad_out`; the last two are empty when there is no relative position.
+
+    Always computed by `gather`, whose gradient needs only what every backend returns.
+    """
+    arguments = (q, k, v, rel_h, rel_w, cu_seqlens_q, cu_seqlens_k, head_mask_type, streaming_info, base_blockmask)
+    numbers = (handle, grid_h, grid_w, max_q, max_k, scale, is_causal, exact_streaming, dropout_p)
+    problem = _problem(arguments, numbers, int(seed))
+    reason = gather.why_not(problem)
+    if reason is None and dropout_p and choose(problem, backend) != "gather":
+        reason = f"the dropout mask of {choose(problem, backend)!r} cannot be drawn again"
+    if reason is not None:
+        raise BackendUnavailable(f"this compiled call has no gradient: {reason}. Use backend='gather', or do not compile it.")
+    layout, kv_layout = _layouts(problem)
+    known = not bool(lse.isnan().any())
+    gradients = gather.gradients(
+        _ordered(problem),
+        order_tokens(lse, layout, dim=-1) if known else None,
+        order_tokens(out, layout),
+        order_tokens(grad_out, layout),
+    )
+    grads = zip(gradients, (layout, kv_layout, kv_layout, layout, layout), strict=True)
+    none = q.new_empty(0)
+    dq, dk, dv, dh, dw = (none.clone() if g is None else restore_tokens(g, where) for g, where in grads)
+    return dq, dk, dv, dh, dw
+
+
+@gradient_op.register_fake
+def _(grad_out: Tensor, out: Tensor, lse: Tensor, seed: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(
+        x.new_empty(0) if like is None else x.new_empty(like.shape)
+        for x, like in zip((inputs[0],) * 5, inputs[:5], strict=True)
+    )
+
+
+def _problem(tensors: tuple[Optional[Tensor], ...], numbers: tuple[Any, ...], seed: int) -> Problem:
+    q, k, v, rel_h, rel_w, cu_seqlens_q, cu_seqlens_k, head_mask_type, streaming_info, base_blockmask = tensors
+    handle, grid_h, grid_w, max_q, max_k, scale, is_causal, exact_streaming, dropout_p = numbers
+    assert q is not None and k is not None and v is not None
+    if handle:
+        masks = from_handle(handle).masks_for((grid_h, grid_w))
+    else:
+        masks = HeadMasks(base_blockmask, head_mask_type, streaming_info, allow_empty_rows=True)
+    return Problem(
+        q,
+        k,
+        v,
+        masks,
+        scale,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_q=None if cu_seqlens_q is None else max_q,
+        max_k=None if cu_seqlens_k is None else max_k,
+        is_causal=is_causal,
+        exact_streaming=exact_streaming,
+        dropout_p=dropout_p,
+        seed=seed,
+        rel_pos=None if rel_h is None or rel_w is None else RelPos(rel_h, rel_w),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:10], *output)
+    ctx.numbers = inputs[10:]
+    if inputs[10]:
+        ctx.masks = from_handle_if_real(inputs[10])
+
+
+def from_handle_if_real(handle: Any) -> Any:
+    """Keeps masks alive from forward to backward; under a compiler the handle may be symbolic and is looked up later."""
+    return from_handle(handle) if isinstance(handle, int) else None
+
+
+def _gradient(ctx: Any, grad_out: Tensor, grad_lse: Tensor, grad_seed: Tensor) -> tuple[Optional[Tensor], ...]:
+    *inputs, out, lse, seed = ctx.saved_tensors
+    dq, dk, dv, dh, dw = gradient_op(grad_out, out, lse, seed, *inputs, *ctx.numbers)
+    rel = (None, None) if inputs[3] is None else (dh, dw)
+    return dq, dk, dv, *rel, *(None,) * 15
+
+
+attention_op.register_autograd(_gradient, setup_context=_save)

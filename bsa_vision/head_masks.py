@@ -1,0 +1,338 @@
+"""Which key blocks each head's query blocks compute: the kernel's three tensors, the layouts they were made for, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from itertools import count
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from bsa_vision.cache import Cache
+from masks import TokenLayout
+
+Run = tuple[int, int]  # first and one past the last key token of adjacent key blocks
+
+
+class BlockRow(NamedTuple):
+    """One block of queries of one head, and the keys it sees."""
+
+    start: int  # first query token
+    stop: int
+    runs: tuple[Run, ...]  # ascending, adjacent key blocks merged; empty when the row keeps nothing
+
+
+class Handled:
+    """An object that a compiled graph can name by an int: `handle` finds it again for as long as it lives.
+
+    torch custom operators take tensors and numbers only. Copies and unpickled objects get handles of their own.
+    """
+
+    handle: int
+
+    def _new_handle(self) -> None:
+        self.handle = next(_next_handle)
+        _by_handle[self.handle] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "handle"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._new_handle()
+
+
+_next_handle = count(1)
+_by_handle: WeakValueDictionary[int, Handled] = WeakValueDictionary()
+
+
+def from_handle(handle: int) -> Any:
+    """The living object with this handle."""
+    found = _by_handle.get(handle)
+    if found is None:
+        raise RuntimeError(
+            f"the masks of a compiled graph (handle {handle}) are gone: they must outlive the graph; keep the HeadMasks or the "
+            "swapped model referenced, or compile again."
+        )
+    return found
+
+
+class HeadMasks(Handled):
+    """The masks of all heads of one attention layer.
+
+    base_blockmask   (B or 1, S, R, C) bool, True = compute, one slice per block-sparse head; None when there is none
+    head_mask_type   (H,) ints: 0 dense, > 0 block-sparse, -1 streaming; None = all ones, so H = S.
+                     No entry >= 2: the ones take slices 1, 2, 3 ... in head order, and S must equal their count.
+                     Any entry >= 2: positive entries are explicit 1-based slices, and S must reach the largest.
+    streaming_info   (2 * H,) ints, [sink, local] blocks per head; needed by streaming heads: every query sees the first
+                     `sink` and the last `local` blocks of its sequence
+    layout           the layout the rows were made for; None = tokens as they come
+    kv_layout        the layout of the columns where keys are other tokens than queries; None = `layout`
+    block_size       tokens per block; taken from `layout` when that is given
+    allow_empty_rows a query block that sees nothing is an error unless this is set (its output would be 0)
+
+    Raises ValueError or TypeError for shapes, dtypes, slice numbers and empty rows that do not fit.
+    """
+
+    def __init__(
+        self,
+        base_blockmask: Tensor | None,
+        head_mask_type: Tensor | Sequence[int] | None = None,
+        streaming_info: Tensor | Sequence[int] | None = None,
+        *,
+        layout: TokenLayout | None = None,
+        kv_layout: TokenLayout | None = None,
+        block_size: int = 128,
+        allow_empty_rows: bool = False,
+    ) -> None:
+        self.base_blockmask = _check_blockmask(base_blockmask)
+        self.slices = resolve_slices(head_mask_type, self.base_blockmask)
+        self.streaming = _resolve_streaming(streaming_info, self.slices)
+        self.layout = layout
+        self.kv_layout = layout if kv_layout is None else kv_layout
+        self.block_size = block_size if layout is None else layout.block_size
+        self.allow_empty_rows = allow_empty_rows
+        self._check_layouts(block_size)
+        if not allow_empty_rows:
+            self._check_rows()
+        self._cache: Cache[Any] = Cache(32)
+        self._new_handle()
+
+    # What the masks say
+
+    @property
+    def num_heads(self) -> int:
+        return len(self.slices)
+
+    @property
+    def all_dense(self) -> bool:
+        """Whether every head computes every block."""
+        return all(s == DENSE for s in self.slices)
+
+    @property
+    def head_mask_type(self) -> tuple[int, ...]:
+        """Per head: 0 dense, -1 streaming, otherwise its 1-based slice of `base_blockmask`."""
+        return self.slices
+
+    @property
+    def num_blocks(self) -> tuple[int, int] | None:
+        """(R, C), or None when there is no block-sparse head."""
+        return None if self.base_blockmask is None else (self.base_blockmask.shape[2], self.base_blockmask.shape[3])
+
+    @property
+    def head_sparsity(self) -> tuple[float, ...]:
+        """Realised sparsity of each head: the fraction of its blocks that are skipped, 0 to 1."""
+        if self.num_blocks is None and -1 not in self.slices:
+            return (0.0,) * self.num_heads
+        rows, columns = self.num_blocks or self._layout_blocks()
+        kept = self.block_mask(rows * self.block_size, columns * self.block_size).float().mean((0, 2, 3))
+        return tuple((1 - kept).tolist())
+
+    @property
+    def sparsity(self) -> float:
+        """Realised sparsity over all heads, dense ones included."""
+        return sum(self.head_sparsity) / self.num_heads
+
+    def block_mask(self, num_q: int, num_k: int, *, causal: bool = False) -> Tensor:
+        """(B or 1, H, R, C) bool on the CPU: every head of a sequence of `num_q` queries and `num_k` keys spelled out.
+
+        Sequences shorter than the masks use their top-left part. `causal` only says where streaming windows lie
+        (along the diagonal instead of at the end of the sequence); causality itself is finer than a block.
+        """
+        key = ("block_mask", num_q, num_k, causal)
+        return self._cache.get(key, lambda: self._expand(num_q, num_k, causal))
+
+    def block_rows(self, num_q: int, num_k: int, *, causal: bool = False) -> list[list[list[BlockRow]]]:
+        """What there is to compute, as key runs: [mask image][head][query block]."""
+        key = ("block_rows", num_q, num_k, causal)
+        return self._cache.get(key, lambda: self._runs(self.block_mask(num_q, num_k, causal=causal), num_q, num_k))
+
+    def masks_for(self, grid: tuple[int, int]) -> HeadMasks:
+        """Itself: these masks are for one layout. A layer's plan answers the same question for any grid."""
+        return self
+
+    def to(self, device: torch.device | str) -> HeadMasks:
+        """The same masks with `base_blockmask` on `device`; itself when it is there already."""
+        if self.base_blockmask is None or self.base_blockmask.device == torch.device(device):
+            return self
+        moved = copy(self)
+        moved.base_blockmask = self.base_blockmask.to(device)
+        return moved
+
+    def __repr__(self) -> str:
+        dense, streaming = self.slices.count(DENSE), self.slices.count(STREAMING)
+        shape = "no block mask" if self.base_blockmask is None else f"base_blockmask {tuple(self.base_blockmask.shape)}"
+        kinds = f"{dense} dense, {self.num_heads - dense - streaming} block-sparse, {streaming} streaming"
+        return f"HeadMasks({self.num_heads} heads: {kinds}; {shape}, block_size={self.block_size}, layout={self.layout})"
+
+    # How they are spelled out
+
+    def _expand(self, num_q: int, num_k: int, causal: bool) -> Tensor:
+        rows, columns = -(-num_q // self.block_size), -(-num_k // self.block_size)
+        base = None if self.base_blockmask is None else self.base_blockmask.cpu()
+        images = 1 if base is None else base.shape[0]
+        mask = torch.ones(images, self.num_heads, rows, columns, dtype=torch.bool, device="cpu")
+        for head, kind in enumerate(self.slices):
+            if kind == STREAMING:
+                mask[:, head] = self._streaming_blocks(head, num_q, num_k, causal)
+            elif kind > 0:
+                assert base is not None
+                mask[:, head] = base[:, kind - 1, :rows, :columns]
+        return mask
+
+    def _streaming_blocks(self, head: int, num_q: int, num_k: int, causal: bool) -> Tensor:
+        """The kernel's block streaming (facts read from its fwdStreaming): sinks, and a window that ends at `reach`."""
+        sink, local = self.streaming[head]
+        size = self.block_size
+        rows = torch.arange(-(-num_q // size), device="cpu")[:, None]
+        columns = torch.arange(-(-num_k // size), device="cpu")[None]
+        if not causal:
+            return ((columns < sink) | (columns >= columns.shape[1] - local)).expand(len(rows), -1)
+        start_row = max((num_q - num_k) // size, 0)
+        reach = -(-max(num_k - num_q, 0) // size) + 1 + rows - start_row
+        return ((columns < sink) | (columns >= reach - local)) & (columns < reach) & (rows >= start_row)
+
+    def _runs(self, block_mask: Tensor, num_q: int, num_k: int) -> list[list[list[BlockRow]]]:
+        size, columns = self.block_size, block_mask.shape[-1]
+        padded = torch.nn.functional.pad(block_mask.to(torch.int8), (1, 1))
+        edges = padded.diff(dim=-1)  # (B, H, R, C + 1): 1 where a run of kept blocks starts, -1 where it has ended
+        starts, stops = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
+        rows = [[[[] for _ in range(block_mask.shape[2])] for _ in head] for head in block_mask]
+        for (image, head, row, first), (_, _, _, last) in zip(starts, stops, strict=True):
+            assert first < last <= columns
+            rows[image][head][row].append((first * size, min(last * size, num_k)))
+        return [
+            [
+                [BlockRow(r * size, min((r + 1) * size, num_q), tuple(runs)) for r, runs in enumerate(head)]
+                for head in image
+            ]
+            for image in rows
+        ]
+
+    # Checks
+
+    def _layout_blocks(self) -> tuple[int, int]:
+        if self.layout is None or self.kv_layout is None:
+            raise ValueError("these HeadMasks have neither a block mask nor a layout, so their size is unknown: pass layout=.")
+        return self.layout.num_blocks, self.kv_layout.num_blocks
+
+    def _check_layouts(self, block_size: int) -> None:
+        if self.layout is None and self.kv_layout is not None:
+            raise ValueError("kv_layout is given without layout: both are needed, rows and columns; pass layout as well.")
+        if block_size not in (128, self.block_size):
+            raise ValueError(
+                f"block_size={block_size} but layout.block_size={self.block_size}: they must agree; leave block_size out."
+            )
+        for name, layout, axis in (("layout", self.layout, 0), ("kv_layout", self.kv_layout, 1)):
+            if layout is None:
+                continue
+            if layout.block_size != self.block_size:
+                raise ValueError(
+                    f"{name}.block_size={layout.block_size} differs from {self.block_size}: both layouts must use one block "
+                    "size; rebuild one of them."
+                )
+            if self.num_blocks is not None and self.num_blocks[axis] != layout.num_blocks:
+                raise ValueError(
+                    f"base_blockmask has {self.num_blocks[axis]} block {'columns' if axis else 'rows'}, {name} has "
+                    f"{layout.num_tokens} tokens in {layout.num_blocks} blocks of {layout.block_size}: they must agree; make "
+                    "the mask for this layout."
+                )
+
+    def _check_rows(self) -> None:
+        used = sorted({s - 1 for s in self.slices if s > 0})
+        if used:
+            assert self.base_blockmask is not None
+            empty = (~self.base_blockmask[:, used].any(-1)).nonzero()
+            if len(empty):
+                image, position, row = empty[0].tolist()
+                raise ValueError(
+                    f"query block {row} of image {image}, slice {used[position] + 1} keeps no key block ({len(empty)} such rows): "
+                    "every query must see something; keep each block's own key block, or pass allow_empty_rows=True to get 0."
+                )
+        for head, kind in enumerate(self.slices):
+            if kind == STREAMING and sum(self.streaming[head]) == 0:
+                raise ValueError(
+                    f"streaming head {head} has sink=0 and local=0, so it keeps no key block: give it at least one block in "
+                    "streaming_info, or pass allow_empty_rows=True to get 0."
+                )
+
+
+DENSE, STREAMING = 0, -1
+
+
+def _check_blockmask(mask: Tensor | None) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"base_blockmask is a {type(mask).__name__}: expected a bool tensor; convert it with torch.as_tensor.")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"base_blockmask has dtype {mask.dtype}: expected torch.bool, True = compute; use mask.bool().")
+    if mask.dim() != 4:
+        raise ValueError(
+            f"base_blockmask has shape {tuple(mask.shape)}: expected (B or 1, S, R, C), one slice per block-sparse head; "
+            "add the missing axes, e.g. mask[None, None]."
+        )
+    return mask
+
+
+def resolve_slices(head_mask_type: Tensor | Sequence[int] | None, mask: Tensor | None) -> tuple[int, ...]:
+    """Per head: 0 dense, -1 streaming, otherwise its 1-based slice. `HeadMasks` states the two conventions."""
+    num_slices = 0 if mask is None else mask.shape[1]
+    if head_mask_type is None:
+        if num_slices == 0:
+            raise ValueError("neither base_blockmask nor head_mask_type says how many heads there are: pass one of them.")
+        return tuple(range(1, num_slices + 1))
+    types = as_ints("head_mask_type", head_mask_type)
+    if min(types, default=0) < STREAMING or not types:
+        raise ValueError(f"head_mask_type={types}: entries must be -1 (streaming), 0 (dense) or a slice from 1; correct it.")
+    positive = [t for t in types if t > 0]
+    if max(types) <= 1:
+        if len(positive) != num_slices:
+            raise ValueError(
+                f"head_mask_type has {len(positive)} ones, base_blockmask {num_slices} slices: each block-sparse head needs "
+                "its own slice; add slices, or number them explicitly (1, 2, 2, ...) to share one."
+            )
+        numbers = iter(range(1, num_slices + 1))
+        return tuple(next(numbers) if t == 1 else t for t in types)
+    if max(types) > num_slices:
+        raise ValueError(
+            f"head_mask_type asks for slice {max(types)}, base_blockmask has {num_slices}: explicit slices count from 1; add "
+            "slices or lower the entry."
+        )
+    if positive.count(1) > 1 and len(positive) == num_slices > max(types):
+        raise ValueError(
+            f"head_mask_type={types} mixes counted ones with explicit slices, base_blockmask has {num_slices}: with any entry "
+            f">= 2 all entries are explicit, which would leave slices unused; write 1 to {num_slices} out, or only ones."
+        )
+    return tuple(types)
+
+
+def _resolve_streaming(info: Tensor | Sequence[int] | None, slices: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    if info is None:
+        if STREAMING in slices:
+            raise ValueError(
+                f"head {slices.index(STREAMING)} is a streaming head (-1) but streaming_info is None: pass [sink, local] for "
+                f"every head, {2 * len(slices)} ints."
+            )
+        return ()
+    values = as_ints("streaming_info", info)
+    if len(values) != 2 * len(slices) or min(values, default=0) < 0:
+        raise ValueError(
+            f"streaming_info={values}: expected {2 * len(slices)} ints >= 0, [sink, local] for each of {len(slices)} heads; "
+            "give heads that do not stream [0, 0]."
+        )
+    return tuple(zip(values[::2], values[1::2], strict=True))
+
+
+def as_ints(name: str, values: Tensor | Sequence[int]) -> tuple[int, ...]:
+    """A one-dimensional integer tensor or sequence as a tuple of ints."""
+    tensor = torch.as_tensor(values, device=None if isinstance(values, Tensor) else "cpu")
+    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
+        raise TypeError(
+            f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}: expected a one-dimensional int32 tensor; use "
+            f"torch.tensor([...], dtype=torch.int32)."
+        )
+    return tuple(int(value) for value in tensor.tolist())

@@ -1,0 +1,237 @@
+"""Who may look at whom: functions from a `TokenLayout` to an (R, C) bool block mask, True = compute.
+
+Every pattern here keeps the rows and columns of blocks that hold special tokens. Block masks are small bool tensors, so
+union and intersection are `|` and `&`. `Pattern` is the same thing not yet laid on a grid: a name and its parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from masks.layout import TokenLayout, whole_number, whole_pair
+
+
+def special(layout: TokenLayout) -> Tensor:
+    """Only what is always kept: rows and columns of blocks that hold a special token, and each block's own."""
+    blocks = layout.special_blocks
+    return blocks[:, None] | blocks[None] | torch.eye(layout.num_blocks, dtype=torch.bool, device="cpu")
+
+
+def _keep_special(layout: TokenLayout, mask: Tensor) -> Tensor:
+    """`mask` with the rows and columns of blocks that hold a special token switched on."""
+    blocks = layout.special_blocks
+    return mask | blocks[:, None] | blocks[None]
+
+
+def dense(layout: TokenLayout) -> Tensor:
+    """Every block sees every block."""
+    return torch.ones(layout.num_blocks, layout.num_blocks, dtype=torch.bool, device="cpu")
+
+
+def local_window(layout: TokenLayout, radius: int = 8, metric: str = "chebyshev") -> Tensor:
+    """Blocks with at least one pair of patches within `radius` patches of each other (any-rule).
+
+    A neighbourhood around every query: raster rows give a band, tiles a band of tiles.
+
+        █▓░░░░
+        ▓█▓░░░      ▓ holds at least one pair close enough
+        ░▓█▓░░
+    """
+    return _keep_special(layout, layout.block_distance(metric) <= whole_number("radius", radius, 0))
+
+
+def axial(layout: TokenLayout, width: int = 0) -> Tensor:
+    """Blocks with at least one pair of patches whose rows, or whose columns, differ by at most `width` (any-rule)."""
+    return _keep_special(layout, layout.block_distance("axis") <= whole_number("width", width, 0))
+
+
+def nearest(layout: TokenLayout, sparsity: float = 0.5, metric: str = "chebyshev") -> Tensor:
+    """The k nearest blocks of each row, k = max(1, round((1 - sparsity) * C)).
+
+    Sorted by `block_distance`, ties by the distance of centroids, then by the lower index.
+    """
+    return _keep_special(layout, nearest_among(layout, torch.arange(layout.num_blocks, device="cpu"), sparsity, metric))
+
+
+def nearest_among(layout: TokenLayout, blocks: Tensor, sparsity: float, metric: str = "chebyshev") -> Tensor:
+    """(R, C) bool: each of `blocks` (M,) keeps the k nearest of `blocks`, k from M alone; other rows are empty."""
+    distance = layout.block_distance(metric)[blocks][:, blocks]
+    by_centroid = layout.centroid_distance()[blocks][:, blocks].sort(dim=1, stable=True).indices
+    by_distance = distance.gather(1, by_centroid).sort(dim=1, stable=True).indices
+    kept = by_centroid.gather(1, by_distance)[:, : num_kept(sparsity, len(blocks))]
+    mask = torch.zeros(layout.num_blocks, layout.num_blocks, dtype=torch.bool, device="cpu")
+    mask[blocks[:, None], blocks[kept]] = True
+    return mask
+
+
+def strided(layout: TokenLayout, stride: int = 2) -> Tensor:
+    """Block columns 0, stride, 2 * stride, ...: every query sees the same regular sample of key blocks."""
+    columns = torch.arange(layout.num_blocks, device="cpu") % whole_number("stride", stride, 1) == 0
+    return _keep_special(layout, columns.expand(layout.num_blocks, -1))
+
+
+def random_blocks(layout: TokenLayout, sparsity: float = 0.5, seed: int = 0, stream: int = 0) -> Tensor:
+    """k random blocks in each row, its own among them; k as in `nearest`.
+
+    seed, stream  together choose the draw: streams of one seed are independent (a plan gives every head its own).
+    """
+    generator = torch.Generator(device="cpu").manual_seed((whole_number("seed", seed, 0) * 1_000_003 + stream) % 2**63)
+    score = torch.rand(layout.num_blocks, layout.num_blocks, generator=generator, device="cpu")
+    score.fill_diagonal_(2.0)
+    return _keep_special(layout, keep_highest(score, sparsity))
+
+
+def region(layout: TokenLayout, centers: Sequence[tuple[int, int]], radius: int = 8, metric: str = "l1") -> Tensor:
+    """Patches within `radius` of any of `centers` (row, column) see each other (any-rule); no other pair does."""
+    focus = torch.zeros(layout.num_blocks, dtype=torch.bool, device="cpu")
+    for center in centers:
+        row, column = whole_pair("center", center, 0)
+        if row >= layout.grid[0] or column >= layout.grid[1]:
+            raise ValueError(
+                f"center ({row}, {column}) lies outside the grid of {layout.grid[0]} x {layout.grid[1]} patches: rows are "
+                f"0 to {layout.grid[0] - 1}, columns 0 to {layout.grid[1] - 1}; divide pixels by the patch size first."
+            )
+        focus |= layout.distance_to_patch(row, column, metric) <= whole_number("radius", radius, 0)
+    return _keep_special(layout, focus[:, None] & focus[None])
+
+
+def window(layout: TokenLayout, size: int = 14, shift: int = 0) -> Tensor:
+    """Blocks that share a window of size x size patches, the windows moved by `shift` patches (any-rule).
+
+    Swin's two layouts are shift 0 and shift size // 2. Exact when every block is one window, a cover of it otherwise.
+    """
+    size, shift = whole_number("size", size, 1), whole_number("shift", shift, 0)
+    row, column = layout.coordinates
+    patches = row >= 0
+    across = (layout.grid[1] + size - 1 + shift) // size + 1
+    index = ((row[patches] + size - shift % size) // size) * across + (column[patches] + size - shift % size) // size
+    holds = torch.zeros(layout.num_blocks, int(index.max()) + 1, device="cpu")
+    holds[layout.block_of[patches], index] = 1
+    return _keep_special(layout, holds @ holds.T > 0)
+
+
+PATTERNS: dict[str, Callable[..., Tensor]] = {
+    "dense": dense,
+    "special": special,
+    "local_window": local_window,
+    "axial": axial,
+    "nearest": nearest,
+    "strided": strided,
+    "random_blocks": random_blocks,
+    "region": region,
+    "window": window,
+}
+
+Spec = dict[str, Any]
+BlockMaskFn = Callable[[TokenLayout], Tensor]
+
+
+class Pattern:
+    """A pattern not yet laid on a grid: one of `PATTERNS` with its parameters, or several joined by `|` and `&`.
+
+        >>> near = Pattern("local_window", radius=4) | Pattern("strided", stride=8)
+        >>> near(TokenLayout((64, 64))).shape
+        torch.Size([32, 32])
+
+    Immutable, hashable, and plain data through `spec`.
+    """
+
+    def __init__(self, name: str, **params: Any) -> None:
+        if name not in PATTERNS:
+            raise ValueError(f"pattern {name!r} is unknown: allowed are {', '.join(PATTERNS)}; choose one of them.")
+        allowed = [p for p in inspect.signature(PATTERNS[name]).parameters if p not in ("layout", "stream")]
+        for param in params:
+            if param not in allowed:
+                raise ValueError(
+                    f"pattern {name!r} has no parameter {param!r}: allowed are {', '.join(allowed) or 'none'}; "
+                    "remove it or correct its name."
+                )
+        self._spec: Spec = {"pattern": name, **{key: _plain(value) for key, value in params.items()}}
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> Pattern:
+        """The pattern that `spec` describes: {"pattern": name, **parameters}, {"any": [specs]} or {"all": [specs]}."""
+        for joint in ("any", "all"):
+            if set(spec) == {joint}:
+                return cls._join(joint, [cls.from_spec(part) for part in spec[joint]])
+        if "pattern" not in spec:
+            raise ValueError(f"pattern spec {dict(spec)!r}: expected one key of 'pattern', 'any', 'all'; add it.")
+        params = {key: value for key, value in spec.items() if key != "pattern"}
+        return cls(spec["pattern"], **params)
+
+    @classmethod
+    def _join(cls, joint: str, parts: Sequence[Pattern]) -> Pattern:
+        joined = cls.__new__(cls)
+        joined._spec = {joint: [part._spec for part in parts]}
+        return joined
+
+    @property
+    def spec(self) -> Spec:
+        """The pattern as plain data, JSON-ready; `Pattern.from_spec` reads it back."""
+        return copy.deepcopy(self._spec)
+
+    def __call__(self, layout: TokenLayout, stream: int = 0) -> Tensor:
+        """The (R, C) bool block mask on `layout`; `stream` tells random patterns which of their draws to use."""
+        for joint, combine in (("any", torch.Tensor.logical_or), ("all", torch.Tensor.logical_and)):
+            if joint in self._spec:
+                mask, *others = (Pattern.from_spec(part)(layout, stream) for part in self._spec[joint])
+                for other in others:
+                    mask = combine(mask, other)
+                return mask
+        params = {key: value for key, value in self._spec.items() if key != "pattern"}
+        if self._spec["pattern"] == "random_blocks":
+            params["stream"] = stream
+        return PATTERNS[self._spec["pattern"]](layout, **params)
+
+    def __or__(self, other: Pattern) -> Pattern:
+        return self._join("any", [self, other])
+
+    def __and__(self, other: Pattern) -> Pattern:
+        return self._join("all", [self, other])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pattern) and self._spec == other._spec
+
+    def __hash__(self) -> int:
+        return hash(repr(self._spec))
+
+    def __repr__(self) -> str:
+        for joint, sign in (("any", " | "), ("all", " & ")):
+            if joint in self._spec:
+                return "(" + sign.join(repr(Pattern.from_spec(part)) for part in self._spec[joint]) + ")"
+        params = ", ".join(f"{key}={value!r}" for key, value in self._spec.items() if key != "pattern")
+        return f"{self._spec['pattern']}({params})"
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON would give it back, so that a pattern equals itself after a round trip."""
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def num_kept(sparsity: float, num_blocks: int) -> int:
+    """How many of `num_blocks` blocks a row keeps at `sparsity`: max(1, round((1 - sparsity) * C))."""
+    if not isinstance(sparsity, (int, float)) or not 0.0 <= sparsity <= 1.0:
+        raise ValueError(f"sparsity={sparsity!r}: expected the fraction of blocks to skip, 0 to 1; give such a number.")
+    return max(1, round((1 - sparsity) * num_blocks))
+
+
+def keep_highest(score: Tensor, sparsity: float) -> Tensor:
+    """The k highest `score` (..., R, C) of every row as a bool mask."""
+    kept = score.topk(num_kept(sparsity, score.shape[-1]), dim=-1).indices
+    return torch.zeros(score.shape, dtype=torch.bool, device=score.device).scatter_(-1, kept, True)
+
+
+def stack_heads(masks: Iterable[Tensor], batch_size: int, device: torch.device | str | None = None) -> Tensor:
+    """One (R, C) mask per head -> base_blockmask (B, S, R, C), equal across the batch, contiguous.
+
+    device  None is torch's default device.
+    """
+    heads = torch.stack(list(masks))  # (S, R, C)
+    device = torch.get_default_device() if device is None else device
+    return heads.repeat(whole_number("batch_size", batch_size, 1), 1, 1, 1).to(device)  # (B, S, R, C)
