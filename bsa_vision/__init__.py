@@ -1,23 +1,82 @@
-"""bsa-vision: vision transformers with block-sparse heads."""
+"""bsa-vision: vision transformers with block-sparse heads.
 
+    import bsa_vision as bsa
+
+    plan = bsa.uniform_plan(model, "local_window", radius=8, dense_heads=4)
+    bsa.sparsify_(model, plan)
+
+See docs/concepts.md for the words, `bsa_vision.masks` for block masks, `bsa_vision.sparse_attention` for tensors.
+"""
+
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
 from pathlib import Path as _Path
 
-import masks as _masks
+import masks
 
-if getattr(_masks, "__distribution__", None) != "bsa-vision":
+if getattr(masks, "__distribution__", None) != "bsa-vision":
     raise ImportError(
-        f"the package `masks` found at {getattr(_masks, '__file__', None) or list(_masks.__path__)} is not the one that belongs to "
-        f"bsa_vision, which lies beside {_Path(__file__).parent}: bsa_vision cannot work with another; rename or uninstall that "
-        "package, or put bsa-vision's folder earlier on sys.path."
+        f"the package `masks` found at {getattr(masks, '__file__', None) or list(masks.__path__)} is not the one that belongs to "
+        f"bsa_vision, which lies beside {_Path(__file__).parent}: bsa_vision works only with its own; rename or uninstall the "
+        "other package, or put bsa-vision's folder before it on sys.path."
     )
 
-import masks
+from bsa_vision.adapters import (
+    LayerReport,
+    ModelReport,
+    dense,
+    dense_plan,
+    describe,
+    inspect,
+    restore_,
+    sparsify_,
+    uniform_plan,
+)
 from bsa_vision.attention import (
     block_sparse_attn_func,
     block_streaming_attn_func,
     sparse_attention,
     token_streaming_attn_func,
 )
+from bsa_vision.check import CheckReport, Finding, check
 from bsa_vision.errors import BackendUnavailable, PlanError
 from bsa_vision.head_masks import HeadMasks
+from bsa_vision.packing import Packed, pack, pack_head_masks, unpack
+from bsa_vision.plan import LayerSpec, ModelSpec, SparsityPlan
 from bsa_vision.rel_pos import RelPos
+
+try:
+    __version__ = _version("bsa-vision")
+except _PackageNotFoundError:  # run from a clone that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "BackendUnavailable",
+    "CheckReport",
+    "Finding",
+    "HeadMasks",
+    "LayerReport",
+    "LayerSpec",
+    "ModelReport",
+    "ModelSpec",
+    "Packed",
+    "PlanError",
+    "RelPos",
+    "SparsityPlan",
+    "block_sparse_attn_func",
+    "block_streaming_attn_func",
+    "check",
+    "dense",
+    "dense_plan",
+    "describe",
+    "inspect",
+    "masks",
+    "pack",
+    "pack_head_masks",
+    "restore_",
+    "sparse_attention",
+    "sparsify_",
+    "token_streaming_attn_func",
+    "uniform_plan",
+    "unpack",
+]

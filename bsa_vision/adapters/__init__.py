@@ -1,0 +1,206 @@
+"""Sparse heads inside the models people load: find the attention layers, swap them for a plan, put them back.
+
+One file per family. An adapter is a module with `find(model) -> list[Found]`, which imports no model library, and `serves`,
+`original_of`, `swap`, `unswap` for one attention module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import ModuleType
+from typing import Any, TypeVar
+
+from torch import nn
+
+from bsa_vision.adapters import transformers_vit
+from bsa_vision.adapters.layer import Found, Layer, Tower, layer_of, layers_of
+from bsa_vision.adapters.report import LayerReport, ModelReport, report_layer
+from bsa_vision.backends import BACKENDS, Problem, choose
+from bsa_vision.errors import PlanError
+from bsa_vision.plan import ModelSpec, PatternLike, SparsityPlan
+
+ADAPTERS: tuple[ModuleType, ...] = (transformers_vit,)
+SUPPORTED = "transformers ViT, DINOv2 (with and without registers) and DINOv3"
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def inspect(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> ModelSpec:
+    """What a plan needs to know of `model`: its attention layers, heads, grid and special tokens.
+
+    image_size  pixels, an int or (height, width), for a grid other than the model's own
+    """
+    return _sized(_find(model)[1].spec, image_size)
+
+
+def uniform_plan(model: nn.Module | ModelSpec, pattern: str | PatternLike, **options: Any) -> SparsityPlan:
+    """The same pattern for all heads of `model` but the first `dense_heads`.
+
+    pattern  a name of `masks.PATTERNS`, a `masks.Pattern`, or your own function layout -> (R, C) bool
+    options  dense_heads=0, layers=None (all; indices or keys), order="tile", tile=(8, 16), block_size=128, and the
+             parameters of the pattern
+
+        >>> plan = bsa.uniform_plan(model, "local_window", radius=8, dense_heads=4)
+    """
+    return SparsityPlan.uniform(_spec_of(model), pattern, **options)
+
+
+def dense_plan(model: nn.Module | ModelSpec) -> SparsityPlan:
+    """Every head of every layer dense: a start for `plan.replace`, and a check that swapping changes nothing."""
+    return SparsityPlan.uniform(_spec_of(model), "dense")
+
+
+def sparsify_(model: Model, plan: SparsityPlan, backend: str = "auto", on_unsupported: str = "fallback") -> Model:
+    """Give `model` sparse heads, in place; returns it. Parameters, state_dict keys and hooks stay as they are.
+
+    backend         "auto", or a name that every sparse layer must then run on
+    on_unsupported  what to do with calls outside the contract (attention masks, attention weights, unknown grids):
+                    "fallback" runs the original attention, warns once and counts; "error" raises BackendUnavailable
+
+    Raises PlanError for a plan that does not fit, BackendUnavailable for a backend that cannot run here; the model is then
+    untouched. Training and eval run the same heads.
+    """
+    if on_unsupported not in ("fallback", "error"):
+        raise ValueError(f"on_unsupported={on_unsupported!r}: allowed are 'fallback' and 'error'; choose one of them.")
+    if layers_of(model):
+        raise ValueError("this model has sparse heads already: one plan at a time; call restore_(model) first.")
+    adapter, found = _find(model)
+    plan.check(found.spec)
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: allowed are 'auto', {', '.join(map(repr, BACKENDS))}; choose one of them.")
+    tower = Tower(found.spec, plan, backend, on_unsupported)
+    chosen = [
+        (module, Layer(tower, spec, adapter.original_of(module)))
+        for module, spec in zip(found.modules, found.spec.layers, strict=True)
+        if spec.key in plan.layers
+    ]
+    for module, layer in chosen:
+        _rehearse(module, layer)
+    done = []
+    try:
+        for module, layer in chosen:
+            adapter.swap(module, layer)
+            done.append(module)
+        tower.hook = found.embeddings.register_forward_pre_hook(tower.see, with_kwargs=True)
+    except BaseException:
+        for module in done:
+            adapter.unswap(module)
+        raise
+    return model
+
+
+def _rehearse(module: nn.Module, layer: Layer) -> None:
+    """Everything about a swap that can fail: lay the masks out for the model's own grid, and choose the backend."""
+    if layer.untouched:
+        return
+    masks = layer.masks.masks_for(_rehearsal_grid(layer))
+    probe = next(module.parameters()).detach().new_empty(1, layer.spec.heads, 1, layer.spec.head_dim)
+    choose(Problem(probe, probe, probe, masks, scale=1.0), layer.tower.backend)
+
+
+def _rehearsal_grid(layer: Layer) -> tuple[int, int]:
+    """The grid a plan is tried on: that of its static masks where it has any, else the model's own."""
+    for name in layer.tower.plan.layers[layer.spec.key]:
+        layout = getattr(layer.tower.plan.patterns.get(name), "layout", None)
+        if layout is not None:
+            return layout.grid
+    return layer.tower.spec.grid
+
+
+def restore_(model: Model) -> Model:
+    """Undo `sparsify_`, in place, bit-exact; returns the model. ValueError when it has no sparse heads."""
+    if not layers_of(model):
+        raise ValueError("this model has no sparse heads: nothing to restore; sparsify_(model, plan) gives it some.")
+    towers = []
+    for module in list(model.modules()):
+        layer = layer_of(module)
+        if layer is not None:
+            towers.append(layer.tower)
+            _adapter_of(module).unswap(module)
+    for tower in {id(tower): tower for tower in towers}.values():
+        tower.hook.remove()
+    return model
+
+
+@contextmanager
+def dense(model: Model) -> Iterator[Model]:
+    """Inside, the model runs its original, dense attention: `with dense(model): reference = model(x)`.
+
+    Holds for every thread that uses the model. ValueError when it has no sparse heads.
+    """
+    towers = {id(layer.tower): layer.tower for layer in layers_of(model)}
+    if not towers:
+        raise ValueError("this model has no sparse heads, so it is dense already; sparsify_(model, plan) gives it some.")
+    for tower in towers.values():
+        tower.dense += 1
+    try:
+        yield model
+    finally:
+        for tower in towers.values():
+            tower.dense -= 1
+
+
+def describe(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> ModelReport:
+    """What each attention layer of a swapped model does, on its device and dtype; print it for a table.
+
+    image_size  pixels, an int or (height, width); None = the last input's, or the model's own before there was one
+    """
+    layers = layers_of(model)
+    if not layers:
+        raise ValueError("this model has no sparse heads: nothing to describe; sparsify_(model, plan) first.")
+    tower = layers[0].tower
+    grid = tower.grid if image_size is None and tower.grid != (0, 0) else _sized(tower.spec, image_size).grid
+    like = next(model.parameters())
+    return ModelReport(tower.spec.family, grid, tower.plan.order, tuple(report_layer(layer, grid, like) for layer in layers))
+
+
+def _spec_of(model: nn.Module | ModelSpec) -> ModelSpec:
+    return model if isinstance(model, ModelSpec) else inspect(model)
+
+
+def _sized(spec: ModelSpec, image_size: int | tuple[int, int] | None) -> ModelSpec:
+    if image_size is None:
+        return spec
+    pixels = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if any(side < patch or side % patch for side, patch in zip(pixels, spec.patch_size, strict=True)):
+        raise ValueError(
+            f"image_size={image_size}: both sides must be whole numbers of {spec.patch_size} pixel patches; resize or pad."
+        )
+    return replace(spec, grid=(pixels[0] // spec.patch_size[0], pixels[1] // spec.patch_size[1]))
+
+
+def _find(model: nn.Module) -> tuple[ModuleType, Found]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module; pass the model itself.")
+    found = [(adapter, encoder) for adapter in ADAPTERS for encoder in adapter.find(model)]
+    if not found:
+        kinds = sorted({type(module).__name__ for module in model.modules() if "ttention" in type(module).__name__})
+        raise PlanError(
+            f"no attention layer of {type(model).__name__} is one this version serves; it has {', '.join(kinds) or 'none'}. "
+            f"Served are {SUPPORTED}; for other models call bsa_vision.sparse_attention from their attention."
+        )
+    if len(found) > 1:
+        raise PlanError(
+            f"{type(model).__name__} holds {len(found)} vision encoders: one at a time is served; pass the encoder you mean."
+        )
+    return found[0]
+
+
+def _adapter_of(module: nn.Module) -> ModuleType:
+    return next(adapter for adapter in ADAPTERS if adapter.serves(module))
+
+
+__all__ = [
+    "ADAPTERS",
+    "LayerReport",
+    "ModelReport",
+    "dense",
+    "dense_plan",
+    "describe",
+    "inspect",
+    "restore_",
+    "sparsify_",
+    "uniform_plan",
+]

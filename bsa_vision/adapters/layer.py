@@ -1,0 +1,109 @@
+"""What every adapter hangs on a model: one `Tower` per vision encoder, one `Layer` per attention module it serves."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bsa_vision.attention import attend_masks
+from bsa_vision.errors import BackendUnavailable
+from bsa_vision.plan import LayerMasks, LayerSpec, ModelSpec, SparsityPlan
+
+ATTRIBUTE = "_bsa_layer"  # on an attention module; a plain attribute, so neither a parameter, a buffer nor a state_dict key
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A vision encoder inside a model: what it is, its attention modules in the order of `spec.layers`, where pixels enter."""
+
+    spec: ModelSpec
+    modules: tuple[nn.Module, ...]
+    embeddings: nn.Module
+
+
+class Tower:
+    """What the swapped layers of one encoder share: the plan, the grid of the current input, whether to run dense."""
+
+    def __init__(self, spec: ModelSpec, plan: SparsityPlan, backend: str, on_unsupported: str) -> None:
+        self.spec, self.plan = spec, plan
+        self.backend, self.on_unsupported = backend, on_unsupported
+        self.grid: tuple[int, int] = (0, 0)  # of the last input; (0, 0) until there was one
+        self.dense = 0  # how many `dense(model)` blocks are open
+        self.hook: Any = None
+        self._local = threading.local()
+
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the patch embedding: remember the grid of the image that comes in."""
+        pixels = args[0] if args else kwargs.get("pixel_values")
+        if isinstance(pixels, Tensor):
+            self.grid = (pixels.shape[-2] // self.spec.patch_size[0], pixels.shape[-1] // self.spec.patch_size[1])
+            if not torch.compiler.is_compiling():
+                self._local.grid = self.grid  # threads that share a model each have their own image
+
+    def current_grid(self) -> tuple[int, int]:
+        if torch.compiler.is_compiling():
+            return self.grid
+        return getattr(self._local, "grid", self.grid)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_local"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._local = threading.local()
+
+
+class Layer:
+    """One swapped attention module: its masks, and the calls that went to the original instead, by reason."""
+
+    def __init__(self, tower: Tower, spec: LayerSpec, original: Any) -> None:
+        self.tower, self.spec = tower, spec
+        self.masks = LayerMasks(tower.plan, tower.spec, spec)
+        self.original = original  # what the adapter needs to put back
+        # A layer without a sparse head has nothing to skip: unless a backend was named, the original runs as it is.
+        self.untouched = self.masks.all_dense and tower.backend == "auto"
+        self.fallbacks: Counter[str] = Counter()
+
+    def runs_original(self) -> bool:
+        return self.untouched or self.tower.dense > 0
+
+    def wrong_grid(self, tokens: int) -> str | None:
+        """Why `tokens` do not fit the image seen last, or None when they do."""
+        height, width = self.tower.current_grid()
+        spec = self.tower.spec
+        if tokens == spec.start + height * width + spec.end:
+            return None
+        return f"{tokens} tokens do not fit the grid {height} x {width} with {spec.start} + {spec.end} special tokens"
+
+    def fall_back(self, reason: str) -> None:
+        """Count a call that the original serves; warn the first time. Raises instead with on_unsupported="error"."""
+        if self.tower.on_unsupported == "error":
+            raise BackendUnavailable(
+                f"layer {self.spec.name!r} cannot run this call sparse: {reason}. Change the call, or sparsify_ with "
+                "on_unsupported='fallback' to let the original attention serve it."
+            )
+        if torch.compiler.is_compiling():
+            return
+        if not self.fallbacks[reason]:
+            warnings.warn(f"bsa_vision: {self.spec.name} runs its original, dense attention: {reason}", stacklevel=3)
+        self.fallbacks[reason] += 1
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout_p: float) -> Tensor:
+        """(B, H, N, D) in model order -> (B, H, N, D) with this layer's masks."""
+        grid = self.tower.current_grid()
+        return attend_masks(self.masks, q, k, v, grid=grid, scale=scale, dropout_p=dropout_p, backend=self.tower.backend)
+
+
+def layer_of(module: nn.Module) -> Layer | None:
+    return module.__dict__.get(ATTRIBUTE)
+
+
+def layers_of(model: nn.Module) -> list[Layer]:
+    """The swapped layers of a model, in order."""
+    return [layer for module in model.modules() if (layer := layer_of(module)) is not None]

@@ -1,0 +1,413 @@
+"""Which head uses which pattern: plans as plain data, compiled to masks for a layout, saved as JSON.
+
+Knows no model: an adapter describes one as a `ModelSpec`, and a plan says what its layers do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bsa_vision.cache import Cache
+from bsa_vision.errors import PlanError
+from bsa_vision.head_masks import DENSE, Handled, HeadMasks
+from masks import Pattern, TokenLayout
+
+BlockMaskFn = Callable[[TokenLayout], Tensor]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One attention layer: its module path, its place among its kind, and its heads.
+
+    role "self" for attention among the tokens of one image; `key` names the layer in plans, whatever library holds it.
+    """
+
+    name: str
+    index: int
+    heads: int
+    head_dim: int
+    role: str = "self"
+
+    @property
+    def key(self) -> str:
+        return f"{self.role}.{self.index}"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a plan needs to know of a model.
+
+    family       of the architecture, the same in every library that holds these weights
+    grid         (h, w) patches at the model's own image size
+    start, end   special tokens before and after the patches
+    patch_size   (h, w) pixels
+    """
+
+    family: str
+    layers: tuple[LayerSpec, ...]
+    grid: tuple[int, int]
+    patch_size: tuple[int, int]
+    start: int = 0
+    end: int = 0
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What must agree between a plan and a model."""
+        first = self.layers[0]
+        return {"family": self.family, "depth": len(self.layers), "heads": first.heads, "head_dim": first.head_dim}
+
+    def find(self, name: str) -> LayerSpec:
+        """The layer with this key or module path."""
+        for layer in self.layers:
+            if name in (layer.key, layer.name):
+                return layer
+        raise PlanError(
+            f"no attention layer {name!r} in this model: it has {', '.join(layer.name for layer in self.layers)}; use one of them."
+        )
+
+
+class Static:
+    """A block mask as a pattern: the (R, C) bool mask as it is, valid for the one layout it was made for."""
+
+    def __init__(self, mask: Tensor, layout: TokenLayout) -> None:
+        mask = mask.detach().cpu()
+        if mask.dtype != torch.bool or tuple(mask.shape) != (layout.num_blocks,) * 2:
+            raise PlanError(
+                f"static mask is {mask.dtype} of shape {tuple(mask.shape)}: expected torch.bool of shape "
+                f"{(layout.num_blocks,) * 2} for {layout}; make it for this layout."
+            )
+        self.mask, self.layout = mask, layout
+
+    def __call__(self, layout: TokenLayout) -> Tensor:
+        if layout != self.layout:
+            raise PlanError(
+                f"this block mask was made for {self.layout}, the model runs {layout}: a static mask fits one layout only; use a "
+                "geometric pattern, or make the plan for this image size."
+            )
+        return self.mask
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Static) and self.layout == other.layout and torch.equal(self.mask, other.mask)
+
+    def __hash__(self) -> int:
+        return hash((self.layout, self.mask.numpy().tobytes()))
+
+    def __repr__(self) -> str:
+        return f"static({1 - self.mask.float().mean().item():.0%} sparse, {self.layout})"
+
+
+PatternLike = Pattern | Static | BlockMaskFn
+
+
+@dataclass(frozen=True)
+class SparsityPlan:
+    """Per layer, per head: which pattern.
+
+    model       the fingerprint of the models this plan is for (`ModelSpec.fingerprint`)
+    patterns    name -> pattern; "dense" is always there
+    layers      layer key -> one pattern name per head; layers not named stay as they are, dense
+    order, tile, block_size   the token layout that masks are made in
+    scores      optional, layer key -> one number per head, e.g. what a tuner measured
+    notes       anything else worth keeping: what it was tuned on, predicted and measured error
+
+    Immutable: `replace` returns a changed plan. Frozen, comparable; picklable when its patterns are.
+    """
+
+    model: Mapping[str, Any]
+    patterns: Mapping[str, PatternLike]
+    layers: Mapping[str, tuple[str, ...]]
+    order: str = "tile"
+    tile: tuple[int, int] = (8, 16)
+    block_size: int = 128
+    scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    _masks: Cache[HeadMasks] = field(default_factory=lambda: Cache(512), init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        TokenLayout((1, 1), order=self.order, tile=self.tile, block_size=self.block_size)  # checks the three
+        for key, names in self.layers.items():
+            role, _, index = key.rpartition(".")
+            if not role or not index.isdecimal() or int(index) >= self.model["depth"]:
+                raise PlanError(
+                    f"layer {key!r} is not one of {self.model['depth']} layers: keys are role and index, 'self.0' to "
+                    f"'self.{self.model['depth'] - 1}'; correct it."
+                )
+            if len(names) != self.model["heads"]:
+                raise PlanError(
+                    f"layer {key!r} names {len(names)} heads, the model has {self.model['heads']}: give one pattern name per head."
+                )
+            for name in names:
+                if name != "dense" and name not in self.patterns:
+                    raise PlanError(
+                        f"layer {key!r} uses pattern {name!r}, which is not declared: declared are "
+                        f"{', '.join(['dense', *self.patterns])}; declare it under patterns."
+                    )
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.layers.items()), self.order, self.tile, self.block_size))
+
+    # Building
+
+    @classmethod
+    def uniform(
+        cls,
+        spec: ModelSpec,
+        pattern: str | PatternLike,
+        *,
+        dense_heads: int = 0,
+        layers: Iterable[int | str] | None = None,
+        order: str = "tile",
+        tile: tuple[int, int] = (8, 16),
+        block_size: int = 128,
+        **params: Any,
+    ) -> SparsityPlan:
+        """The same pattern for all heads but the first `dense_heads`, in all layers or the named ones."""
+        dense = {layer.key: ("dense",) * layer.heads for layer in spec.layers}
+        plan = cls(spec.fingerprint, {}, dense, order, tile, block_size)
+        heads = spec.layers[0].heads
+        if not 0 <= dense_heads <= heads:
+            raise PlanError(f"dense_heads={dense_heads}: the model has {heads} heads; give a number from 0 to {heads}.")
+        if dense_heads == heads:
+            return plan
+        return plan.replace(layers=layers, heads=range(dense_heads, heads), pattern=pattern, **params)
+
+    @classmethod
+    def from_head_masks(cls, spec: ModelSpec, head_masks: Mapping[str, HeadMasks]) -> SparsityPlan:
+        """Masks made by hand or by a generator, by layer (module path or key), as a plan of static masks.
+
+        A HeadMasks without a layout is for tokens as they come at the spec's own grid; pass `inspect(model, image_size=...)`
+        for another. All must share order and block size, and be equal across the batch.
+        """
+        if not head_masks:
+            raise PlanError("from_head_masks got no masks: give at least one, {layer name: HeadMasks}.")
+        patterns: dict[str, PatternLike] = {}
+        layers = {layer.key: ("dense",) * layer.heads for layer in spec.layers}
+        layouts = {}
+        for name, masks in head_masks.items():
+            layer = spec.find(name)
+            layout = masks.layout or TokenLayout(spec.grid, start=spec.start, end=spec.end, block_size=masks.block_size)
+            names = _static_heads(layer, masks, layout)
+            patterns.update({key: pattern for key, pattern in names if pattern is not None})
+            layers[layer.key] = tuple(key for key, _ in names)
+            layouts[layer.name] = layout
+        first = next(iter(layouts.values()))
+        for name, layout in layouts.items():
+            if (layout.order, layout.tile, layout.block_size) != (first.order, first.tile, first.block_size):
+                raise PlanError(f"layer {name!r} has {layout}, others {first}: one plan has one order and block size; rebuild one.")
+        return cls(spec.fingerprint, patterns, layers, first.order, first.tile, first.block_size)
+
+    def replace(
+        self,
+        *,
+        layers: Iterable[int | str] | None = None,
+        heads: Iterable[int] | None = None,
+        pattern: str | PatternLike,
+        **params: Any,
+    ) -> SparsityPlan:
+        """This plan with other heads: the given heads (None = all) of the given layers (indices or keys; None = all).
+
+        pattern  a name of `masks.PATTERNS` with its parameters, the name of a pattern of this plan, a `masks.Pattern`,
+                 or any function layout -> (R, C) bool
+        """
+        name, chosen = self._named(pattern, params)
+        keys = self._select(layers)
+        wanted = set(range(self.model["heads"])) if heads is None else set(heads)
+        if not wanted or not wanted <= set(range(self.model["heads"])):
+            raise PlanError(
+                f"heads={sorted(wanted)} match no head: the model has heads 0 to {self.model['heads'] - 1}; choose among them."
+            )
+        changed = {
+            key: tuple(name if head in wanted else old for head, old in enumerate(names)) if key in keys else names
+            for key, names in self.layers.items()
+        }
+        patterns = {**self.patterns, name: chosen} if chosen is not None else dict(self.patterns)
+        used = {used for names in changed.values() for used in names}
+        return replace(self, patterns={key: value for key, value in patterns.items() if key in used}, layers=changed)
+
+    def freeze(self, layout: TokenLayout) -> SparsityPlan:
+        """This plan with every pattern laid out for `layout`: what was a Python function can then be saved."""
+        patterns: dict[str, PatternLike] = {}
+        layers = {}
+        for key, names in self.layers.items():
+            frozen = [
+                name if name == "dense" else f"{name}@{key}/{head}" if _draws(self.patterns[name]) else f"{name}@{key}"
+                for head, name in enumerate(names)
+            ]
+            for head, (old, new) in enumerate(zip(names, frozen, strict=True)):
+                if old != "dense":
+                    patterns[new] = Static(self._lay_out(key, head, layout), layout)
+            layers[key] = tuple(frozen)
+        return replace(self, patterns=patterns, layers=layers)
+
+    def _named(self, pattern: str | PatternLike, params: Mapping[str, Any]) -> tuple[str, PatternLike | None]:
+        """The name to write into the layers, and the pattern to declare under it (None: declared already)."""
+        if isinstance(pattern, str):
+            if pattern == "dense" or (pattern in self.patterns and not params):
+                if params:
+                    raise PlanError(f"pattern 'dense' has no parameters, got {', '.join(params)}; remove them.")
+                return pattern, None
+            try:
+                pattern = Pattern(pattern, **params)
+            except ValueError as error:
+                raise PlanError(str(error)) from None
+            return repr(pattern), pattern
+        if params:
+            raise PlanError(f"{pattern!r} takes no further parameters, got {', '.join(params)}; remove them.")
+        if not callable(pattern):
+            raise PlanError(f"pattern={pattern!r}: expected a name, a Pattern, or a function layout -> (R, C) bool; pass one.")
+        name = repr(pattern) if isinstance(pattern, (Pattern, Static)) else getattr(pattern, "__name__", repr(pattern))
+        taken, base = self.patterns.get(name), name
+        for number in range(2, len(self.patterns) + 3):
+            if taken is None or taken == pattern:
+                break
+            name = f"{base} ({number})"
+            taken = self.patterns.get(name)
+        return name, pattern
+
+    def _select(self, layers: Iterable[int | str] | None) -> set[str]:
+        if layers is None:
+            return set(self.layers)
+        wanted = list(layers)
+        keys = {key for key in self.layers for layer in wanted if key == layer or key.rpartition(".")[2] == str(layer)}
+        missing = [layer for layer in wanted if not any(key == layer or key.rpartition(".")[2] == str(layer) for key in keys)]
+        if missing or not wanted:
+            raise PlanError(f"layers {missing or wanted} match nothing: the plan has {', '.join(self.layers)}; choose among them.")
+        return keys
+
+    # Use
+
+    def layout(self, spec: ModelSpec, grid: tuple[int, int] | None = None) -> TokenLayout:
+        """The layout of the plan's masks for `spec` at `grid` (None = the model's own)."""
+        return TokenLayout(
+            spec.grid if grid is None else grid,
+            start=spec.start,
+            end=spec.end,
+            order=self.order,
+            tile=self.tile,
+            block_size=self.block_size,
+        )
+
+    def compile(self, layer: str, layout: TokenLayout) -> HeadMasks:
+        """The masks of one layer (its key) for one layout; cached. Special rows and columns are always kept.
+
+        A head whose pattern keeps every block becomes dense, which is the same function.
+        """
+        return self._masks.get((layer, layout), lambda: self._compile(layer, layout))
+
+    def sparsity(self, layout: TokenLayout) -> float:
+        """Realised sparsity over all heads and layers, dense ones included, 0 to 1."""
+        per_layer = [self.compile(key, layout).sparsity for key in self.layers]
+        return sum(per_layer) / self.model["depth"]
+
+    def check(self, spec: ModelSpec) -> None:
+        """Raise PlanError unless this plan is for models like `spec`."""
+        wrong = {key: (self.model.get(key), value) for key, value in spec.fingerprint.items() if self.model.get(key) != value}
+        if wrong:
+            said = "; ".join(f"{key}: plan {plan!r}, model {model!r}" for key, (plan, model) in wrong.items())
+            raise PlanError(f"this plan is for another model ({said}): all of these must agree; make a plan for this model.")
+        keys = {layer.key for layer in spec.layers}
+        unknown = [key for key in self.layers if key not in keys]
+        if unknown:
+            raise PlanError(f"the plan names layers {unknown}, the model has {sorted(keys)}: remove or rename them.")
+
+    def save(self, path: Any) -> None:
+        """Write the plan as JSON; an existing file is replaced only once the new one is complete."""
+        from bsa_vision.plan_file import save
+
+        save(self, path)
+
+    @staticmethod
+    def load(path: Any) -> SparsityPlan:
+        """Read a plan written by `save`. PlanError names what is wrong with a file that is not one."""
+        from bsa_vision.plan_file import load
+
+        return load(path)
+
+    def _compile(self, layer: str, layout: TokenLayout) -> HeadMasks:
+        masks = [
+            None if name == "dense" else self._lay_out(layer, head, layout) for head, name in enumerate(self.layers[layer])
+        ]
+        sparse = [mask for mask in masks if mask is not None and not mask.all()]
+        types = [int(mask is not None and not mask.all()) for mask in masks]
+        try:
+            return HeadMasks(torch.stack(sparse)[None] if sparse else None, types, layout=layout)
+        except ValueError as error:
+            raise PlanError(f"layer {layer!r} of the plan: {error}") from None
+
+    def _lay_out(self, layer: str, head: int, layout: TokenLayout) -> Tensor:
+        name = self.layers[layer][head]
+        pattern = self.patterns[name]
+        try:
+            if isinstance(pattern, Static):
+                return pattern(layout)
+            if isinstance(pattern, Pattern):
+                return pattern(layout, stream=int(layer.rpartition(".")[2]) * self.model["heads"] + head)
+            mask = pattern(layout)
+        except PlanError:
+            raise
+        except Exception as error:
+            raise PlanError(f"layer {layer!r}, head {head}, pattern {name!r}: {type(error).__name__}: {error}") from error
+        expected = (layout.num_blocks,) * 2
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != expected:
+            got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise PlanError(
+                f"pattern {name!r} returned {got}: expected torch.bool of shape {expected}, one entry per pair of blocks of "
+                f"{layout}; return such a tensor."
+            )
+        special = layout.special_blocks
+        return mask.cpu() | special[:, None] | special[None]
+
+    def __str__(self) -> str:
+        lines = [f"SparsityPlan for {', '.join(f'{key} {value}' for key, value in self.model.items())}; order {self.order}"]
+        for key, names in self.layers.items():
+            counts = {name: names.count(name) for name in dict.fromkeys(names)}
+            lines.append(f"  {key:<9}" + ", ".join(f"{count} x {name}" for name, count in counts.items()))
+        return "\n".join(lines)
+
+
+class LayerMasks(Handled):
+    """The masks of one layer of one model under a plan, for whatever grid the model is given."""
+
+    def __init__(self, plan: SparsityPlan, spec: ModelSpec, layer: LayerSpec) -> None:
+        self.plan, self.spec, self.layer = plan, spec, layer
+        self._new_handle()
+
+    @property
+    def all_dense(self) -> bool:
+        """Whether the plan leaves every head of this layer dense, whatever the grid."""
+        return all(name == "dense" for name in self.plan.layers.get(self.layer.key, ()))
+
+    def masks_for(self, grid: tuple[int, int]) -> HeadMasks:
+        """The HeadMasks of this layer at `grid`; PlanError where a static mask does not fit it."""
+        return self.plan.compile(self.layer.key, self.plan.layout(self.spec, tuple(grid)))  # type: ignore[arg-type]
+
+
+def _static_heads(layer: LayerSpec, masks: HeadMasks, layout: TokenLayout) -> list[tuple[str, Static | None]]:
+    """(pattern name, static mask or None = dense) of each head."""
+    if masks.num_heads != layer.heads:
+        raise PlanError(f"layer {layer.name!r} has {layer.heads} heads, its HeadMasks {masks.num_heads}: they must be equal.")
+    if masks.kv_layout != masks.layout:
+        raise PlanError(f"layer {layer.name!r}: its HeadMasks have other keys than queries, self-attention has one layout.")
+    if masks.num_blocks is not None and masks.num_blocks != (layout.num_blocks,) * 2:
+        raise PlanError(
+            f"layer {layer.name!r}: its HeadMasks have {masks.num_blocks} blocks, {layout} has {layout.num_blocks}: make them "
+            "for this image size and its special tokens, or pass inspect(model, image_size=...)."
+        )
+    blocks = masks.block_mask(layout.num_tokens, layout.num_tokens)  # (B or 1, H, R, C)
+    if not (blocks == blocks[:1]).all():
+        raise PlanError(f"layer {layer.name!r}: its masks differ across the batch, a plan has one mask per head; index one image.")
+    return [
+        ("dense", None) if kind == DENSE else (f"{layer.key}/{head}", Static(blocks[0, head], layout))
+        for head, kind in enumerate(masks.slices)
+    ]
+
+
+def _draws(pattern: PatternLike) -> bool:
+    """Whether every head gets a draw of its own."""
+    return isinstance(pattern, Pattern) and "random_blocks" in repr(pattern)
+

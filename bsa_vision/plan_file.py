@@ -1,0 +1,190 @@
+"""Plans as JSON that a person can read and diff: patterns declared once, then one line per layer.
+
+    {
+      "format": "bsa-vision/plan",
+      "version": 1,
+      "model": {"family": "dinov3", "depth": 12, "heads": 3, "head_dim": 64},
+      "layout": {"order": "tile", "tile": [8, 16], "block_size": 128},
+      "patterns": {
+        "near": {"pattern": "local_window", "radius": 8}
+      },
+      "layers": {
+        "self.0": ["dense", "near", "near"]
+      },
+      "scores": {},
+      "notes": {}
+    }
+
+Everything unknown is an error: a key that was dropped in silence would change results.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bsa_vision.errors import PlanError
+from bsa_vision.plan import PatternLike, SparsityPlan, Static
+from masks import Pattern, TokenLayout
+
+FORMAT, VERSION = "bsa-vision/plan", 1
+KEYS = ("format", "version", "model", "layout", "patterns", "layers", "scores", "notes")
+MODEL_KEYS = {"family": str, "depth": int, "heads": int, "head_dim": int}
+LAYOUT_KEYS = {"order": str, "tile": list, "block_size": int}
+
+
+def save(plan: SparsityPlan, path: str | os.PathLike[str]) -> None:
+    """Write `plan` to `path`. PlanError when a pattern is a Python function, which no file can hold."""
+    path = Path(path)
+    text = dumps(plan)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files private
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load(path: str | os.PathLike[str]) -> SparsityPlan:
+    """Read a plan; PlanError says what is wrong, OSError that there is no such file."""
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    try:
+        return loads(text)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from None
+
+
+def dumps(plan: SparsityPlan) -> str:
+    """The plan as JSON text."""
+    head = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": dict(plan.model),
+        "layout": {"order": plan.order, "tile": list(plan.tile), "block_size": plan.block_size},
+    }
+    sections: dict[str, Mapping[str, Any]] = {
+        "patterns": {name: _pattern_spec(name, pattern) for name, pattern in plan.patterns.items()},
+        "layers": plan.layers,
+        "scores": plan.scores,
+        "notes": plan.notes,
+    }
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+    for section, entries in sections.items():
+        inner = ",\n".join(f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in entries.items())
+        lines.append(f"  {json.dumps(section)}: " + ("{\n" + inner + "\n  }" if inner else "{}"))
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def loads(text: str) -> SparsityPlan:
+    """The plan in JSON text."""
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PlanError(f"not JSON ({error}): the file is damaged or not a plan; restore it or save the plan again.") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise PlanError(f"no 'format': {FORMAT!r}: this is not a plan of bsa-vision; load a file written by plan.save.")
+    if data.get("version") != VERSION:
+        raise PlanError(f"version {data.get('version')!r}: this bsa-vision reads version {VERSION}; update it or save again.")
+    _check_keys("the plan", data, KEYS, optional=("scores", "notes"))
+    _check_types("model", data["model"], MODEL_KEYS)
+    _check_types("layout", data["layout"], LAYOUT_KEYS)
+    for section in ("patterns", "layers"):
+        _check_types(section, data[section], None)
+    for key, names in data["layers"].items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise PlanError(f"layer {key!r} is {names!r}: expected a list of pattern names, one per head; correct it.")
+    layout = data["layout"]
+    try:
+        return SparsityPlan(
+            data["model"],
+            {name: _pattern(name, spec) for name, spec in data["patterns"].items()},
+            {key: tuple(names) for key, names in data["layers"].items()},
+            layout["order"],
+            tuple(layout["tile"]),
+            layout["block_size"],
+            {key: tuple(values) for key, values in data.get("scores", {}).items()},
+            data.get("notes", {}),
+        )
+    except PlanError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise PlanError(f"{error} The file is damaged or was edited wrongly; correct that entry.") from None
+
+
+def _pattern_spec(name: str, pattern: PatternLike) -> dict[str, Any]:
+    if isinstance(pattern, Pattern):
+        return pattern.spec
+    if isinstance(pattern, Static):
+        bits = np.packbits(pattern.mask.numpy().reshape(-1))
+        return {"static": base64.b64encode(bits.tobytes()).decode(), "layout": _layout_spec(pattern.layout)}
+    raise PlanError(
+        f"pattern {name!r} is a Python function, which a plan file cannot hold: files carry named patterns and block masks; "
+        "call plan.freeze(plan.layout(bsa.inspect(model))) first to turn it into a block mask."
+    )
+
+
+def _pattern(name: str, spec: Any) -> PatternLike:
+    if not isinstance(spec, dict):
+        raise PlanError(f"pattern {name!r} is {spec!r}: expected an object such as {{'pattern': 'local_window', 'radius': 8}}.")
+    if "static" not in spec:
+        try:
+            return Pattern.from_spec(spec)
+        except (ValueError, TypeError) as error:
+            raise PlanError(f"pattern {name!r}: {error}") from None
+    _check_keys(f"pattern {name!r}", spec, ("static", "layout"))
+    try:
+        layout = TokenLayout(**{**spec["layout"], "grid": tuple(spec["layout"]["grid"]), "tile": tuple(spec["layout"]["tile"])})
+        bits = np.frombuffer(base64.b64decode(spec["static"], validate=True), np.uint8)
+        size = layout.num_blocks**2
+        if len(bits) != -(-size // 8):
+            raise ValueError(f"{len(bits)} bytes of mask, {layout} needs {-(-size // 8)}")
+        mask = torch.from_numpy(np.unpackbits(bits, count=size).astype(bool)).reshape(layout.num_blocks, -1)
+        return Static(mask, layout)
+    except (ValueError, TypeError, KeyError, binascii.Error) as error:
+        raise PlanError(f"static mask {name!r} is damaged ({error}): expected bit-packed base64 and its layout; save it again.") from None
+
+
+def _layout_spec(layout: TokenLayout) -> dict[str, Any]:
+    return {
+        "grid": list(layout.grid),
+        "start": layout.start,
+        "end": layout.end,
+        "order": layout.order,
+        "tile": list(layout.tile),
+        "block_size": layout.block_size,
+    }
+
+
+def _check_keys(where: str, data: Mapping[str, Any], allowed: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+    unknown = [key for key in data if key not in allowed]
+    missing = [key for key in allowed if key not in data and key not in optional]
+    if unknown or missing:
+        raise PlanError(
+            f"{where} has unknown keys {unknown} and lacks {missing}: allowed are {', '.join(allowed)}; correct the file, or "
+            "update bsa-vision if a newer one wrote it."
+        )
+
+
+def _check_types(where: str, data: Any, expected: Mapping[str, type] | None) -> None:
+    if not isinstance(data, dict):
+        raise PlanError(f"{where!r} is {data!r}: expected an object; correct it.")
+    if expected is None:
+        return
+    _check_keys(repr(where), data, tuple(expected))
+    for key, kind in expected.items():
+        if not isinstance(data[key], kind) or isinstance(data[key], bool):
+            raise PlanError(f"{where}.{key} is {data[key]!r}: expected {kind.__name__}; correct it.")

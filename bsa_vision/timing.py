@@ -1,0 +1,68 @@
+"""Paired measurement: machines are shared and noisy, so candidates alternate within one run and are compared as ratios."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each round of one candidate, and its time over that of the first candidate in the same round."""
+
+    seconds: tuple[float, ...]
+    ratios: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def ratio(self) -> float:
+        """Median over the rounds of (this candidate / first candidate)."""
+        return statistics.median(self.ratios)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Smallest and largest ratio."""
+        return min(self.ratios), max(self.ratios)
+
+
+def paired(
+    candidates: Mapping[str, Callable[[], Any]],
+    rounds: int = 5,
+    warmup: int = 1,
+    on_round: Callable[[], None] = lambda: None,
+) -> dict[str, Timing]:
+    """Time the candidates in alternation: every round runs each of them once; the first is what the others compare to.
+
+    on_round  called after each round, warm-up included, for a progress bar
+    """
+    if not candidates or rounds < 1:
+        raise ValueError(f"{len(candidates)} candidates, {rounds} rounds: at least one of each is needed.")
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for number in range(warmup + rounds):
+        for name, run in candidates.items():
+            elapsed = _seconds(run)
+            if number >= warmup:
+                seconds[name].append(elapsed)
+        on_round()
+    first = next(iter(seconds.values()))
+    return {
+        name: Timing(tuple(own), tuple(a / b for a, b in zip(own, first, strict=True))) for name, own in seconds.items()
+    }
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
