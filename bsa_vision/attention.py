@@ -145,9 +145,8 @@ def _run(
     elif return_probs:
         raise ValueError("return_attn_probs with dropout under torch.compile: the dropout mask is not returned; do not compile.")
     handle, raw = (source.handle, (None, None, None)) if isinstance(source, Handled) else (0, source)
-    out, lse, _ = attention_op(
-        q, k, v, rel_h, rel_w, *cu_seqlens, *raw, handle, *grid, *longest, scale, is_causal, exact_streaming, dropout_p, backend
-    )
+    numbers = (handle, *grid, *longest, scale, is_causal, exact_streaming, dropout_p, return_lse)
+    out, lse, _ = attention_op(q, k, v, rel_h, rel_w, *cu_seqlens, *raw, *numbers, backend)
     return Result(out, lse)
 
 

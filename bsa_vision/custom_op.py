@@ -22,7 +22,9 @@ from masks import TokenLayout
 def attend(problem: Problem, backend: str) -> Result:
     """Run `problem`, whose tokens are in model order, on the named backend; results come back in model order."""
     layout, _ = _layouts(problem)
-    out, lse, probs = BACKENDS[backend].run(_ordered(problem))
+    # Autocast has done its work on what made q, k and v; inside, precision is the backend's own business.
+    with torch.autocast(problem.q.device.type, enabled=False):
+        out, lse, probs = BACKENDS[backend].run(_ordered(problem))
     if layout is not None and not layout.is_identity:
         # Token by token in memory, as backends lay it out and projections read it.
         out = restore_tokens(out.transpose(1, 2), layout, dim=1).transpose(1, 2)  # (B, H, N, D)
@@ -70,21 +72,20 @@ def attention_op(
     is_causal: bool,
     exact_streaming: bool,
     dropout_p: float,
+    return_lse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of (B, H, N, D) tensors in model order -> (out, lse, seed of the dropout mask).
 
     handle > 0 names a `HeadMasks`, or whatever else has `masks_for(grid)`; 0 means the three mask tensors.
-    cu_seqlens None is a uniform batch. lse is (images, H, longest), NaN from a backend that has none.
+    cu_seqlens None is a uniform batch. lse is (images, H, longest), empty unless asked for.
     """
     seed = torch.randint(2**62, (1,), device="cpu") if dropout_p else torch.zeros(1, dtype=torch.int64, device="cpu")
     arguments = (q, k, v, rel_h, rel_w, cu_seqlens_q, cu_seqlens_k, head_mask_type, streaming_info, base_blockmask)
-    numbers = (handle, grid_h, grid_w, max_q, max_k, scale, is_causal, exact_streaming, dropout_p)
+    numbers = (handle, grid_h, grid_w, max_q, max_k, scale, is_causal, exact_streaming, dropout_p, return_lse)
     problem = _problem(arguments, numbers, int(seed))
     out, lse, _ = attend(problem, choose(problem, backend))
-    if lse is None:
-        lse = problem.empty_lse().fill_(torch.nan)
-    return out, lse.to(problem.compute_dtype), seed
+    return out, q.new_empty(0, dtype=problem.compute_dtype) if lse is None or not return_lse else lse, seed
 
 
 @attention_op.register_fake
@@ -92,7 +93,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor,
     cu_seqlens_q, max_q = arguments[2], arguments[10]
     images, longest = (q.shape[0], q.shape[2]) if cu_seqlens_q is None else (cu_seqlens_q.shape[0] - 1, max_q)
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)  # (B, H, N, Dv)
-    lse = q.new_empty(images, q.shape[1], longest, dtype=torch.promote_types(q.dtype, torch.float32))
+    lse_shape = (images, q.shape[1], longest) if arguments[17] else (0,)
+    lse = q.new_empty(lse_shape, dtype=torch.promote_types(q.dtype, torch.float32))
     return out, lse, torch.empty(1, dtype=torch.int64, device="cpu")
 
 
@@ -100,7 +102,6 @@ def _(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor,
 def gradient_op(
     grad_out: Tensor,
     out: Tensor,
-    lse: Tensor,
     seed: Tensor,
     q: Tensor,
     k: Tensor,
@@ -121,14 +122,15 @@ def gradient_op(
     is_causal: bool,
     exact_streaming: bool,
     dropout_p: float,
+    return_lse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, rel_h, rel_w at `grad_out`; the last two are empty when there is no relative position.
 
-    Always computed by `gather`, whose gradient needs only what every backend returns.
+    Always computed by `gather`, whose gradient needs only the output.
     """
     arguments = (q, k, v, rel_h, rel_w, cu_seqlens_q, cu_seqlens_k, head_mask_type, streaming_info, base_blockmask)
-    numbers = (handle, grid_h, grid_w, max_q, max_k, scale, is_causal, exact_streaming, dropout_p)
+    numbers = (handle, grid_h, grid_w, max_q, max_k, scale, is_causal, exact_streaming, dropout_p, False)
     problem = _problem(arguments, numbers, int(seed))
     reason = gather.why_not(problem)
     if reason is None and dropout_p and choose(problem, backend) != "gather":
@@ -136,13 +138,8 @@ def gradient_op(
     if reason is not None:
         raise BackendUnavailable(f"this compiled call has no gradient: {reason}. Use backend='gather', or do not compile it.")
     layout, kv_layout = _layouts(problem)
-    known = not bool(lse.isnan().any())
-    gradients = gather.gradients(
-        _ordered(problem),
-        order_tokens(lse, layout, dim=-1) if known else None,
-        order_tokens(out, layout),
-        order_tokens(grad_out, layout),
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        gradients = gather.gradients(_ordered(problem), order_tokens(out, layout), order_tokens(grad_out, layout))
     grads = zip(gradients, (layout, kv_layout, kv_layout, layout, layout), strict=True)
     none = q.new_empty(0)
     dq, dk, dv, dh, dw = (none.clone() if g is None else restore_tokens(g, where) for g, where in grads)
@@ -150,7 +147,7 @@ def gradient_op(
 
 
 @gradient_op.register_fake
-def _(grad_out: Tensor, out: Tensor, lse: Tensor, seed: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def _(grad_out: Tensor, out: Tensor, seed: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(
         x.new_empty(0) if like is None else x.new_empty(like.shape)
         for x, like in zip((inputs[0],) * 5, inputs[:5], strict=True)
@@ -159,7 +156,7 @@ def _(grad_out: Tensor, out: Tensor, lse: Tensor, seed: Tensor, *inputs: Any) ->
 
 def _problem(tensors: tuple[Optional[Tensor], ...], numbers: tuple[Any, ...], seed: int) -> Problem:
     q, k, v, rel_h, rel_w, cu_seqlens_q, cu_seqlens_k, head_mask_type, streaming_info, base_blockmask = tensors
-    handle, grid_h, grid_w, max_q, max_k, scale, is_causal, exact_streaming, dropout_p = numbers
+    handle, grid_h, grid_w, max_q, max_k, scale, is_causal, exact_streaming, dropout_p, return_lse = numbers
     assert q is not None and k is not None and v is not None
     if handle:
         masks = from_handle(handle).masks_for((grid_h, grid_w))
@@ -179,27 +176,24 @@ def _problem(tensors: tuple[Optional[Tensor], ...], numbers: tuple[Any, ...], se
         exact_streaming=exact_streaming,
         dropout_p=dropout_p,
         seed=seed,
+        return_lse=return_lse,
         rel_pos=None if rel_h is None or rel_w is None else RelPos(rel_h, rel_w),
     )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:10], *output)
+    out, _, seed = output
+    ctx.save_for_backward(*inputs[:10], out, seed)
     ctx.numbers = inputs[10:]
-    if inputs[10]:
-        ctx.masks = from_handle_if_real(inputs[10])
-
-
-def from_handle_if_real(handle: Any) -> Any:
-    """Keeps masks alive from forward to backward; under a compiler the handle may be symbolic and is looked up later."""
-    return from_handle(handle) if isinstance(handle, int) else None
+    # The masks must live until backward. Under a compiler the handle may be symbolic; there the graph's owner keeps them.
+    ctx.masks = from_handle(inputs[10]) if isinstance(inputs[10], int) and inputs[10] else None
 
 
 def _gradient(ctx: Any, grad_out: Tensor, grad_lse: Tensor, grad_seed: Tensor) -> tuple[Optional[Tensor], ...]:
-    *inputs, out, lse, seed = ctx.saved_tensors
-    dq, dk, dv, dh, dw = gradient_op(grad_out, out, lse, seed, *inputs, *ctx.numbers)
+    *inputs, out, seed = ctx.saved_tensors
+    dq, dk, dv, dh, dw = gradient_op(grad_out, out, seed, *inputs, *ctx.numbers)
     rel = (None, None) if inputs[3] is None else (dh, dw)
-    return dq, dk, dv, *rel, *(None,) * 15
+    return dq, dk, dv, *rel, *(None,) * 16
 
 
 attention_op.register_autograd(_gradient, setup_context=_save)
