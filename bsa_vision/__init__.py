@@ -41,8 +41,9 @@ from bsa_vision.attention import (
 from bsa_vision.check import CheckReport, Finding, check
 from bsa_vision.errors import BackendUnavailable, PlanError
 from bsa_vision.head_masks import HeadMasks
+from bsa_vision.model_spec import LayerSpec, ModelSpec
 from bsa_vision.packing import Packed, pack, pack_head_masks, unpack
-from bsa_vision.plan import LayerSpec, ModelSpec, SparsityPlan
+from bsa_vision.plan import SparsityPlan
 from bsa_vision.rel_pos import RelPos
 
 try:

@@ -8,13 +8,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from bsa_vision.arguments import check_fit, check_tensors, check_varlen
 from bsa_vision.backends import Problem, Result, choose
 from bsa_vision.custom_op import attend, attention_op
 from bsa_vision.head_masks import Handled, HeadMasks
 from bsa_vision.packing import pack, pack_head_masks, unpack
 from bsa_vision.rel_pos import RelPos
-
-BLOCK = 128  # of the kernel, and so of masks that come as bare tensors
 
 
 def sparse_attention(
@@ -43,8 +42,8 @@ def sparse_attention(
     """
     if isinstance(head_masks, HeadMasks):
         q, k, v = cast(Tensor, q), cast(Tensor, k), cast(Tensor, v)
-        _check_tensors(q, k, v, 4, "(B, H, N, D)")
-        _check_fit(q, k, head_masks, rel_pos)
+        check_tensors(q, k, v, 4, "(B, H, N, D)")
+        check_fit(q, k, head_masks, rel_pos)
         return attend_masks(head_masks, q, k, v, rel_pos=rel_pos, scale=scale, dropout_p=dropout_p, backend=backend)
     if rel_pos is not None:
         raise ValueError("rel_pos with a list of images: relative position needs one grid; call once per image size.")
@@ -52,15 +51,21 @@ def sparse_attention(
 
 
 def _ragged_attention(
-    q: list[Tensor], k: list[Tensor], v: list[Tensor], masks: list[HeadMasks], scale: float | None, dropout_p: float, backend: str
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    masks: list[HeadMasks],
+    scale: float | None,
+    dropout_p: float,
+    backend: str,
 ) -> list[Tensor]:
     if not len(q) == len(k) == len(v) == len(masks):
         raise ValueError(
             f"{len(q)} images in q, {len(k)} in k, {len(v)} in v and {len(masks)} HeadMasks: the lists must be equally long."
         )
     for image_q, image_k, image_v, image_masks in zip(q, k, v, masks, strict=True):
-        _check_tensors(image_q, image_k, image_v, 3, "(H, n, D) per image")
-        _check_fit(image_q[None], image_k[None], image_masks, None)
+        check_tensors(image_q, image_k, image_v, 3, "(H, n, D) per image")
+        check_fit(image_q[None], image_k[None], image_masks, None)
     packed_q = pack(q, [m.layout for m in masks])
     packed_k, packed_v = (pack(x, [m.kv_layout for m in masks]) for x in (k, v))
     result = _run(
@@ -143,7 +148,9 @@ def _run(
             return attend(problem, backend)
         source = masks
     elif return_probs:
-        raise ValueError("return_attn_probs with dropout under torch.compile: the dropout mask is not returned; do not compile.")
+        raise ValueError(
+            "return_attn_probs with dropout under torch.compile: the dropout mask is not returned; do not compile."
+        )
     handle, raw = (source.handle, (None, None, None)) if isinstance(source, Handled) else (0, source)
     numbers = (handle, *grid, *longest, scale, is_causal, exact_streaming, dropout_p, return_lse)
     out, lse, _ = attention_op(q, k, v, rel_h, rel_w, *cu_seqlens, *raw, *numbers, backend)
@@ -283,8 +290,8 @@ def _varlen(
     exact_streaming: bool,
     return_attn_probs: bool,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    _check_tensors(q, k, v, 3, "(total, H, D)")
-    _check_varlen(q, k, cu_seqlens, masks, longest, is_causal, exact_streaming)
+    check_tensors(q, k, v, 3, "(total, H, D)")
+    check_varlen(q, k, cu_seqlens, masks, longest, is_causal, exact_streaming)
     result = _run(
         masks,
         *(x.transpose(0, 1)[None] for x in (q, k, v)),  # (1, H, T, D)
@@ -303,118 +310,3 @@ def _varlen(
         return out
     assert result.lse is not None
     return out, result.lse.detach().float(), q.new_empty(0) if result.probs is None else result.probs.detach()
-
-
-# Checks
-
-
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, dims: int, expected: str) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not q.dim() == k.dim() == v.dim() == dims:
-        raise ValueError(f"{shapes}: expected {expected} for each; reshape them.")
-    heads, tokens = (1, 2) if dims == 4 else (1, 0) if expected.startswith("(total") else (0, 1)
-    if q.shape[-1] != k.shape[-1] or k.shape[heads] != v.shape[heads] or k.shape[tokens] != v.shape[tokens]:
-        raise ValueError(f"{shapes}: q and k need one head dim, k and v the same heads and tokens; correct the one that differs.")
-    if k.shape[heads] == 0 or q.shape[heads] % k.shape[heads]:
-        raise ValueError(
-            f"{shapes}: {q.shape[heads]} query heads are not a multiple of {k.shape[heads]} key heads; repeat or drop key heads."
-        )
-    if dims == 4 and not q.shape[0] == k.shape[0] == v.shape[0]:
-        raise ValueError(f"{shapes}: the batch sizes differ; expand the smaller ones.")
-    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
-        raise TypeError(
-            f"q is {q.dtype} on {q.device}, k {k.dtype} on {k.device}, v {v.dtype} on {v.device}: one dtype and one device are "
-            "needed; convert them with .to(q)."
-        )
-
-
-def _check_fit(q: Tensor, k: Tensor, masks: HeadMasks, rel_pos: RelPos | None) -> None:
-    """Whether `masks` were made for (B, H, N, D) queries and keys like these."""
-    if q.shape[1] != masks.num_heads:
-        raise ValueError(f"q has {q.shape[1]} heads, the HeadMasks {masks.num_heads}: they must be equal; rebuild the masks.")
-    if masks.base_blockmask is not None and masks.base_blockmask.shape[0] not in (1, q.shape[0]):
-        raise ValueError(
-            f"q has {q.shape[0]} images, base_blockmask {masks.base_blockmask.shape[0]}: allowed are 1 or as many; index the mask."
-        )
-    sides = (("q", q.shape[2], masks.layout, 0), ("k", k.shape[2], masks.kv_layout, 1))
-    for name, tokens, layout, axis in sides:
-        if layout is not None and tokens != layout.num_tokens:
-            raise ValueError(
-                f"{name} has {tokens} tokens, the layout of the HeadMasks {layout.num_tokens} ({layout.start} special + "
-                f"{layout.grid[0]} x {layout.grid[1]} patches + {layout.end} special): make the masks for this grid."
-            )
-        if masks.num_blocks is not None and masks.num_blocks[axis] != -(-tokens // masks.block_size):
-            raise ValueError(
-                f"{name} has {tokens} tokens in {-(-tokens // masks.block_size)} blocks of {masks.block_size}, base_blockmask "
-                f"has shape {tuple(masks.base_blockmask.shape)}: its {'columns' if axis else 'rows'} must match; make the mask "  # type: ignore[union-attr]
-                "for this many tokens (special tokens included)."
-            )
-    if rel_pos is not None:
-        _check_rel_pos(q, masks, rel_pos)
-
-
-def _check_rel_pos(q: Tensor, masks: HeadMasks, rel_pos: RelPos) -> None:
-    layout = masks.kv_layout
-    if layout is None or layout.start or layout.end:
-        raise ValueError(
-            f"rel_pos needs HeadMasks with a layout without special tokens, got layout={layout}: it says which patch each key "
-            "is; pass layout=TokenLayout(grid) when making the HeadMasks."
-        )
-    expected = [(*q.shape[:3], side) for side in layout.grid]
-    got = [tuple(term.shape) for term in rel_pos]
-    if got != expected:
-        raise ValueError(f"rel_pos has shapes {got}: expected {expected} for the grid {layout.grid}; see rel_pos.decompose.")
-
-
-def _check_varlen(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens: tuple[Tensor, Tensor],
-    masks: tuple[Tensor | None, Tensor | None, Tensor | None],
-    longest: tuple[int, int],
-    is_causal: bool,
-    exact_streaming: bool,
-) -> None:
-    for name, bounds, tokens, most in zip(("q", "k"), cu_seqlens, (q, k), longest, strict=True):
-        if bounds.dim() != 1 or bounds.dtype != torch.int32 or bounds.shape[0] < 2:
-            raise TypeError(
-                f"cu_seqlens_{name} is {bounds.dtype} of shape {tuple(bounds.shape)}: expected (batch + 1,) torch.int32; convert "
-                "it with .to(torch.int32)."
-            )
-        if bounds.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere reading values would stall the device
-            check_bounds(name, bounds, tokens.shape[0], most)
-    if cu_seqlens[0].shape != cu_seqlens[1].shape:
-        raise ValueError(
-            f"cu_seqlens_q is for {cu_seqlens[0].shape[0] - 1} sequences, cu_seqlens_k for {cu_seqlens[1].shape[0] - 1}: they "
-            "must describe the same batch."
-        )
-    head_mask_type, _, base_blockmask = masks
-    if head_mask_type is None or head_mask_type.shape != (q.shape[1],):
-        shape = None if head_mask_type is None else tuple(head_mask_type.shape)
-        raise ValueError(f"head_mask_type has shape {shape}, q has {q.shape[1]} heads: expected one int32 entry per head.")
-    if base_blockmask is not None:
-        batch, blocks = cu_seqlens[0].shape[0] - 1, [-(-n // BLOCK) for n in longest]
-        shape = tuple(base_blockmask.shape)
-        if len(shape) != 4 or shape[0] not in (1, batch) or list(shape[2:]) != blocks:
-            raise ValueError(
-                f"base_blockmask has shape {shape}: expected ({batch}, S, {blocks[0]}, {blocks[1]}), blocks of {BLOCK} of the "
-                f"longest sequences ({longest[0]} and {longest[1]} tokens); make it for these lengths."
-            )
-    if exact_streaming and not is_causal:
-        raise ValueError("exact_streaming=True with is_causal=False: exact streaming is causal only; pass is_causal=True.")
-
-
-def check_bounds(name: str, bounds: Tensor, total: int, longest: int) -> None:
-    """Raise a ValueError that names what is wrong with the values of cu_seqlens."""
-    values = bounds.tolist()
-    lengths = [b - a for a, b in zip(values, values[1:], strict=False)]
-    if values[0] != 0 or values[-1] != total or min(lengths) < 0:
-        raise ValueError(
-            f"cu_seqlens_{name}={values}: sequence boundaries must start at 0, never fall, and end at {total}, the tokens of "
-            f"{name}; use the cumulative sum of the sequence lengths with a 0 in front."
-        )
-    if max(lengths) > longest:
-        raise ValueError(
-            f"max_seqlen_{name}_={longest} is less than the longest sequence of cu_seqlens_{name}, {max(lengths)} tokens: pass "
-            "at least that."
-        )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bsa_vision.attention import check_bounds
+from bsa_vision.arguments import check_bounds
 from bsa_vision.backends import kernel
 from bsa_vision.head_masks import HeadMasks
 
@@ -106,7 +106,9 @@ def _check_sequences(found: Found, name: str, x: Tensor, bounds: Tensor | None, 
         )
         return longest
     if bounds.dtype != torch.int32:
-        found("error", "boundaries", f"cu_seqlens_{name} is {bounds.dtype}: expected torch.int32; use .to(torch.int32).")
+        found(
+            "error", "boundaries", f"cu_seqlens_{name} is {bounds.dtype}: expected torch.int32; use .to(torch.int32)."
+        )
     lengths = bounds.diff().tolist()
     most = max(lengths) if longest is None else longest
     try:
@@ -116,7 +118,9 @@ def _check_sequences(found: Found, name: str, x: Tensor, bounds: Tensor | None, 
     return most
 
 
-def _as_head_masks(found: Found, masks: Any, head_mask_type: Tensor | None, streaming_info: Tensor | None) -> HeadMasks | None:
+def _as_head_masks(
+    found: Found, masks: Any, head_mask_type: Tensor | None, streaming_info: Tensor | None
+) -> HeadMasks | None:
     if isinstance(masks, HeadMasks):
         return masks
     try:
@@ -128,7 +132,9 @@ def _as_head_masks(found: Found, masks: Any, head_mask_type: Tensor | None, stre
 
 def _check_masks(found: Found, heads: int, images: int | None, masks: HeadMasks, longest: list[int | None]) -> None:
     if heads != masks.num_heads:
-        found("error", "mask", f"q has {heads} heads, the masks {masks.num_heads}: they must be equal; rebuild the masks.")
+        found(
+            "error", "mask", f"q has {heads} heads, the masks {masks.num_heads}: they must be equal; rebuild the masks."
+        )
     base = masks.base_blockmask
     if base is None:
         return
@@ -159,7 +165,11 @@ def _check_device(found: Found, q: Tensor) -> None:
             f"q is {q.dtype} on CUDA: block-sparse GPU kernels take float16 or bfloat16 only; convert, or use torch.autocast.",
         )
     if q.device.type == "cuda" and q.shape[-1] > kernel.HEAD_DIMS[-1]:
-        found("slow", "head-dim", f"head dim {q.shape[-1]} > 128: the block-sparse kernel cannot run it, another backend will.")
+        found(
+            "slow",
+            "head-dim",
+            f"head dim {q.shape[-1]} > 128: the block-sparse kernel cannot run it, another backend will.",
+        )
 
 
 def _check_gain(found: Found, masks: HeadMasks | None, longest: list[int | None]) -> None:

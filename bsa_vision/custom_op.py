@@ -136,7 +136,9 @@ def gradient_op(
     if reason is None and dropout_p and choose(problem, backend) != "gather":
         reason = f"the dropout mask of {choose(problem, backend)!r} cannot be drawn again"
     if reason is not None:
-        raise BackendUnavailable(f"this compiled call has no gradient: {reason}. Use backend='gather', or do not compile it.")
+        raise BackendUnavailable(
+            f"this compiled call has no gradient: {reason}. Use backend='gather', or do not compile it."
+        )
     layout, kv_layout = _layouts(problem)
     with torch.autocast(q.device.type, enabled=False):
         gradients = gather.gradients(_ordered(problem), order_tokens(out, layout), order_tokens(grad_out, layout))
@@ -157,7 +159,9 @@ def _(grad_out: Tensor, out: Tensor, seed: Tensor, *inputs: Any) -> tuple[Tensor
 def _problem(tensors: tuple[Optional[Tensor], ...], numbers: tuple[Any, ...], seed: int) -> Problem:
     q, k, v, rel_h, rel_w, cu_seqlens_q, cu_seqlens_k, head_mask_type, streaming_info, base_blockmask = tensors
     handle, grid_h, grid_w, max_q, max_k, scale, is_causal, exact_streaming, dropout_p, return_lse = numbers
-    assert q is not None and k is not None and v is not None
+    assert q is not None
+    assert k is not None
+    assert v is not None
     if handle:
         masks = from_handle(handle).masks_for((grid_h, grid_w))
     else:

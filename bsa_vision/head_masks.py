@@ -166,7 +166,9 @@ class HeadMasks(Handled):
         dense, streaming = self.slices.count(DENSE), self.slices.count(STREAMING)
         shape = "no block mask" if self.base_blockmask is None else f"base_blockmask {tuple(self.base_blockmask.shape)}"
         kinds = f"{dense} dense, {self.num_heads - dense - streaming} block-sparse, {streaming} streaming"
-        return f"HeadMasks({self.num_heads} heads: {kinds}; {shape}, block_size={self.block_size}, layout={self.layout})"
+        return (
+            f"HeadMasks({self.num_heads} heads: {kinds}; {shape}, block_size={self.block_size}, layout={self.layout})"
+        )
 
     # How they are spelled out
 
@@ -200,7 +202,9 @@ class HeadMasks(Handled):
         padded = torch.nn.functional.pad(block_mask.to(torch.int8), (1, 1))
         edges = padded.diff(dim=-1)  # (B, H, R, C + 1): 1 where a run of kept blocks starts, -1 where it has ended
         starts, stops = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
-        rows = [[[[] for _ in range(block_mask.shape[2])] for _ in head] for head in block_mask]
+        rows: list[list[list[list[Run]]]] = [
+            [[[] for _ in range(block_mask.shape[2])] for _ in head] for head in block_mask
+        ]
         for (image, head, row, first), (_, _, _, last) in zip(starts, stops, strict=True):
             assert first < last <= columns
             rows[image][head][row].append((first * size, min(last * size, num_k)))
@@ -216,12 +220,16 @@ class HeadMasks(Handled):
 
     def _layout_blocks(self) -> tuple[int, int]:
         if self.layout is None or self.kv_layout is None:
-            raise ValueError("these HeadMasks have neither a block mask nor a layout, so their size is unknown: pass layout=.")
+            raise ValueError(
+                "these HeadMasks have neither a block mask nor a layout, so their size is unknown: pass layout=."
+            )
         return self.layout.num_blocks, self.kv_layout.num_blocks
 
     def _check_layouts(self, block_size: int) -> None:
         if self.layout is None and self.kv_layout is not None:
-            raise ValueError("kv_layout is given without layout: both are needed, rows and columns; pass layout as well.")
+            raise ValueError(
+                "kv_layout is given without layout: both are needed, rows and columns; pass layout as well."
+            )
         if block_size not in (128, self.block_size):
             raise ValueError(
                 f"block_size={block_size} but layout.block_size={self.block_size}: they must agree; leave block_size out."
@@ -267,7 +275,9 @@ def _check_blockmask(mask: Tensor | None) -> Tensor | None:
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
-        raise TypeError(f"base_blockmask is a {type(mask).__name__}: expected a bool tensor; convert it with torch.as_tensor.")
+        raise TypeError(
+            f"base_blockmask is a {type(mask).__name__}: expected a bool tensor; convert it with torch.as_tensor."
+        )
     if mask.dtype != torch.bool:
         raise TypeError(f"base_blockmask has dtype {mask.dtype}: expected torch.bool, True = compute; use mask.bool().")
     if mask.dim() != 4:
@@ -283,11 +293,15 @@ def resolve_slices(head_mask_type: Tensor | Sequence[int] | None, mask: Tensor |
     num_slices = 0 if mask is None else mask.shape[1]
     if head_mask_type is None:
         if num_slices == 0:
-            raise ValueError("neither base_blockmask nor head_mask_type says how many heads there are: pass one of them.")
+            raise ValueError(
+                "neither base_blockmask nor head_mask_type says how many heads there are: pass one of them."
+            )
         return tuple(range(1, num_slices + 1))
     types = as_ints("head_mask_type", head_mask_type)
     if min(types, default=0) < STREAMING or not types:
-        raise ValueError(f"head_mask_type={types}: entries must be -1 (streaming), 0 (dense) or a slice from 1; correct it.")
+        raise ValueError(
+            f"head_mask_type={types}: entries must be -1 (streaming), 0 (dense) or a slice from 1; correct it."
+        )
     positive = [t for t in types if t > 0]
     if max(types) <= 1:
         if len(positive) != num_slices:

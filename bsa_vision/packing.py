@@ -55,7 +55,7 @@ class Packed:
     uniform: bool
 
 
-def pack(x: Tensor | Sequence[Tensor], layouts: TokenLayout | None | Sequence[TokenLayout | None] = None) -> Packed:
+def pack(x: Tensor | Sequence[Tensor], layouts: TokenLayout | Sequence[TokenLayout | None] | None = None) -> Packed:
     """(B, H, N, D), or a list of (H, n, D) images of different sizes -> `Packed`.
 
     layouts  one for all images, or one per image; tokens come in model order and leave in packed order
@@ -72,7 +72,9 @@ def pack(x: Tensor | Sequence[Tensor], layouts: TokenLayout | None | Sequence[To
         )
     per_image = list(layouts) if isinstance(layouts, Sequence) else [layouts] * len(images)
     if len(per_image) != len(images):
-        raise ValueError(f"{len(images)} images but {len(per_image)} layouts: give one layout for all, or one per image.")
+        raise ValueError(
+            f"{len(images)} images but {len(per_image)} layouts: give one layout for all, or one per image."
+        )
     for position, (image, layout) in enumerate(zip(images, per_image, strict=True)):
         if layout is not None and layout.num_tokens != image.shape[1]:
             raise ValueError(
@@ -81,7 +83,8 @@ def pack(x: Tensor | Sequence[Tensor], layouts: TokenLayout | None | Sequence[To
             )
     lengths = [image.shape[1] for image in images]
     ordered = [
-        rearrange(order_tokens(image, layout), "h n d -> n h d") for image, layout in zip(images, per_image, strict=True)
+        rearrange(order_tokens(image, layout), "h n d -> n h d")
+        for image, layout in zip(images, per_image, strict=True)
     ]
     return Packed(
         tokens=torch.cat(ordered),  # (T, H, D)

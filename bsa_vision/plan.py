@@ -15,60 +15,10 @@ from torch import Tensor
 from bsa_vision.cache import Cache
 from bsa_vision.errors import PlanError
 from bsa_vision.head_masks import DENSE, Handled, HeadMasks
+from bsa_vision.model_spec import LayerSpec, ModelSpec
 from masks import Pattern, TokenLayout
 
 BlockMaskFn = Callable[[TokenLayout], Tensor]
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """One attention layer: its module path, its place among its kind, and its heads.
-
-    role "self" for attention among the tokens of one image; `key` names the layer in plans, whatever library holds it.
-    """
-
-    name: str
-    index: int
-    heads: int
-    head_dim: int
-    role: str = "self"
-
-    @property
-    def key(self) -> str:
-        return f"{self.role}.{self.index}"
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What a plan needs to know of a model.
-
-    family       of the architecture, the same in every library that holds these weights
-    grid         (h, w) patches at the model's own image size
-    start, end   special tokens before and after the patches
-    patch_size   (h, w) pixels
-    """
-
-    family: str
-    layers: tuple[LayerSpec, ...]
-    grid: tuple[int, int]
-    patch_size: tuple[int, int]
-    start: int = 0
-    end: int = 0
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What must agree between a plan and a model."""
-        first = self.layers[0]
-        return {"family": self.family, "depth": len(self.layers), "heads": first.heads, "head_dim": first.head_dim}
-
-    def find(self, name: str) -> LayerSpec:
-        """The layer with this key or module path."""
-        for layer in self.layers:
-            if name in (layer.key, layer.name):
-                return layer
-        raise PlanError(
-            f"no attention layer {name!r} in this model: it has {', '.join(layer.name for layer in self.layers)}; use one of them."
-        )
 
 
 class Static:
@@ -198,7 +148,9 @@ class SparsityPlan:
         first = next(iter(layouts.values()))
         for name, layout in layouts.items():
             if (layout.order, layout.tile, layout.block_size) != (first.order, first.tile, first.block_size):
-                raise PlanError(f"layer {name!r} has {layout}, others {first}: one plan has one order and block size; rebuild one.")
+                raise PlanError(
+                    f"layer {name!r} has {layout}, others {first}: one plan has one order and block size; rebuild one."
+                )
         return cls(spec.fingerprint, patterns, layers, first.order, first.tile, first.block_size)
 
     def replace(
@@ -259,7 +211,9 @@ class SparsityPlan:
         if params:
             raise PlanError(f"{pattern!r} takes no further parameters, got {', '.join(params)}; remove them.")
         if not callable(pattern):
-            raise PlanError(f"pattern={pattern!r}: expected a name, a Pattern, or a function layout -> (R, C) bool; pass one.")
+            raise PlanError(
+                f"pattern={pattern!r}: expected a name, a Pattern, or a function layout -> (R, C) bool; pass one."
+            )
         name = repr(pattern) if isinstance(pattern, (Pattern, Static)) else getattr(pattern, "__name__", repr(pattern))
         taken, base = self.patterns.get(name), name
         for number in range(2, len(self.patterns) + 3):
@@ -274,9 +228,13 @@ class SparsityPlan:
             return set(self.layers)
         wanted = list(layers)
         keys = {key for key in self.layers for layer in wanted if key == layer or key.rpartition(".")[2] == str(layer)}
-        missing = [layer for layer in wanted if not any(key == layer or key.rpartition(".")[2] == str(layer) for key in keys)]
+        missing = [
+            layer for layer in wanted if not any(key == layer or key.rpartition(".")[2] == str(layer) for key in keys)
+        ]
         if missing or not wanted:
-            raise PlanError(f"layers {missing or wanted} match nothing: the plan has {', '.join(self.layers)}; choose among them.")
+            raise PlanError(
+                f"layers {missing or wanted} match nothing: the plan has {', '.join(self.layers)}; choose among them."
+            )
         return keys
 
     # Use
@@ -306,10 +264,14 @@ class SparsityPlan:
 
     def check(self, spec: ModelSpec) -> None:
         """Raise PlanError unless this plan is for models like `spec`."""
-        wrong = {key: (self.model.get(key), value) for key, value in spec.fingerprint.items() if self.model.get(key) != value}
+        wrong = {
+            key: (self.model.get(key), value) for key, value in spec.fingerprint.items() if self.model.get(key) != value
+        }
         if wrong:
             said = "; ".join(f"{key}: plan {plan!r}, model {model!r}" for key, (plan, model) in wrong.items())
-            raise PlanError(f"this plan is for another model ({said}): all of these must agree; make a plan for this model.")
+            raise PlanError(
+                f"this plan is for another model ({said}): all of these must agree; make a plan for this model."
+            )
         keys = {layer.key for layer in spec.layers}
         unknown = [key for key in self.layers if key not in keys]
         if unknown:
@@ -330,7 +292,8 @@ class SparsityPlan:
 
     def _compile(self, layer: str, layout: TokenLayout) -> HeadMasks:
         masks = [
-            None if name == "dense" else self._lay_out(layer, head, layout) for head, name in enumerate(self.layers[layer])
+            None if name == "dense" else self._lay_out(layer, head, layout)
+            for head, name in enumerate(self.layers[layer])
         ]
         sparse = [mask for mask in masks if mask is not None and not mask.all()]
         types = [int(mask is not None and not mask.all()) for mask in masks]
@@ -351,7 +314,9 @@ class SparsityPlan:
         except PlanError:
             raise
         except Exception as error:
-            raise PlanError(f"layer {layer!r}, head {head}, pattern {name!r}: {type(error).__name__}: {error}") from error
+            raise PlanError(
+                f"layer {layer!r}, head {head}, pattern {name!r}: {type(error).__name__}: {error}"
+            ) from error
         expected = (layout.num_blocks,) * 2
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != expected:
             got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
@@ -363,7 +328,9 @@ class SparsityPlan:
         return mask.cpu() | special[:, None] | special[None]
 
     def __str__(self) -> str:
-        lines = [f"SparsityPlan for {', '.join(f'{key} {value}' for key, value in self.model.items())}; order {self.order}"]
+        lines = [
+            f"SparsityPlan for {', '.join(f'{key} {value}' for key, value in self.model.items())}; order {self.order}"
+        ]
         for key, names in self.layers.items():
             counts = {name: names.count(name) for name in dict.fromkeys(names)}
             lines.append(f"  {key:<9}" + ", ".join(f"{count} x {name}" for name, count in counts.items()))
@@ -390,9 +357,13 @@ class LayerMasks(Handled):
 def _static_heads(layer: LayerSpec, masks: HeadMasks, layout: TokenLayout) -> list[tuple[str, Static | None]]:
     """(pattern name, static mask or None = dense) of each head."""
     if masks.num_heads != layer.heads:
-        raise PlanError(f"layer {layer.name!r} has {layer.heads} heads, its HeadMasks {masks.num_heads}: they must be equal.")
+        raise PlanError(
+            f"layer {layer.name!r} has {layer.heads} heads, its HeadMasks {masks.num_heads}: they must be equal."
+        )
     if masks.kv_layout != masks.layout:
-        raise PlanError(f"layer {layer.name!r}: its HeadMasks have other keys than queries, self-attention has one layout.")
+        raise PlanError(
+            f"layer {layer.name!r}: its HeadMasks have other keys than queries, self-attention has one layout."
+        )
     if masks.num_blocks is not None and masks.num_blocks != (layout.num_blocks,) * 2:
         raise PlanError(
             f"layer {layer.name!r}: its HeadMasks have {masks.num_blocks} blocks, {layout} has {layout.num_blocks}: make them "
@@ -400,7 +371,9 @@ def _static_heads(layer: LayerSpec, masks: HeadMasks, layout: TokenLayout) -> li
         )
     blocks = masks.block_mask(layout.num_tokens, layout.num_tokens)  # (B or 1, H, R, C)
     if not (blocks == blocks[:1]).all():
-        raise PlanError(f"layer {layer.name!r}: its masks differ across the batch, a plan has one mask per head; index one image.")
+        raise PlanError(
+            f"layer {layer.name!r}: its masks differ across the batch, a plan has one mask per head; index one image."
+        )
     return [
         ("dense", None) if kind == DENSE else (f"{layer.key}/{head}", Static(blocks[0, head], layout))
         for head, kind in enumerate(masks.slices)
@@ -410,4 +383,3 @@ def _static_heads(layer: LayerSpec, masks: HeadMasks, layout: TokenLayout) -> li
 def _draws(pattern: PatternLike) -> bool:
     """Whether every head gets a draw of its own."""
     return isinstance(pattern, Pattern) and "random_blocks" in repr(pattern)
-

@@ -94,11 +94,15 @@ def loads(text: str) -> SparsityPlan:
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
-        raise PlanError(f"not JSON ({error}): the file is damaged or not a plan; restore it or save the plan again.") from None
+        raise PlanError(
+            f"not JSON ({error}): the file is damaged or not a plan; restore it or save the plan again."
+        ) from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise PlanError(f"no 'format': {FORMAT!r}: this is not a plan of bsa-vision; load a file written by plan.save.")
     if data.get("version") != VERSION:
-        raise PlanError(f"version {data.get('version')!r}: this bsa-vision reads version {VERSION}; update it or save again.")
+        raise PlanError(
+            f"version {data.get('version')!r}: this bsa-vision reads version {VERSION}; update it or save again."
+        )
     _check_keys("the plan", data, KEYS, optional=("scores", "notes"))
     _check_types("model", data["model"], MODEL_KEYS)
     _check_types("layout", data["layout"], LAYOUT_KEYS)
@@ -139,7 +143,9 @@ def _pattern_spec(name: str, pattern: PatternLike) -> dict[str, Any]:
 
 def _pattern(name: str, spec: Any) -> PatternLike:
     if not isinstance(spec, dict):
-        raise PlanError(f"pattern {name!r} is {spec!r}: expected an object such as {{'pattern': 'local_window', 'radius': 8}}.")
+        raise PlanError(
+            f"pattern {name!r} is {spec!r}: expected an object such as {{'pattern': 'local_window', 'radius': 8}}."
+        )
     if "static" not in spec:
         try:
             return Pattern.from_spec(spec)
@@ -147,7 +153,9 @@ def _pattern(name: str, spec: Any) -> PatternLike:
             raise PlanError(f"pattern {name!r}: {error}") from None
     _check_keys(f"pattern {name!r}", spec, ("static", "layout"))
     try:
-        layout = TokenLayout(**{**spec["layout"], "grid": tuple(spec["layout"]["grid"]), "tile": tuple(spec["layout"]["tile"])})
+        layout = TokenLayout(
+            **{**spec["layout"], "grid": tuple(spec["layout"]["grid"]), "tile": tuple(spec["layout"]["tile"])}
+        )
         bits = np.frombuffer(base64.b64decode(spec["static"], validate=True), np.uint8)
         size = layout.num_blocks**2
         if len(bits) != -(-size // 8):
@@ -155,7 +163,9 @@ def _pattern(name: str, spec: Any) -> PatternLike:
         mask = torch.from_numpy(np.unpackbits(bits, count=size).astype(bool)).reshape(layout.num_blocks, -1)
         return Static(mask, layout)
     except (ValueError, TypeError, KeyError, binascii.Error) as error:
-        raise PlanError(f"static mask {name!r} is damaged ({error}): expected bit-packed base64 and its layout; save it again.") from None
+        raise PlanError(
+            f"static mask {name!r} is damaged ({error}): expected bit-packed base64 and its layout; save it again."
+        ) from None
 
 
 def _layout_spec(layout: TokenLayout) -> dict[str, Any]:

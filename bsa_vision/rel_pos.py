@@ -32,7 +32,9 @@ def decompose(q: Tensor, table_h: Tensor, table_w: Tensor, grid: tuple[int, int]
     """
     height, width = grid
     if q.shape[2] != height * width:
-        raise ValueError(f"q has {q.shape[2]} tokens, the grid {height} x {width} = {height * width}: they must be equal.")
+        raise ValueError(
+            f"q has {q.shape[2]} tokens, the grid {height} x {width} = {height * width}: they must be equal."
+        )
     for name, table, side in (("table_h", table_h, height), ("table_w", table_w, width)):
         if table.shape != (2 * side - 1, q.shape[-1]):
             raise ValueError(

@@ -50,14 +50,18 @@ def main() -> None:
 # (a) The kernel's own function
 
 
-def prepare_qkv(batch: int, tokens: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def prepare_qkv(
+    batch: int, tokens: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
     """q, k, v packed as the kernel wants them, (batch * tokens, heads, head_dim), and cu_seqlens (batch + 1,)."""
     q, k, v = (torch.randn(batch * tokens, heads, head_dim, device=device, dtype=dtype) for _ in range(3))
     return q, k, v, torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens
 
 
 def kernel_function(device: torch.device, dtype: torch.dtype) -> None:
-    table = Table("call", "tokens", "blocks", "sparsity", "out", title="(a) block_sparse_attn_func", title_justify="left")
+    table = Table(
+        "call", "tokens", "blocks", "sparsity", "out", title="(a) block_sparse_attn_func", title_justify="left"
+    )
 
     def add(name: str, tokens: str, mask: Tensor, out: Tensor) -> None:
         sparsity = 1 - mask.float().mean().item()
@@ -98,7 +102,9 @@ def sparsity_levels(device: torch.device, dtype: torch.dtype, rounds: int) -> No
     q, k, v = (torch.randn(1, heads, tokens, 64, device=device, dtype=dtype) for _ in range(3))
     head_masks = {
         sparsity: bsa.HeadMasks(
-            masks.generate_vit_random_sparse_mask(1024, 16, BLOCK, 1, heads, sparsity, include_cls_token=False, device=device)
+            masks.generate_vit_random_sparse_mask(
+                1024, 16, BLOCK, 1, heads, sparsity, include_cls_token=False, device=device
+            )
         )
         for sparsity in (0.5, 0.75)
     }
@@ -111,7 +117,13 @@ def sparsity_levels(device: torch.device, dtype: torch.dtype, rounds: int) -> No
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("(b) timing", total=rounds + 1)
         timings = paired(runs, rounds, on_round=lambda: progress.advance(task))
-    table = Table("attention, 4096 tokens, 12 heads of 64", "median", "of dense", "faster by", title="(b) timed here, results checked")
+    table = Table(
+        "attention, 4096 tokens, 12 heads of 64",
+        "median",
+        "of dense",
+        "faster by",
+        title="(b) timed here, results checked",
+    )
     for name, timing in timings.items():
         table.add_row(name, f"{timing.median * 1e3:.0f} ms", f"{timing.ratio:.2f}", f"{1 / timing.ratio:.2f} x")
     console.print(table, "")

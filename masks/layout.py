@@ -24,7 +24,9 @@ METRICS = ("chebyshev", "l1", "axis")
 def whole_number(name: str, value: Any, minimum: int) -> int:
     """`value` as an int of at least `minimum`, or a ValueError that names the argument."""
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < minimum:
-        raise ValueError(f"{name}={value!r}: expected a whole number of at least {minimum}; give {name} as such an int.")
+        raise ValueError(
+            f"{name}={value!r}: expected a whole number of at least {minimum}; give {name} as such an int."
+        )
     return int(value)
 
 
@@ -231,7 +233,9 @@ def _block_distance(layout: TokenLayout, metric: str) -> Tensor:
     step = max(1, 500_000 // len(rectangles.block))
     to_blocks = torch.cat(
         [
-            _smallest(_gap(Rectangles(*(x[i : i + step] for x in rectangles)), rectangles, metric), rectangles.block, layout)
+            _smallest(
+                _gap(Rectangles(*(x[i : i + step] for x in rectangles)), rectangles, metric), rectangles.block, layout
+            )
             for i in range(0, len(rectangles.block), step)
         ]
     )  # (M, R)

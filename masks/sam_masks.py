@@ -44,7 +44,9 @@ def _sam_layout(num_image_tokens: int, num_prompt_tokens: int, block_size: int, 
             f"grid=({height}, {width}) holds {height * width} patches, num_image_tokens={num_image_tokens}: they must be equal; "
             "correct one of them."
         )
-    return TokenLayout((height, width), end=whole_number("num_prompt_tokens", num_prompt_tokens, 0), block_size=block_size)
+    return TokenLayout(
+        (height, width), end=whole_number("num_prompt_tokens", num_prompt_tokens, 0), block_size=block_size
+    )
 
 
 def generate_sam_image_to_prompt_mask(
@@ -89,7 +91,9 @@ def generate_sam_hierarchical_mask(
     """
     layout = _sam_layout(num_image_tokens, num_prompt_tokens, block_size, grid)
     g, num_heads = max(layout.grid), whole_number("num_heads", num_heads, 1)
-    return stack_heads([local_window(layout, 1 + i * g // num_heads, "l1") for i in range(num_heads)], batch_size, device)
+    return stack_heads(
+        [local_window(layout, 1 + i * g // num_heads, "l1") for i in range(num_heads)], batch_size, device
+    )
 
 
 def generate_sam_region_focused_mask(

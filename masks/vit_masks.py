@@ -114,7 +114,13 @@ def generate_vit_hybrid_mask(
 
 
 def hybrid(
-    layout: TokenLayout, batch_size: int, num_heads: int, dense_name: str, num_dense: int, sparsity: float, device: Device
+    layout: TokenLayout,
+    batch_size: int,
+    num_heads: int,
+    dense_name: str,
+    num_dense: int,
+    sparsity: float,
+    device: Device,
 ) -> tuple[Tensor, Tensor]:
     """(base_blockmask, head_mask_type) of `num_dense` dense heads followed by nearest-block heads."""
     num_heads, num_dense = whole_number("num_heads", num_heads, 1), whole_number(dense_name, num_dense, 0)

@@ -19,7 +19,8 @@ from bsa_vision.adapters.layer import Found, Layer, Tower, layer_of, layers_of
 from bsa_vision.adapters.report import LayerReport, ModelReport, report_layer
 from bsa_vision.backends import BACKENDS, Problem, choose
 from bsa_vision.errors import PlanError
-from bsa_vision.plan import ModelSpec, PatternLike, SparsityPlan
+from bsa_vision.model_spec import ModelSpec
+from bsa_vision.plan import PatternLike, SparsityPlan
 
 ADAPTERS: tuple[ModuleType, ...] = (transformers_vit,)
 SUPPORTED = "transformers ViT, DINOv2 (with and without registers) and DINOv3"
@@ -69,7 +70,9 @@ def sparsify_(model: Model, plan: SparsityPlan, backend: str = "auto", on_unsupp
     adapter, found = _find(model)
     plan.check(found.spec)
     if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: allowed are 'auto', {', '.join(map(repr, BACKENDS))}; choose one of them.")
+        raise ValueError(
+            f"backend={backend!r}: allowed are 'auto', {', '.join(map(repr, BACKENDS))}; choose one of them."
+        )
     tower = Tower(found.spec, plan, backend, on_unsupported)
     chosen = [
         (module, Layer(tower, spec, adapter.original_of(module)))
@@ -132,7 +135,9 @@ def dense(model: Model) -> Iterator[Model]:
     """
     towers = {id(layer.tower): layer.tower for layer in layers_of(model)}
     if not towers:
-        raise ValueError("this model has no sparse heads, so it is dense already; sparsify_(model, plan) gives it some.")
+        raise ValueError(
+            "this model has no sparse heads, so it is dense already; sparsify_(model, plan) gives it some."
+        )
     for tower in towers.values():
         tower.dense += 1
     try:
@@ -153,7 +158,9 @@ def describe(model: nn.Module, image_size: int | tuple[int, int] | None = None) 
     tower = layers[0].tower
     grid = tower.grid if image_size is None and tower.grid != (0, 0) else _sized(tower.spec, image_size).grid
     like = next(model.parameters())
-    return ModelReport(tower.spec.family, grid, tower.plan.order, tuple(report_layer(layer, grid, like) for layer in layers))
+    return ModelReport(
+        tower.spec.family, grid, tower.plan.order, tuple(report_layer(layer, grid, like) for layer in layers)
+    )
 
 
 def _spec_of(model: nn.Module | ModelSpec) -> ModelSpec:

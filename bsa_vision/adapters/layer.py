@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from bsa_vision.attention import attend_masks
 from bsa_vision.errors import BackendUnavailable
-from bsa_vision.plan import LayerMasks, LayerSpec, ModelSpec, SparsityPlan
+from bsa_vision.model_spec import LayerSpec, ModelSpec
+from bsa_vision.plan import LayerMasks, SparsityPlan
 
-ATTRIBUTE = "_bsa_layer"  # on an attention module; a plain attribute, so neither a parameter, a buffer nor a state_dict key
+ATTRIBUTE = (
+    "_bsa_layer"  # on an attention module; a plain attribute, so neither a parameter, a buffer nor a state_dict key
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +100,9 @@ class Layer:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout_p: float) -> Tensor:
         """(B, H, N, D) in model order -> (B, H, N, D) with this layer's masks."""
         grid = self.tower.current_grid()
-        return attend_masks(self.masks, q, k, v, grid=grid, scale=scale, dropout_p=dropout_p, backend=self.tower.backend)
+        return attend_masks(
+            self.masks, q, k, v, grid=grid, scale=scale, dropout_p=dropout_p, backend=self.tower.backend
+        )
 
 
 def layer_of(module: nn.Module) -> Layer | None:

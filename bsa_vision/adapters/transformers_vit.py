@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bsa_vision.adapters.layer import ATTRIBUTE, Found, Layer, layer_of
-from bsa_vision.plan import LayerSpec, ModelSpec
+from bsa_vision.model_spec import LayerSpec, ModelSpec
 
 NAME = "bsa_vision"  # transformers reads meaning into names that contain "sdpa" or "flash"
 IMPLEMENTATION = "_attn_implementation_internal"
@@ -23,7 +23,10 @@ IMPLEMENTATION = "_attn_implementation_internal"
 ATTENTION = {
     ("transformers.models.vit.modeling_vit", "ViTAttention"): "vit",
     ("transformers.models.dinov2.modeling_dinov2", "Dinov2Attention"): "dinov2",
-    ("transformers.models.dinov2_with_registers.modeling_dinov2_with_registers", "Dinov2WithRegistersAttention"): "dinov2",
+    (
+        "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers",
+        "Dinov2WithRegistersAttention",
+    ): "dinov2",
     ("transformers.models.dinov3_vit.modeling_dinov3_vit", "DINOv3ViTAttention"): "dinov3",
 }
 EMBEDDINGS = {"ViTEmbeddings", "Dinov2Embeddings", "Dinov2WithRegistersEmbeddings", "DINOv3ViTEmbeddings"}

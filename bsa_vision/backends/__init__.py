@@ -25,7 +25,9 @@ def choose(problem: Problem, backend: str = "auto") -> str:
         order = ("sdpa", *BACKENDS) if problem.masks.all_dense and problem.rel_pos is None else tuple(BACKENDS)
         return next(name for name in order if BACKENDS[name].why_not(problem) is None)
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: allowed are 'auto', {', '.join(map(repr, BACKENDS))}; choose one of them.")
+        raise ValueError(
+            f"backend={backend!r}: allowed are 'auto', {', '.join(map(repr, BACKENDS))}; choose one of them."
+        )
     reason = BACKENDS[backend].why_not(problem)
     if reason is not None:
         able = [name for name in BACKENDS if BACKENDS[name].why_not(problem) is None]

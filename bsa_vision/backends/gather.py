@@ -49,7 +49,9 @@ def run(problem: Problem) -> Result:
     tasks = []
     for head in heads:
         step = max(1, -(-len(head.rows) // chunks))
-        tasks += [partial(_rows, problem, head, head.rows[i : i + step], out, lse) for i in range(0, len(head.rows), step)]
+        tasks += [
+            partial(_rows, problem, head, head.rows[i : i + step], out, lse) for i in range(0, len(head.rows), step)
+        ]
     run_tasks(tasks, problem.q.device)
     return Result(out, lse)
 
@@ -71,12 +73,14 @@ def _dense_heads(problem: Problem, out: Tensor) -> list[int]:
             k, v = (x[[head // problem.group for head in dense]] for x in (k, v))
         else:
             k, v = k[heads], v[heads]
-        out[span.row, :, span.q][heads] = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=problem.scale)[0]
+        out[span.row, :, span.q][heads] = F.scaled_dot_product_attention(
+            q[None], k[None], v[None], scale=problem.scale
+        )[0]
     return [head for head in range(problem.num_heads) if head not in dense]
 
 
 def _rows(problem: Problem, head: _Head, rows: list[BlockRow], out: Tensor, lse: Tensor | None) -> None:
-    image_out = out[head.span.row, head.index, head.span.q]
+    image_out = out[head.span.row, head.number, head.span.q]
     for row, keys, values in _with_keys(head, rows):
         target = image_out[row.start : row.stop]
         if not row.runs:
@@ -85,7 +89,7 @@ def _rows(problem: Problem, head: _Head, rows: list[BlockRow], out: Tensor, lse:
         logits = _logits(problem, head, row, keys)
         if lse is not None:
             row_lse = logits.logsumexp(-1)
-            lse[head.span.image, head.index, row.start : row.stop] = row_lse.masked_fill(row_lse.isneginf(), torch.inf)
+            lse[head.span.image, head.number, row.start : row.stop] = row_lse.masked_fill(row_lse.isneginf(), torch.inf)
         probs = _softmax_(problem, logits)
         if problem.dropout_p:
             probs *= _dropout(problem, head, row, probs)
@@ -114,8 +118,8 @@ def gradients(problem: Problem, out: Tensor, grad_out: Tensor) -> Gradients:
 def _head_gradients(problem: Problem, heads: list[_Head], out: Tensor, grad_out: Tensor, grads: list[Tensor]) -> None:
     dtype = problem.compute_dtype
     for head in heads:
-        at_q = (head.span.row, head.index, head.span.q)
-        at_k = (head.span.row, head.index // problem.group, head.span.k)
+        at_q = (head.span.row, head.number, head.span.q)
+        at_k = (head.span.row, head.number // problem.group, head.span.k)
         grad_q, grad_k, grad_v = grads[0][at_q], grads[1][at_k], grads[2][at_k]
         image_grad = grad_out[at_q].to(dtype)
         delta = (image_grad * out[at_q].to(dtype)).sum(-1, keepdim=True)  # (n_q, 1)
@@ -143,7 +147,7 @@ class _Head(NamedTuple):
     """One head of one image: float32 or float64 tensors of its own tokens, and its rows of blocks."""
 
     span: Span
-    index: int
+    number: int
     rows: list[BlockRow]
     q: Tensor  # (n_q, D)
     k: Tensor  # (n_k, D)
@@ -201,7 +205,7 @@ def _logits(problem: Problem, head: _Head, row: BlockRow, keys: Tensor) -> Tenso
     if problem.rel_pos is not None:
         for term, key_place in zip(problem.rel_pos, (problem.key_row, problem.key_column), strict=True):
             assert key_place is not None
-            products = term[head.span.row, head.index, head.span.q][rows].to(logits.dtype)
+            products = term[head.span.row, head.number, head.span.q][rows].to(logits.dtype)
             logits += products.index_select(1, _take(key_place, row))
     if problem.is_causal:
         offset = head.k.shape[0] - head.q.shape[0]  # bottom-right aligned
@@ -218,5 +222,5 @@ def _softmax_(problem: Problem, logits: Tensor) -> Tensor:
 
 
 def _dropout(problem: Problem, head: _Head, row: BlockRow, probs: Tensor) -> Tensor:
-    keep = problem.keep(tuple(probs.shape), head.span.image, head.index, row.start)
+    keep = problem.keep(tuple(probs.shape), head.span.image, head.number, row.start)
     return keep.to(probs.dtype).div_(1 - problem.dropout_p)

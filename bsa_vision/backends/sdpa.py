@@ -26,7 +26,8 @@ def run(problem: Problem) -> Result:
     out = problem.empty_out()
     for span in problem.spans():
         q, k, v = (
-            x[span.row, :, tokens][None] for x, tokens in zip((problem.q, problem.k, problem.v), (span.q, span.k, span.k))
+            x[span.row, :, tokens][None]
+            for x, tokens in zip((problem.q, problem.k, problem.v), (span.q, span.k, span.k))
         )
         mask = problem.token_mask(span)
         result = _sdpa(problem, q, k, v, _bias(problem, span, mask))[0]
@@ -44,7 +45,9 @@ def _bias(problem: Problem, span: Span, mask: torch.Tensor | None) -> torch.Tens
     return bias if mask is None else bias.masked_fill(~mask, -torch.inf)
 
 
-def _sdpa(problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _sdpa(
+    problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
     if problem.group > 1:
         k, v = (x.repeat_interleave(problem.group, 1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=problem.dropout_p, scale=problem.scale)

@@ -67,7 +67,10 @@ def run_tasks(tasks: Iterable[Task], device: torch.device) -> None:
     inference = torch.is_inference_mode_enabled()
 
     def work() -> None:
-        with torch.inference_mode(inference), torch.no_grad():  # in this order: leaving inference mode turns gradients on
+        with (
+            torch.inference_mode(inference),
+            torch.no_grad(),
+        ):  # in this order: leaving inference mode turns gradients on
             while True:
                 try:
                     task = queue.popleft()

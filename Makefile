@@ -1,0 +1,31 @@
+# Everything a checkout needs is made here: a virtual environment in .venv with the versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test check format lint types clean
+
+demo: $(INSTALLED)  ## run the usage example: masks, the kernel's function, a model with sparse heads on a photograph
+	$(BIN)/python examples/usage_example.py
+
+test: $(INSTALLED)  ## run the tests
+	$(BIN)/python -m pytest
+
+check: format lint types test  ## what a change must pass
+
+format: $(INSTALLED)
+	$(BIN)/ruff format --check .
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
