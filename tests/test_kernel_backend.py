@@ -1,0 +1,199 @@
+"""The kernel backend's marshalling, against a stand-in that behaves as block_sparse_attn v0.0.2 does (tests/fake_kernel.py)."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+
+from bsa_vision import HeadMasks, RelPos
+from bsa_vision.backends import Problem, choose, gather, kernel, reference
+from tests import fake_kernel
+from tests.problems import Varlen, varlens
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed():
+    """The stand-in, importable under the real name."""
+    sys.modules["block_sparse_attn"] = fake_kernel.make_module()
+    kernel._probe.cache_clear()
+    yield
+    del sys.modules["block_sparse_attn"]
+    kernel._probe.cache_clear()
+
+
+def problem_of(varlen: Varlen, dtype: torch.dtype) -> Problem:
+    q, k, v = (x.transpose(0, 1)[None].to(dtype) for x in (varlen.q, varlen.k, varlen.v))
+    masks = HeadMasks(varlen.base_blockmask, varlen.head_mask_type, varlen.streaming_info, allow_empty_rows=True)
+    return Problem(
+        q,
+        k,
+        v,
+        masks,
+        varlen.scale or q.shape[-1] ** -0.5,
+        cu_seqlens_q=varlen.cu_q,
+        cu_seqlens_k=varlen.cu_k,
+        max_q=varlen.longest[0],
+        max_k=varlen.longest[1],
+        is_causal=varlen.causal,
+        exact_streaming=varlen.exact,
+        return_lse=True,
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(varlens(max_tokens=180))
+def test_ragged_problems(varlen):
+    problem = problem_of(varlen, torch.bfloat16)
+    out, lse, _ = kernel.run(problem)
+    expected, expected_lse, _ = reference.run(problem)
+    assert out.dtype == torch.bfloat16
+    assert torch.allclose(out.float(), expected.float(), atol=0.05)
+    assert torch.allclose(lse, expected_lse, atol=1e-3)
+
+
+def uniform(head_mask_type, slices, dim=16, dtype=torch.float16, batch=2, mask_batch=1, **options) -> Problem:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(batch, len(head_mask_type), 200, dim, generator=generator).to(dtype) for _ in range(3))
+    base = torch.rand(mask_batch, slices, 2, 2, generator=generator) < 0.6
+    base |= torch.eye(2, dtype=torch.bool)
+    return Problem(q, k, v, HeadMasks(base, head_mask_type, **options), dim**-0.5)
+
+
+@pytest.mark.parametrize(
+    ("head_mask_type", "slices"), [([1, 1, 1], 3), ([0, 1, 0], 1), ([1, 2, 2, 1], 2), ([2, 0, 3], 3), ([3, 1, 2], 3)]
+)
+def test_explicit_slices_are_expanded(head_mask_type, slices):
+    problem = uniform(head_mask_type, slices)
+    expected = reference.run(problem).out.float()
+    assert torch.allclose(kernel.run(problem).out.float(), expected, atol=5e-3)
+
+
+@pytest.mark.parametrize(("head_mask_type", "slices"), [([2, 0, 3], 3), ([3, 1, 2], 3)])
+def test_twin_upstream_refuses_explicit_slices(head_mask_type, slices):
+    with pytest.raises(AssertionError):
+        raw_call(uniform(head_mask_type, slices), head_mask_type)
+
+
+def test_twin_upstream_misreads_explicit_slices():
+    """Two ones and two slices pass its check, and the last head gets slice 2 instead of 1."""
+    problem = uniform([1, 2, 2, 1], 2)
+    raw = raw_call(problem, [1, 2, 2, 1]).unflatten(0, (2, 200)).transpose(1, 2)
+    difference = (raw.float() - reference.run(problem).out.float()).abs().amax((0, 2, 3))
+    assert (difference[:3] < 5e-3).all()
+    assert difference[3] > 0.1
+
+
+def raw_call(problem: Problem, head_mask_type: list[int]) -> torch.Tensor:
+    """What a user's own call would be."""
+    q, k, v = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (problem.q, problem.k, problem.v))
+    cu = torch.tensor([0, 200, 400], dtype=torch.int32)
+    types = torch.tensor(head_mask_type, dtype=torch.int32)
+    base = problem.masks.base_blockmask.expand(2, -1, -1, -1)
+    return fake_kernel.block_sparse_attn_func(q, k, v, cu, cu, types, None, base, 200, 200, 0.0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 128))
+def test_head_dims_are_padded_and_sliced(dim):
+    problem = uniform([0, 1], 1, dim=dim)
+    out = kernel.run(problem).out
+    assert out.shape == problem.q.shape
+    assert torch.allclose(out.float(), reference.run(problem).out.float(), atol=5e-3)
+
+
+def test_twin_the_traps_are_real():
+    """The stand-in does what upstream does: odd head dims come back too wide, 129 and more as garbage."""
+    assert raw_call(uniform([0, 1], 1, dim=20), [0, 1]).shape[-1] == 24
+    assert raw_call(uniform([0, 1], 1, dim=136), [0, 1]).isnan().all()
+
+
+def test_masks_per_image_and_streaming():
+    problem = uniform([1, 0, 1], 2, mask_batch=2)
+    assert torch.allclose(kernel.run(problem).out.float(), reference.run(problem).out.float(), atol=5e-3)
+    problem = uniform([1, -1], 1, streaming_info=[0, 0, 1, 1])
+    assert torch.allclose(kernel.run(problem).out.float(), reference.run(problem).out.float(), atol=5e-3)
+
+
+def why_not(dim=64, value_dim=None, dtype=torch.bfloat16, device="cuda", block_size=128, **fields) -> str | None:
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 256, dim, dtype=dtype, device=device)
+        v = torch.empty(1, 2, 256, value_dim or dim, dtype=dtype, device=device)
+    blocks = -(-256 // block_size)
+    masks = HeadMasks(torch.ones(1, 2, blocks, blocks, dtype=torch.bool), block_size=block_size)
+    return kernel.why_not(Problem(q, q, v, masks, 1.0, **fields))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dim": 136}, "head dim 136 > 128: the kernel would return uninitialised memory"),
+        ({"dim": 256}, "head dim 256 > 128"),
+        ({"value_dim": 32}, "needs v as wide as q, got head dims 32 and 64"),
+        ({"dtype": torch.float32}, "takes float16 or bfloat16, got torch.float32"),
+        ({"device": "cpu"}, "runs on CUDA, the tensors are on cpu"),
+        ({"block_size": 64}, "blocks of 128 tokens, the masks have 64"),
+        ({"rel_pos": RelPos(torch.empty(0), torch.empty(0))}, "takes no bias"),
+        ({"exact_streaming": True}, "causal only"),
+    ],
+)
+def test_why_not(change, reason):
+    assert reason in why_not(**change)
+
+
+def test_a_gpu_that_is_new_enough_is_served(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert why_not() is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "8.0 or newer" in why_not()
+
+
+def test_auto_prefers_the_kernel_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 256, 64, dtype=torch.bfloat16, device="cuda")
+    base = torch.eye(2, dtype=torch.bool).expand(1, 2, -1, -1)
+    assert choose(Problem(q, q, q, HeadMasks(base), 1.0)) == "kernel"
+    assert choose(Problem(q, q, q, HeadMasks(None, [0, 0]), 1.0)) == "sdpa"
+
+
+def broken(message):
+    def find_spec(name, *_):
+        if name == "block_sparse_attn":
+            raise message
+
+    return types.SimpleNamespace(find_spec=find_spec)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ImportError("libcudart.so.11: cannot open"), "installed but broken: ImportError: libcudart.so.11"),
+        (RuntimeError("CUDA version mismatch"), "installed but broken: RuntimeError: CUDA version mismatch"),
+        (
+            ModuleNotFoundError("No module named 'block_sparse_attn_cuda'", name="block_sparse_attn_cuda"),
+            "cannot be imported",
+        ),
+        (ModuleNotFoundError("No module named 'block_sparse_attn'", name="block_sparse_attn"), "not installed"),
+    ],
+)
+def test_a_missing_or_broken_package_is_a_reason(monkeypatch, error, reason):
+    monkeypatch.delitem(sys.modules, "block_sparse_attn")
+    monkeypatch.setattr(sys, "meta_path", [broken(error), *sys.meta_path])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    kernel._probe.cache_clear()
+    try:
+        assert reason in why_not()
+    finally:
+        kernel._probe.cache_clear()
+
+
+def test_other_backends_serve_what_the_kernel_does_not():
+    problem = uniform([0, 1], 1, dim=136)
+    assert gather.why_not(problem) is None
+    assert torch.allclose(gather.run(problem).out.float(), reference.run(problem).out.float(), atol=5e-3)
