@@ -1,7 +1,7 @@
 """Sparse heads inside the models people load: find the attention layers, swap them for a plan, put them back.
 
 One file per family. An adapter is a module with `find(model) -> list[Found]`, which imports no model library, and `serves`,
-`original_of`, `swap`, `unswap` for one attention module.
+`original_of`, `swap`, `unswap` for one attention module, and `prepare`, which makes a process ready to run swapped ones.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def sparsify_(model: Model, plan: SparsityPlan, backend: str = "auto", on_unsupp
         )
     tower = Tower(found.spec, plan, backend, on_unsupported)
     chosen = [
-        (module, Layer(tower, spec, adapter.original_of(module)))
+        (module, Layer(tower, spec, adapter.original_of(module), adapter.prepare))
         for module, spec in zip(found.modules, found.spec.layers, strict=True)
         if spec.key in plan.layers
     ]
@@ -83,6 +83,7 @@ def sparsify_(model: Model, plan: SparsityPlan, backend: str = "auto", on_unsupp
         _rehearse(module, layer)
     done = []
     try:
+        adapter.prepare()
         for module, layer in chosen:
             adapter.swap(module, layer)
             done.append(module)

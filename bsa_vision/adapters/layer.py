@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,13 +66,18 @@ class Tower:
 class Layer:
     """One swapped attention module: its masks, and the calls that went to the original instead, by reason."""
 
-    def __init__(self, tower: Tower, spec: LayerSpec, original: Any) -> None:
+    def __init__(self, tower: Tower, spec: LayerSpec, original: Any, prepare: Callable[[], None]) -> None:
         self.tower, self.spec = tower, spec
+        self.prepare = prepare  # what a process must do once before it can run such layers
         self.masks = LayerMasks(tower.plan, tower.spec, spec)
         self.original = original  # what the adapter needs to put back
         # A layer without a sparse head has nothing to skip: unless a backend was named, the original runs as it is.
         self.untouched = self.masks.all_dense and tower.backend == "auto"
         self.fallbacks: Counter[str] = Counter()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.prepare()  # unpickled, maybe in a process that never called sparsify_
 
     def runs_original(self) -> bool:
         return self.untouched or self.tower.dense > 0

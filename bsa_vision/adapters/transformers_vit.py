@@ -85,7 +85,6 @@ def original_of(module: Any) -> Any:
 
 
 def swap(module: Any, layer: Layer) -> None:
-    register()
     module.config = copy.copy(layer.original)
     setattr(module.config, IMPLEMENTATION, NAME)
     setattr(module, ATTRIBUTE, layer)
@@ -98,7 +97,7 @@ def unswap(module: Any) -> None:
     delattr(module, ATTRIBUTE)
 
 
-def register() -> None:
+def prepare() -> None:
     """Make our name known to transformers. Both registries are needed: without a mask function, padding masks vanish."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask

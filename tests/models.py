@@ -1,0 +1,86 @@
+"""Small models of the real transformers classes, with weights redrawn so that attention is far from uniform."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+SMALL = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, patch_size=8, image_size=64)
+
+
+def vit(**changes) -> nn.Module:
+    from transformers import ViTConfig, ViTModel
+
+    return ViTModel(ViTConfig(**{**SMALL, "intermediate_size": 96, **changes}), add_pooling_layer=False)
+
+
+def dinov2(**changes) -> nn.Module:
+    from transformers import Dinov2Config, Dinov2Model
+
+    return Dinov2Model(Dinov2Config(**{**SMALL, "mlp_ratio": 2, **changes}))
+
+
+def dinov2_with_registers(**changes) -> nn.Module:
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**{**SMALL, "mlp_ratio": 2, **changes}))
+
+
+def dinov3(**changes) -> nn.Module:
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    return DINOv3ViTModel(DINOv3ViTConfig(**{**SMALL, "intermediate_size": 96, "num_register_tokens": 4, **changes}))
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "vit": vit,
+    "dinov2": dinov2,
+    "dinov2_with_registers": dinov2_with_registers,
+    "dinov3": dinov3,
+}
+START = {"vit": 1, "dinov2": 1, "dinov2_with_registers": 5, "dinov3": 5}
+
+
+def make(name: str, seed: int = 0, **changes) -> nn.Module:
+    """The model in eval mode with redrawn weights: logits of standard deviation 1 and more, checked."""
+    torch.manual_seed(seed)
+    model = MODELS[name](**changes).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.dim() >= 2 and "embeddings" not in parameter_name:
+                parameter.copy_(torch.randn_like(parameter) * 1.3 * parameter.shape[-1] ** -0.5)
+            elif "bias" in parameter_name:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def image(height: int = 64, width: int = 64, batch: int = 1, seed: int = 1) -> torch.Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def features(model: nn.Module, pixels: torch.Tensor, **options) -> torch.Tensor:
+    if type(model).__name__ == "ViTModel" and pixels.shape[-2:] != (64, 64):
+        options["interpolate_pos_encoding"] = True
+    return model(pixels, **options).last_hidden_state
+
+
+def attention_logits(model: nn.Module, pixels: torch.Tensor) -> list[torch.Tensor]:
+    """The scaled logits of every layer, recorded through the official interface."""
+    from transformers import AttentionInterface
+
+    recorded = []
+
+    def record(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        recorded.append(query @ key.transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5))
+        out = nn.functional.scaled_dot_product_attention(query, key, value)
+        return out.transpose(1, 2), None
+
+    AttentionInterface.register("record_logits", record)
+    before = model.config._attn_implementation
+    model.set_attn_implementation("record_logits")
+    with torch.no_grad():
+        features(model, pixels)
+    model.set_attn_implementation(before)
+    return recorded
