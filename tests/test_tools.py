@@ -1,0 +1,179 @@
+"""The small modules: cache, workers, timing, viz."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import bsa_vision as bsa
+from bsa_vision.backends.workers import run_tasks, scratch
+from bsa_vision.cache import Cache
+from bsa_vision.timing import paired
+from bsa_vision.viz import View, block_at, plot_views
+from masks import TokenLayout, local_window
+
+CPU = torch.device("cpu")
+
+
+class TestCache:
+    def test_bounded_by_last_use(self):
+        cache, made = Cache(2), []
+
+        def get(key):
+            return cache.get(key, lambda: made.append(key) or key)
+
+        for key in ("a", "b", "a", "c", "a", "b"):
+            assert get(key) == key
+        assert made == ["a", "b", "c", "b"]
+        assert len(cache) == 2
+
+    def test_copies_start_empty(self):
+        cache = Cache(3)
+        cache.get("a", lambda: 1)
+        assert len(pickle.loads(pickle.dumps(cache))) == 0
+
+    def test_the_first_of_two_threads_wins(self):
+        cache, barrier, seen = Cache(4), threading.Barrier(2), []
+
+        def make():
+            barrier.wait()
+            return object()
+
+        threads = [threading.Thread(target=lambda: seen.append(cache.get("k", make))) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert seen[0] is seen[1]
+
+
+class TestWorkers:
+    def test_every_task_runs_once_on_one_core_each(self):
+        done, threads = [], []
+
+        def task(i):
+            threads.append(torch.get_num_threads())
+            done.append(i)
+
+        run_tasks([lambda i=i: task(i) for i in range(50)], CPU)
+        assert sorted(done) == list(range(50))
+        assert set(threads) == {1}
+
+    def test_the_first_operation_of_a_worker_keeps_to_one_core(self):
+        """A new thread takes torch's process-wide number at its first operation; workers must be past that point."""
+        counts = []
+
+        def task():
+            torch.randn(64, 64) @ torch.randn(64, 64)
+            counts.append(torch.get_num_threads())
+
+        run_tasks([task] * 20, CPU)
+        assert set(counts) == {1}
+
+    def test_errors_reach_the_caller_and_the_pool_survives(self):
+        def fail():
+            raise ZeroDivisionError("in a task")
+
+        with pytest.raises(ZeroDivisionError, match="in a task"):
+            run_tasks([fail] * 8, CPU)
+        self.test_every_task_runs_once_on_one_core_each()
+
+    def test_tasks_within_tasks(self):
+        done = []
+        run_tasks([lambda: run_tasks([lambda: done.append(1)] * 5, CPU)] * 6, CPU)
+        assert len(done) == 30
+
+    def test_one_thread_stays_on_the_callers(self):
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            seen = set()
+            run_tasks([lambda: seen.add(threading.current_thread())] * 5, CPU)
+            assert seen == {threading.current_thread()}
+        finally:
+            torch.set_num_threads(before)
+
+    def test_scratch_is_kept_and_grows(self):
+        first = scratch("test", (4, 8), torch.float32, CPU)
+        assert scratch("test", (2, 3), torch.float32, CPU).data_ptr() == first.data_ptr()
+        assert scratch("test", (2, 3), torch.float64, CPU).dtype == torch.float64
+        assert scratch("test", (40, 80), torch.float32, CPU).shape == (40, 80)
+
+    @pytest.mark.parametrize("method", ["fork", "spawn"])
+    def test_data_loader_workers(self, method):
+        """A process forked after the pool was made must not wait for threads that do not exist there."""
+        expected = attention_of(3)
+        loader = torch.utils.data.DataLoader(
+            Attentions(), num_workers=2, multiprocessing_context=multiprocessing.get_context(method), timeout=120
+        )
+        results = [item[0] for item in loader]
+        assert torch.equal(results[3], expected)
+
+
+class Attentions(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        torch.set_num_threads(2)
+        return attention_of(index)
+
+
+def attention_of(seed):
+    layout = TokenLayout((12, 12), block_size=16)
+    hm = bsa.HeadMasks(local_window(layout, 2).expand(1, 4, -1, -1), layout=layout)
+    q, k, v = torch.randn(3, 1, 4, 144, 16, generator=torch.Generator().manual_seed(seed))
+    return bsa.sparse_attention(q, k, v, hm, backend="gather")
+
+
+class TestTiming:
+    def test_alternates_and_compares_within_rounds(self):
+        order, rounds = [], []
+        timings = paired(
+            {"a": lambda: order.append("a") or time.sleep(0.002), "b": lambda: order.append("b") or time.sleep(0.02)},
+            rounds=3,
+            warmup=1,
+            on_round=lambda: rounds.append(1),
+        )
+        assert order == ["a", "b"] * 4
+        assert len(rounds) == 4
+        assert timings["a"].ratios == (1.0, 1.0, 1.0)
+        assert timings["b"].ratio > 1
+        low, high = timings["b"].spread
+        assert low <= timings["b"].ratio <= high
+        assert timings["b"].median == sorted(timings["b"].seconds)[1]
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="0 candidates, 5 rounds"):
+            paired({})
+
+
+class TestViz:
+    layout = TokenLayout((6, 10), start=3, order="tile", tile=(2, 4), block_size=8)
+
+    def test_patches_of_a_view(self):
+        block = block_at(self.layout, 2, 5)
+        queries, visible = View("", self.layout, local_window(self.layout, 0), block).patches()
+        assert queries.nonzero().tolist() == [[r, c] for r in (2, 3) for c in range(4, 8)]
+        assert visible.shape == (6, 10)
+        assert visible[queries].all()
+        assert not visible[0, :8].any()  # other tiles, with nothing in common
+
+    def test_picture(self, tmp_path):
+        mask = local_window(self.layout, 1)
+        figure = plot_views(
+            np.zeros((60, 100, 3), np.uint8), [View("one", self.layout, mask, 0), View("two", self.layout, mask, 1)]
+        )
+        figure.savefig(tmp_path / "views.png")
+        assert (tmp_path / "views.png").stat().st_size > 1000
+        assert [axes.get_title().splitlines()[0] for axes in figure.axes] == ["one", "two"]
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match=r"patch \(6, 0\) lies outside the grid \(6, 10\)"):
+            block_at(self.layout, 6, 0)
