@@ -44,7 +44,7 @@ def plot_views(image: Any, views: Sequence[View]) -> Figure:
     """The image (H, W, 3) once per view: what the query block sees is bright, the rest dark, the query block outlined."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * len(views), 4.4), layout="constrained")
+    figure = Figure(figsize=(4 * len(views), 4.5), layout="constrained")
     for axes, view in zip(figure.subplots(1, len(views), squeeze=False)[0], views, strict=True):
         queries, visible = view.patches()
         height, width = view.layout.grid

@@ -1,6 +1,6 @@
 """What the mask generators cost: best of five and extra memory, at 4096 and 16,384 tokens.
 
-    python examples/generator_times.py
+python examples/generator_times.py
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def kernel_function(device: torch.device, dtype: torch.dtype) -> None:
     out = bsa.block_sparse_attn_func(q, k, v, cu_q, cu_k, head_types, None, mask, 300, 4096, 0.0)
     add("cross attention", "300 on 4096", mask, out)
     console.print(table)
-    console.print(f"bsa.check on the first call:\n{advice}\n", markup=False)
+    console.print(f"bsa.check on the first call:\n{advice}\n", markup=False, soft_wrap=True)
 
 
 # (b) What sparsity buys
@@ -187,7 +187,8 @@ def model_on_photograph(device: torch.device, rounds: int, out: Path) -> None:
     sparse = timings["sparse"]
     console.print(
         f"whole model: dense {timings['dense'].median:.2f} s, sparse {sparse.median:.2f} s = {sparse.ratio:.2f} of dense; relative "
-        f"error of the features {error.item():.3f} (random weights: no statement about a trained model)"
+        f"error of the features {error.item():.3f} (random weights: no statement about a trained model)",
+        soft_wrap=True,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     picture(image, out)
