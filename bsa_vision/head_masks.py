@@ -89,8 +89,12 @@ class HeadMasks(Handled):
         allow_empty_rows: bool = False,
     ) -> None:
         self.base_blockmask = _check_blockmask(base_blockmask)
+        # Per head: 0 dense, -1 streaming, otherwise its 1-based slice of base_blockmask.
         self.slices = resolve_slices(head_mask_type, self.base_blockmask)
-        self.streaming = _resolve_streaming(streaming_info, self.slices)
+        self._given_types = (
+            (1,) * len(self.slices) if head_mask_type is None else as_ints("head_mask_type", head_mask_type)
+        )
+        self.streaming = _resolve_streaming(streaming_info, self.slices)  # (sink, local) per head, or nothing
         self.layout = layout
         self.kv_layout = layout if kv_layout is None else kv_layout
         self.block_size = block_size if layout is None else layout.block_size
@@ -113,9 +117,19 @@ class HeadMasks(Handled):
         return all(s == DENSE for s in self.slices)
 
     @property
-    def head_mask_type(self) -> tuple[int, ...]:
-        """Per head: 0 dense, -1 streaming, otherwise its 1-based slice of `base_blockmask`."""
-        return self.slices
+    def head_mask_type(self) -> Tensor:
+        """(H,) int32 in the convention it was given in, as the kernel's function takes it."""
+        return torch.tensor(self._given_types, dtype=torch.int32, device=self._device)
+
+    @property
+    def streaming_info(self) -> Tensor | None:
+        """(2 * H,) int32 as the kernel's function takes it, or None."""
+        numbers = [number for pair in self.streaming for number in pair]
+        return torch.tensor(numbers, dtype=torch.int32, device=self._device) if numbers else None
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device("cpu") if self.base_blockmask is None else self.base_blockmask.device
 
     @property
     def num_blocks(self) -> tuple[int, int] | None:

@@ -40,6 +40,14 @@ class TestConventions:
         kinds = [HeadMasks(base(), t).slices for t in ([1, 1], (1, 1), torch.ones(2, dtype=torch.int32))]
         assert len(set(kinds)) == 1
 
+    def test_the_kernels_tensors_come_back(self):
+        masks = HeadMasks(base(2), [1, -1, 1], [0, 0, 2, 3, 0, 0])
+        assert masks.head_mask_type.dtype == masks.streaming_info.dtype == torch.int32
+        assert masks.head_mask_type.tolist() == [1, -1, 1]
+        assert masks.streaming_info.tolist() == [0, 0, 2, 3, 0, 0]
+        assert HeadMasks(base(3)).head_mask_type.tolist() == [1, 1, 1]
+        assert HeadMasks(base(3)).streaming_info is None
+
 
 class TestMeaning:
     def test_sparsity_is_counted(self):
