@@ -14,18 +14,20 @@ from torch import Tensor
 from bsa_vision.backends import BACKENDS, Problem, Result, choose, gather
 from bsa_vision.errors import BackendUnavailable
 from bsa_vision.head_masks import HeadMasks, from_handle
-from bsa_vision.packing import order_tokens, restore_tokens
+from bsa_vision.packing import key_places, order_tokens, restore_tokens, token_index
 from bsa_vision.rel_pos import RelPos
 from masks import TokenLayout
 
 
 def attend(problem: Problem, backend: str) -> Result:
     """Run `problem`, whose tokens are in model order, on the named backend; results come back in model order."""
-    layout, _ = _layouts(problem)
     # Autocast has done its work on what made q, k and v; inside, precision is the backend's own business.
     with torch.autocast(problem.q.device.type, enabled=False):
+        if backend == "gather":
+            return gather.run(_with_order(problem))
+        layout, _ = _layouts(problem)
         out, lse, probs = BACKENDS[backend].run(_ordered(problem))
-    if layout is not None and not layout.is_identity:
+    if layout is not None:
         # Token by token in memory, as backends lay it out and projections read it.
         out = restore_tokens(out.transpose(1, 2), layout, dim=1).transpose(1, 2)  # (B, H, N, D)
         lse = None if lse is None else restore_tokens(lse, layout, dim=-1)
@@ -33,22 +35,40 @@ def attend(problem: Problem, backend: str) -> Result:
 
 
 def _layouts(problem: Problem) -> tuple[Optional[TokenLayout], Optional[TokenLayout]]:
-    """The layouts of queries and keys; none where every head is dense, since order then changes nothing but the time."""
+    """The layouts whose order queries and keys must take; None where that changes nothing but the time."""
     masks = problem.masks
-    return (None, None) if masks.all_dense and problem.rel_pos is None else (masks.layout, masks.kv_layout)
+    if masks.all_dense:
+        return None, None
+    layout, kv_layout = (x if x is not None and not x.is_identity else None for x in (masks.layout, masks.kv_layout))
+    return layout, kv_layout
+
+
+def _with_order(problem: Problem) -> Problem:
+    """`problem` in model order, with the order for a backend that gathers tokens anyway."""
+    device = problem.q.device
+    order_q, order_k = (None if x is None else token_index(x, device) for x in _layouts(problem))
+    key_row, key_column = _key_places(problem, ordered=False)
+    return replace(problem, order_q=order_q, order_k=order_k, key_row=key_row, key_column=key_column)
 
 
 def _ordered(problem: Problem) -> Problem:
-    """`problem` with its tokens in packed order, and the keys' patch coordinates where relative position needs them."""
+    """`problem` with its tokens in packed order."""
     layout, kv_layout = _layouts(problem)
-    rel_pos, key_row, key_column = problem.rel_pos, None, None
+    rel_pos = problem.rel_pos
     if rel_pos is not None:
-        assert kv_layout is not None
-        key_row, key_column = (place.to(problem.k.device) for place in kv_layout.coordinates)
         rel_pos = RelPos(*(order_tokens(term, layout) for term in rel_pos))
     q = order_tokens(problem.q, layout)
     k, v = (order_tokens(x, kv_layout) for x in (problem.k, problem.v))
+    key_row, key_column = _key_places(problem, ordered=kv_layout is not None)
     return replace(problem, q=q, k=k, v=v, rel_pos=rel_pos, key_row=key_row, key_column=key_column)
+
+
+def _key_places(problem: Problem, ordered: bool) -> tuple[Optional[Tensor], Optional[Tensor]]:
+    """Patch row and column of every key, (Nk,) each, in packed or model order; needed by relative position only."""
+    layout = problem.masks.kv_layout
+    if problem.rel_pos is None or layout is None:
+        return None, None
+    return key_places(layout, ordered, problem.k.device)
 
 
 @torch.library.custom_op("bsa_vision::attention", mutates_args=())
@@ -139,12 +159,9 @@ def gradient_op(
         raise BackendUnavailable(
             f"this compiled call has no gradient: {reason}. Use backend='gather', or do not compile it."
         )
-    layout, kv_layout = _layouts(problem)
     with torch.autocast(q.device.type, enabled=False):
-        gradients = gather.gradients(_ordered(problem), order_tokens(out, layout), order_tokens(grad_out, layout))
-    grads = zip(gradients, (layout, kv_layout, kv_layout, layout, layout), strict=True)
-    none = q.new_empty(0)
-    dq, dk, dv, dh, dw = (none.clone() if g is None else restore_tokens(g, where) for g, where in grads)
+        gradients = gather.gradients(_with_order(problem), out, grad_out)
+    dq, dk, dv, dh, dw = (q.new_empty(0) if grad is None else grad for grad in gradients)
     return dq, dk, dv, dh, dw
 
 

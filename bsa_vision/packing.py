@@ -19,22 +19,30 @@ from masks import TokenLayout
 
 
 @lru_cache(maxsize=64)
-def _index(layout: TokenLayout, inverse: bool, device: torch.device) -> Tensor:
+def token_index(layout: TokenLayout, device: torch.device, inverse: bool = False) -> Tensor:
+    """(N,) int64 on `device`: `layout.permutation`, or `layout.inverse`."""
     return (layout.inverse if inverse else layout.permutation).to(device)
+
+
+@lru_cache(maxsize=64)
+def key_places(layout: TokenLayout, ordered: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(N,) int64 patch row and column of every token, in packed (`ordered`) or in model order, on `device`."""
+    row, column = (place if ordered else place[layout.inverse] for place in layout.coordinates)
+    return row.to(device), column.to(device)
 
 
 def order_tokens(x: Tensor, layout: TokenLayout | None, dim: int = -2) -> Tensor:
     """Model order -> packed order along `dim`; x itself where both are the same."""
     if layout is None or layout.is_identity:
         return x
-    return x.index_select(dim, _index(layout, False, x.device))
+    return x.index_select(dim, token_index(layout, x.device))
 
 
 def restore_tokens(x: Tensor, layout: TokenLayout | None, dim: int = -2) -> Tensor:
     """Packed order -> model order along `dim`; undoes `order_tokens`."""
     if layout is None or layout.is_identity:
         return x
-    return x.index_select(dim, _index(layout, True, x.device))
+    return x.index_select(dim, token_index(layout, x.device, inverse=True))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,8 @@
 """Only the kept key blocks are read and computed, one block of queries at a time; gradients likewise.
 
-Keys are used where they lie when a row keeps one run of adjacent blocks, and gathered otherwise. Nothing is N x N: working
-memory is one block of queries by the keys it keeps, per thread. Low precision is computed in float32.
+Keys are used where they lie when a row keeps one run of adjacent blocks, and gathered otherwise; token order is part of that
+gathering, so nothing is permuted before or after. Nothing is N x N: working memory is one block of queries by the keys it
+keeps, per thread. Low precision is computed in float32.
 Constraints: block granularity, so exact (token) streaming is not served.
 """
 
@@ -80,23 +81,30 @@ def _dense_heads(problem: Problem, out: Tensor) -> list[int]:
 
 
 def _rows(problem: Problem, head: _Head, rows: list[BlockRow], out: Tensor, lse: Tensor | None) -> None:
+    """Compute `rows`, which follow each other, of one head."""
+    chunk = slice(rows[0].start, rows[-1].stop)
+    queries = _select(head.q, head.order_q, chunk) * problem.scale
     image_out = out[head.span.row, head.number, head.span.q]
-    for row, keys, values in _with_keys(head, rows):
-        target = image_out[row.start : row.stop]
+    in_place = head.order_q is None and out.dtype == queries.dtype
+    results = image_out[chunk] if in_place else queries.new_empty(len(queries), out.shape[-1])
+    chunk_lse = queries.new_full((len(queries),), torch.inf)
+    for row, index, keys, values in _with_keys(head, rows):
+        here = slice(row.start - chunk.start, row.stop - chunk.start)
         if not row.runs:
-            target.zero_()
+            results[here] = 0
             continue
-        logits = _logits(problem, head, row, keys)
+        logits = _logits(problem, head, row, queries[here], index, keys)
         if lse is not None:
             row_lse = logits.logsumexp(-1)
-            lse[head.span.image, head.number, row.start : row.stop] = row_lse.masked_fill(row_lse.isneginf(), torch.inf)
+            chunk_lse[here] = row_lse.masked_fill_(row_lse.isneginf(), torch.inf)
         probs = _softmax_(problem, logits)
         if problem.dropout_p:
             probs *= _dropout(problem, head, row, probs)
-        if target.dtype == probs.dtype:
-            torch.mm(probs, values, out=target)
-        else:
-            target.copy_(probs @ values)
+        torch.mm(probs, values, out=results[here])
+    if not in_place:
+        _store(image_out, head.order_q, chunk, results)
+    if lse is not None:
+        _store(lse[head.span.image, head.number], head.order_q, chunk, chunk_lse)
 
 
 def gradients(problem: Problem, out: Tensor, grad_out: Tensor) -> Gradients:
@@ -116,35 +124,44 @@ def gradients(problem: Problem, out: Tensor, grad_out: Tensor) -> Gradients:
 
 
 def _head_gradients(problem: Problem, heads: list[_Head], out: Tensor, grad_out: Tensor, grads: list[Tensor]) -> None:
-    dtype = problem.compute_dtype
+    """Add the gradients of the query heads of one group to `grads`."""
     for head in heads:
         at_q = (head.span.row, head.number, head.span.q)
         at_k = (head.span.row, head.number // problem.group, head.span.k)
-        grad_q, grad_k, grad_v = grads[0][at_q], grads[1][at_k], grads[2][at_k]
-        image_grad = grad_out[at_q].to(dtype)
-        delta = (image_grad * out[at_q].to(dtype)).sum(-1, keepdim=True)  # (n_q, 1)
-        for row, keys, values in _with_keys(head, head.rows):
+        everything, order = slice(0, len(head.q)), head.order_q
+        queries = _select(head.q, order, everything) * problem.scale
+        head_out, head_grad = (_select(x[at_q], order, everything).to(queries.dtype) for x in (out, grad_out))
+        delta = (head_grad * head_out).sum(-1, keepdim=True)  # (n_q, 1)
+        grad_q, *grad_rel = (queries.new_zeros(len(queries), x.shape[-1]) for x in (grads[0], *grads[3:]))
+        grad_k, grad_v = grads[1][at_k], grads[2][at_k]
+        for row, index, keys, values in _with_keys(head, head.rows):
             if not row.runs:
                 continue
-            rows = slice(row.start, row.stop)
-            probs = _softmax_(problem, _logits(problem, head, row, keys))
-            grad_probs = torch.mm(image_grad[rows], values.T, out=_block("grad_probs", probs))
+            here = slice(row.start, row.stop)
+            probs = _softmax_(problem, _logits(problem, head, row, queries[here], index, keys))
+            grad_probs = scratch("grad_probs", tuple(probs.shape), probs.dtype, probs.device)
+            torch.mm(head_grad[here], values.T, out=grad_probs)
             if problem.dropout_p:
                 dropout = _dropout(problem, head, row, probs)
                 grad_probs *= dropout
-                _add(grad_v, row, (probs * dropout).T @ image_grad[rows])
+                _add(grad_v, row, index, (probs * dropout).T @ head_grad[here])
             else:
-                _add(grad_v, row, probs.T @ image_grad[rows])
-            grad_logits = probs.mul_(grad_probs.sub_(delta[rows]))
-            grad_q[rows] = (grad_logits @ keys).mul_(problem.scale)
-            _add(grad_k, row, (grad_logits.T @ head.q[rows]).mul_(problem.scale))
-            for grad, key_place in zip(grads[3:], (problem.key_row, problem.key_column)):
+                _add(grad_v, row, index, probs.T @ head_grad[here])
+            grad_logits = probs.mul_(grad_probs.sub_(delta[here]))
+            grad_q[here] = grad_logits @ keys
+            _add(grad_k, row, index, grad_logits.T @ queries[here])
+            for grad, key_place in zip(grad_rel, (problem.key_row, problem.key_column)):
                 assert key_place is not None
-                grad[at_q][rows].index_add_(1, _take(key_place, row), grad_logits)
+                grad[here].index_add_(1, _take(key_place, row, index), grad_logits)
+        for target, grad in zip((grads[0], *grads[3:]), (grad_q * problem.scale, *grad_rel), strict=True):
+            _store(target[at_q], order, everything, grad)
 
 
 class _Head(NamedTuple):
-    """One head of one image: float32 or float64 tensors of its own tokens, and its rows of blocks."""
+    """One head of one image: float32 or float64 tensors of its own tokens in model order, and its rows of blocks.
+
+    order_q, order_k  model-order index of each packed token, or None where both orders are the same
+    """
 
     span: Span
     number: int
@@ -152,6 +169,8 @@ class _Head(NamedTuple):
     q: Tensor  # (n_q, D)
     k: Tensor  # (n_k, D)
     v: Tensor  # (n_k, Dv)
+    order_q: Tensor | None
+    order_k: Tensor | None
 
 
 def _heads(problem: Problem, heads: range | list[int]) -> Iterator[_Head]:
@@ -159,54 +178,72 @@ def _heads(problem: Problem, heads: range | list[int]) -> Iterator[_Head]:
     for span in problem.spans():
         num_q, num_k = span.q.stop - span.q.start, span.k.stop - span.k.start
         rows = problem.masks.block_rows(num_q, num_k, causal=problem.is_causal)[problem.mask_image(span.image)]
-        for index in heads:
-            at_k = (span.row, index // problem.group, span.k)
-            yield _Head(span, index, rows[index], q[span.row, index, span.q], k[at_k], v[at_k])
+        for number in heads:
+            at_k = (span.row, number // problem.group, span.k)
+            tensors = (q[span.row, number, span.q], k[at_k], v[at_k])
+            yield _Head(span, number, rows[number], *tensors, problem.order_q, problem.order_k)
 
 
-def _with_keys(head: _Head, rows: list[BlockRow]) -> Iterator[tuple[BlockRow, Tensor, Tensor]]:
-    """Each row with the keys and values it keeps; gathered once for neighbours that keep the same."""
+def _with_keys(head: _Head, rows: list[BlockRow]) -> Iterator[tuple[BlockRow, Tensor | None, Tensor, Tensor]]:
+    """Each row with the index of its keys (None: packed order is model order), its keys and its values.
+
+    Gathered once for neighbours that keep the same.
+    """
     gathered: tuple[tuple[int, int], ...] | None = None
-    keys, values = head.k[:0], head.v[:0]
+    index, keys, values = None, head.k[:0], head.v[:0]
     for row in rows:
         if row.runs != gathered:
-            keys, values = _take(head.k, row, "keys"), _take(head.v, row, "values")
+            index = None if head.order_k is None else _take(head.order_k, row, None, "index")
+            keys, values = _take(head.k, row, index, "keys"), _take(head.v, row, index, "values")
             gathered = row.runs
-        yield row, keys, values
+        yield row, index, keys, values
 
 
-def _take(x: Tensor, row: BlockRow, name: str | None = None) -> Tensor:
-    """The keys of `x` (n_k, ...) that `row` keeps: a view when they are one run, else a copy, in scratch when named."""
-    if len(row.runs) <= 1:
+def _take(x: Tensor, row: BlockRow, index: Tensor | None, name: str | None = None) -> Tensor:
+    """The keys of `x` (n_k, ...) that `row` keeps: a view when they lie together, else a copy, in scratch when named."""
+    if index is None and len(row.runs) <= 1:
         start, stop = row.runs[0] if row.runs else (0, 0)
         return x[start:stop]
-    parts = [x[start:stop] for start, stop in row.runs]
-    if name is None:
-        return torch.cat(parts)
     kept = sum(stop - start for start, stop in row.runs)
-    return torch.cat(parts, out=scratch(name, (kept, *x.shape[1:]), x.dtype, x.device))
+    out = None if name is None else scratch(name, (kept, *x.shape[1:]), x.dtype, x.device)
+    if index is not None:
+        return torch.index_select(x, 0, index, out=out)
+    return torch.cat([x[start:stop] for start, stop in row.runs], out=out)
 
 
-def _add(x: Tensor, row: BlockRow, values: Tensor) -> None:
+def _add(x: Tensor, row: BlockRow, index: Tensor | None, values: Tensor) -> None:
     """Add `values` to the keys of `x` that `row` keeps; the transpose of `_take`."""
+    if index is not None:
+        x.index_add_(0, index, values)
+        return
     for (start, stop), part in zip(row.runs, values.split([stop - start for start, stop in row.runs]), strict=True):
         x[start:stop] += part
 
 
-def _block(name: str, like: Tensor) -> Tensor:
-    return scratch(name, tuple(like.shape), like.dtype, like.device)
+def _select(x: Tensor, order: Tensor | None, tokens: slice) -> Tensor:
+    """The packed `tokens` of `x` (n_q, ...)."""
+    return x[tokens] if order is None else x.index_select(0, order[tokens])
 
 
-def _logits(problem: Problem, head: _Head, row: BlockRow, keys: Tensor) -> Tensor:
-    """(n, kept keys) logits of one block of queries, causality applied; in scratch memory."""
-    rows = slice(row.start, row.stop)
-    q = head.q[rows] * problem.scale
-    logits = torch.mm(q, keys.T, out=scratch("logits", (q.shape[0], keys.shape[0]), q.dtype, q.device))
+def _store(x: Tensor, order: Tensor | None, tokens: slice, values: Tensor) -> None:
+    """Write `values` to the packed `tokens` of `x`; undoes `_select`."""
+    if order is None:
+        x[tokens] = values
+    else:
+        x.index_copy_(0, order[tokens], values.to(x.dtype))
+
+
+def _logits(
+    problem: Problem, head: _Head, row: BlockRow, queries: Tensor, index: Tensor | None, keys: Tensor
+) -> Tensor:
+    """(n, kept keys) logits of one block of scaled queries, causality applied; in scratch memory."""
+    shape = (queries.shape[0], keys.shape[0])
+    logits = torch.mm(queries, keys.T, out=scratch("logits", shape, queries.dtype, queries.device))
     if problem.rel_pos is not None:
         for term, key_place in zip(problem.rel_pos, (problem.key_row, problem.key_column), strict=True):
             assert key_place is not None
-            products = term[head.span.row, head.number, head.span.q][rows].to(logits.dtype)
-            logits += products.index_select(1, _take(key_place, row))
+            products = _select(term[head.span.row, head.number, head.span.q], head.order_q, slice(row.start, row.stop))
+            logits += products.to(logits.dtype).index_select(1, _take(key_place, row, index))
     if problem.is_causal:
         offset = head.k.shape[0] - head.q.shape[0]  # bottom-right aligned
         key = torch.cat([torch.arange(start, stop, device=logits.device) for start, stop in row.runs])

@@ -38,13 +38,15 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Attention of all images and heads in one call. Tokens are in packed order.
+    """Attention of all images and heads in one call. Tokens are in packed order, unless `order_q`, `order_k` are given.
 
     q        (B, H, Nq, D), any strides; a ragged batch is (1, H, Tq, D) with cu_seqlens and the longest lengths
     k, v     (B, G, Nk, D) and (B, G, Nk, Dv) with H a multiple of G (grouped queries)
     masks    the heads' block masks; their layouts were applied already
     scale    multiplies q . k
     rel_pos  factored relative position; `key_row` and `key_column` (Nk,) are the keys' patch coordinates
+    order_q, order_k   (Nq,), (Nk,) model-order index of each packed token, when tokens are in model order; only for
+                       backends that order tokens by themselves, which then also return model order
     """
 
     q: Tensor
@@ -64,6 +66,8 @@ class Problem:
     rel_pos: RelPos | None = None
     key_row: Tensor | None = None
     key_column: Tensor | None = None
+    order_q: Tensor | None = None
+    order_k: Tensor | None = None
     return_lse: bool = False
     return_probs: bool = False
 
