@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable
 from threading import Lock
 from typing import Generic, TypeVar
 
+import torch
+
 Value = TypeVar("Value")
 
 
@@ -23,12 +25,16 @@ class Cache(Generic[Value]):
         self._values: OrderedDict[Hashable, Value] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """The value of `key`, made on first use. Two threads may both make it; the first one stored is kept."""
+        """The value of `key`, made on first use. Two threads may both make it; the first one stored is kept.
+
+        Made outside inference mode, whatever the caller's: a later call may need gradients.
+        """
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)
                 return self._values[key]
-        value = make()
+        with torch.inference_mode(False):
+            value = make()
         with self._lock:
             value = self._values.setdefault(key, value)
             self._values.move_to_end(key)

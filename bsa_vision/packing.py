@@ -19,12 +19,14 @@ from masks import TokenLayout
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # remembered, and later calls may need gradients
 def token_index(layout: TokenLayout, device: torch.device, inverse: bool = False) -> Tensor:
     """(N,) int64 on `device`: `layout.permutation`, or `layout.inverse`."""
     return (layout.inverse if inverse else layout.permutation).to(device)
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def key_places(layout: TokenLayout, ordered: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """(N,) int64 patch row and column of every token, in packed (`ordered`) or in model order, on `device`."""
     row, column = (place if ordered else place[layout.inverse] for place in layout.coordinates)

@@ -382,4 +382,4 @@ def _static_heads(layer: LayerSpec, masks: HeadMasks, layout: TokenLayout) -> li
 
 def _draws(pattern: PatternLike) -> bool:
     """Whether every head gets a draw of its own."""
-    return isinstance(pattern, Pattern) and "random_blocks" in repr(pattern)
+    return isinstance(pattern, Pattern) and pattern.is_random

@@ -117,9 +117,7 @@ class TokenLayout:
         Special tokens have no place: a block without patches is at distance h + w, farther than any patch.
         Exact: blocks are cut into rectangles, whose row and column gaps are independent; nothing is N x N.
         """
-        if metric not in METRICS:
-            raise ValueError(f"metric={metric!r}: allowed are {', '.join(map(repr, METRICS))}; choose one of them.")
-        return _block_distance(self, metric)
+        return _block_distance(self, _check_metric(metric))
 
     def centroid_distance(self) -> Tensor:
         """(R, R) float64: squared Euclidean distance between the mean patch positions of blocks; inf without patches."""
@@ -127,9 +125,16 @@ class TokenLayout:
 
     def distance_to_patch(self, row: int, column: int, metric: str = "l1") -> Tensor:
         """(R,) int64: the smallest distance from the patch (row, column) to any patch of each block."""
+        _check_metric(metric)
         point = Rectangles(*(torch.tensor([value], device="cpu") for value in (0, row, row, column, column)))
         rectangles = _rectangles(self)
         return _smallest(_gap(point, rectangles, metric), rectangles.block, self)[0]
+
+
+def _check_metric(metric: str) -> str:
+    if metric not in METRICS:
+        raise ValueError(f"metric={metric!r}: allowed are {', '.join(map(repr, METRICS))}; choose one of them.")
+    return metric
 
 
 class Rectangles(NamedTuple):
@@ -142,7 +147,11 @@ class Rectangles(NamedTuple):
     right: Tensor
 
 
+# Outside inference mode, whatever the caller's: these tensors are remembered, and later calls may need gradients.
+
+
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _permutation(layout: TokenLayout) -> Tensor:
     tokens = torch.arange(layout.num_tokens, device="cpu")
     if layout.order == "raster":
@@ -165,16 +174,19 @@ def _permutation(layout: TokenLayout) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _inverse(layout: TokenLayout) -> Tensor:
     return layout.permutation.argsort()
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def _is_identity(layout: TokenLayout) -> bool:
     return bool((layout.permutation == torch.arange(layout.num_tokens, device="cpu")).all())
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _coordinates(layout: TokenLayout) -> tuple[Tensor, Tensor]:
     patch = layout.permutation - layout.start
     special = (patch < 0) | (patch >= layout.num_patches)
@@ -183,6 +195,7 @@ def _coordinates(layout: TokenLayout) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _special_blocks(layout: TokenLayout) -> Tensor:
     rows, _ = layout.coordinates
     blocks = torch.zeros(layout.num_blocks, dtype=torch.bool, device="cpu")
@@ -191,6 +204,7 @@ def _special_blocks(layout: TokenLayout) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _rectangles(layout: TokenLayout) -> Rectangles:
     row, column = layout.coordinates
     patches = row >= 0
@@ -227,6 +241,7 @@ def _smallest(values: Tensor, block: Tensor, layout: TokenLayout) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _block_distance(layout: TokenLayout, metric: str) -> Tensor:
     rectangles = _rectangles(layout)
     # Query rectangles are taken some at a time, so that odd tiles with very many of them stay within a few MB.
@@ -243,6 +258,7 @@ def _block_distance(layout: TokenLayout, metric: str) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _centroid_distance(layout: TokenLayout) -> Tensor:
     # Sums and counts are whole numbers below 2**53, so equal distances come out as equal floats and ties stay ties.
     row, column = layout.coordinates

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -82,13 +84,15 @@ def random_blocks(layout: TokenLayout, sparsity: float = 0.5, seed: int = 0, str
     seed, stream  together choose the draw: streams of one seed are independent (a plan gives every head its own).
     """
     generator = torch.Generator(device="cpu").manual_seed((whole_number("seed", seed, 0) * 1_000_003 + stream) % 2**63)
-    score = torch.rand(layout.num_blocks, layout.num_blocks, generator=generator, device="cpu")
+    shape = (layout.num_blocks, layout.num_blocks)
+    score = torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32)
     score.fill_diagonal_(2.0)
     return _keep_special(layout, keep_highest(score, sparsity))
 
 
 def region(layout: TokenLayout, centers: Sequence[tuple[int, int]], radius: int = 8, metric: str = "l1") -> Tensor:
     """Patches within `radius` of any of `centers` (row, column) see each other (any-rule); no other pair does."""
+    radius = whole_number("radius", radius, 0)
     focus = torch.zeros(layout.num_blocks, dtype=torch.bool, device="cpu")
     for center in centers:
         row, column = whole_pair("center", center, 0)
@@ -97,7 +101,7 @@ def region(layout: TokenLayout, centers: Sequence[tuple[int, int]], radius: int 
                 f"center ({row}, {column}) lies outside the grid of {layout.grid[0]} x {layout.grid[1]} patches: rows are "
                 f"0 to {layout.grid[0] - 1}, columns 0 to {layout.grid[1] - 1}; divide pixels by the patch size first."
             )
-        focus |= layout.distance_to_patch(row, column, metric) <= whole_number("radius", radius, 0)
+        focus |= layout.distance_to_patch(row, column, metric) <= radius
     return _keep_special(layout, focus[:, None] & focus[None])
 
 
@@ -111,7 +115,7 @@ def window(layout: TokenLayout, size: int = 14, shift: int = 0) -> Tensor:
     patches = row >= 0
     across = (layout.grid[1] + size - 1 + shift) // size + 1
     index = ((row[patches] + size - shift % size) // size) * across + (column[patches] + size - shift % size) // size
-    holds = torch.zeros(layout.num_blocks, int(index.max()) + 1, device="cpu")
+    holds = torch.zeros(layout.num_blocks, int(index.max()) + 1, device="cpu", dtype=torch.float32)
     holds[layout.block_of[patches], index] = 1
     return _keep_special(layout, holds @ holds.T > 0)
 
@@ -129,7 +133,7 @@ PATTERNS: dict[str, Callable[..., Tensor]] = {
 }
 
 Spec = dict[str, Any]
-BlockMaskFn = Callable[[TokenLayout], Tensor]
+JOINTS = {"any": torch.logical_or, "all": torch.logical_and}
 
 
 class Pattern:
@@ -142,8 +146,8 @@ class Pattern:
     Immutable, hashable, and plain data through `spec`.
     """
 
-    def __init__(self, name: str, **params: Any) -> None:
-        if name not in PATTERNS:
+    def __init__(self, name: str, /, **params: Any) -> None:
+        if not isinstance(name, str) or name not in PATTERNS:
             raise ValueError(f"pattern {name!r} is unknown: allowed are {', '.join(PATTERNS)}; choose one of them.")
         allowed = [p for p in inspect.signature(PATTERNS[name]).parameters if p not in ("layout", "stream")]
         for param in params:
@@ -152,66 +156,89 @@ class Pattern:
                     f"pattern {name!r} has no parameter {param!r}: allowed are {', '.join(allowed) or 'none'}; "
                     "remove it or correct its name."
                 )
-        self._spec: Spec = {"pattern": name, **{key: _plain(value) for key, value in params.items()}}
-
-    @classmethod
-    def from_spec(cls, spec: Mapping[str, Any]) -> Pattern:
-        """The pattern that `spec` describes: {"pattern": name, **parameters}, {"any": [specs]} or {"all": [specs]}."""
-        for joint in ("any", "all"):
-            if set(spec) == {joint}:
-                return cls._join(joint, [cls.from_spec(part) for part in spec[joint]])
-        if "pattern" not in spec:
-            raise ValueError(f"pattern spec {dict(spec)!r}: expected one key of 'pattern', 'any', 'all'; add it.")
-        params = {key: value for key, value in spec.items() if key != "pattern"}
-        return cls(spec["pattern"], **params)
+        self._name = name
+        self._params = {param: _plain(name, param, params[param]) for param in allowed if param in params}
+        self._parts: tuple[Pattern, ...] = ()
 
     @classmethod
     def _join(cls, joint: str, parts: Sequence[Pattern]) -> Pattern:
         joined = cls.__new__(cls)
-        joined._spec = {joint: [part._spec for part in parts]}
+        joined._name, joined._params, joined._parts = joint, {}, tuple(parts)
         return joined
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> Pattern:
+        """The pattern that `spec` describes: {"pattern": name, **parameters}, {"any": [specs]} or {"all": [specs]}."""
+        if isinstance(spec, Mapping):
+            for joint in JOINTS:
+                if set(spec) == {joint} and isinstance(spec[joint], (list, tuple)) and spec[joint]:
+                    return cls._join(joint, [cls.from_spec(part) for part in spec[joint]])
+            if "pattern" in spec and not set(spec) & set(JOINTS):
+                return cls(spec["pattern"], **{key: value for key, value in spec.items() if key != "pattern"})
+        raise ValueError(
+            f"pattern spec {spec!r}: allowed are {{'pattern': name, **parameters}}, {{'any': [specs]}} and {{'all': [specs]}}; "
+            "write it as one of them."
+        )
 
     @property
     def spec(self) -> Spec:
         """The pattern as plain data, JSON-ready; `Pattern.from_spec` reads it back."""
-        return copy.deepcopy(self._spec)
+        if self._parts:
+            return {self._name: [part.spec for part in self._parts]}
+        return {"pattern": self._name, **copy.deepcopy(self._params)}
 
     def __call__(self, layout: TokenLayout, stream: int = 0) -> Tensor:
         """The (R, C) bool block mask on `layout`; `stream` tells random patterns which of their draws to use."""
-        for joint, combine in (("any", torch.Tensor.logical_or), ("all", torch.Tensor.logical_and)):
-            if joint in self._spec:
-                mask, *others = (Pattern.from_spec(part)(layout, stream) for part in self._spec[joint])
-                for other in others:
-                    mask = combine(mask, other)
-                return mask
-        params = {key: value for key, value in self._spec.items() if key != "pattern"}
-        if self._spec["pattern"] == "random_blocks":
-            params["stream"] = stream
-        return PATTERNS[self._spec["pattern"]](layout, **params)
+        if self._parts:
+            return reduce(JOINTS[self._name], (part(layout, stream) for part in self._parts))
+        draw = {"stream": stream} if self._name == "random_blocks" else {}
+        return PATTERNS[self._name](layout, **self._params, **draw)
 
-    def __or__(self, other: Pattern) -> Pattern:
-        return self._join("any", [self, other])
+    @property
+    def is_random(self) -> bool:
+        """Whether `stream` makes a difference."""
+        return self._name == "random_blocks" or any(part.is_random for part in self._parts)
 
-    def __and__(self, other: Pattern) -> Pattern:
-        return self._join("all", [self, other])
+    def __or__(self, other: object) -> Pattern:
+        return self._join("any", [self, other]) if isinstance(other, Pattern) else NotImplemented
+
+    def __and__(self, other: object) -> Pattern:
+        return self._join("all", [self, other]) if isinstance(other, Pattern) else NotImplemented
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Pattern) and self._spec == other._spec
+        return isinstance(other, Pattern) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash(repr(self._spec))
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[Any, ...]:
+        return self._name, _hashable(list(self._params.items())), self._parts
 
     def __repr__(self) -> str:
-        for joint, sign in (("any", " | "), ("all", " & ")):
-            if joint in self._spec:
-                return "(" + sign.join(repr(Pattern.from_spec(part)) for part in self._spec[joint]) + ")"
-        params = ", ".join(f"{key}={value!r}" for key, value in self._spec.items() if key != "pattern")
-        return f"{self._spec['pattern']}({params})"
+        if self._parts:
+            return "(" + {"any": " | ", "all": " & "}[self._name].join(map(repr, self._parts)) + ")"
+        return f"{self._name}({', '.join(f'{key}={value!r}' for key, value in self._params.items())})"
 
 
-def _plain(value: Any) -> Any:
-    """`value` as JSON would give it back, so that a pattern equals itself after a round trip."""
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+def _plain(name: str, param: str, value: Any) -> Any:
+    """`value` as JSON gives it back, so that a pattern equals itself after a round trip through a file."""
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, Integral):  # numpy's
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(name, param, item) for item in value]
+    raise ValueError(
+        f"pattern {name!r} got {param}={value!r}, a {type(value).__name__}: allowed are numbers, strings and lists of them; "
+        "convert it, e.g. with .tolist()."
+    )
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(_hashable(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def num_kept(sparsity: float, num_blocks: int) -> int:

@@ -125,20 +125,21 @@ def generate_sam_region_focused_mask(
 
 
 def _positions_per_image(positions: Any, batch_size: int) -> list[list[tuple[int, int]]]:
-    positions = positions.tolist() if isinstance(positions, Tensor) else list(positions)
-    if not all(isinstance(entry, Sequence) for entry in positions):
+    if isinstance(positions, Tensor):
+        positions = positions.tolist()
+    if not isinstance(positions, Sequence) or not all(isinstance(entry, Sequence) for entry in positions):
         raise ValueError(
             f"prompt_positions={positions!r}: expected (row, column) pairs, or one list of pairs per image; wrap a single "
             "position as [(row, column)]."
         )
     if all(len(entry) == 2 and all(isinstance(value, Real) for value in entry) for entry in positions):
-        return [positions] * batch_size
+        return [list(positions)] * batch_size
     if len(positions) != batch_size:
         raise ValueError(
             f"prompt_positions holds lists for {len(positions)} images, batch_size={batch_size}: give one list of "
             "(row, column) for the whole batch, or one such list per image."
         )
-    return positions
+    return [list(image) for image in positions]
 
 
 def generate_sam_hybrid_encoder_mask(
@@ -180,7 +181,7 @@ def generate_sam_cross_attention_mask(
     rows = -(-whole_number("num_decoder_tokens", num_decoder_tokens, 1) // block_size)
     columns = -(-whole_number("num_encoder_tokens", num_encoder_tokens, 1) // block_size)
     generator = torch.Generator(device="cpu").manual_seed(whole_number("seed", seed, 0))
-    score = torch.rand(num_heads, rows, columns, generator=generator, device="cpu")
+    score = torch.rand(num_heads, rows, columns, generator=generator, device="cpu", dtype=torch.float32)
     return stack_heads(keep_highest(score, encoder_sparsity), batch_size, device)
 
 
