@@ -14,6 +14,13 @@ BLOCK = 128  # of the kernel, and so of masks that come as bare tensors
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, dims: int, expected: str) -> None:
+    """Raise unless q, k and v are floating tensors of `dims` axes that fit each other; `expected` is how users know them."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = str(x.dtype) if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise TypeError(
+                f"{name} is {got}: expected a floating point tensor {expected}; convert it, e.g. with .float()."
+            )
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == dims:
         raise ValueError(f"{shapes}: expected {expected} for each; reshape them.")
@@ -77,6 +84,22 @@ def _check_rel_pos(q: Tensor, masks: HeadMasks, rel_pos: RelPos) -> None:
         )
 
 
+def check_dropout(p: float) -> None:
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout {p}: expected a probability from 0 up to, but not including, 1; pass 0.0 for none.")
+
+
+def check_head_masks(head_masks: object) -> None:
+    """Raise unless `head_masks` is one `HeadMasks`, or a list of them."""
+    several = list(head_masks) if isinstance(head_masks, (list, tuple)) else [head_masks]
+    for masks in several:
+        if not isinstance(masks, HeadMasks):
+            raise TypeError(
+                f"head_masks is a {type(masks).__name__}: expected HeadMasks, or a list of them for a list of images; wrap a "
+                "base_blockmask as bsa.HeadMasks(base_blockmask, head_mask_type)."
+            )
+
+
 def check_varlen(
     q: Tensor,
     k: Tensor,
@@ -87,6 +110,10 @@ def check_varlen(
     exact_streaming: bool,
 ) -> None:
     for name, bounds, tokens, most in zip(("q", "k"), cu_seqlens, (q, k), longest, strict=True):
+        if not isinstance(bounds, Tensor):
+            raise TypeError(
+                f"cu_seqlens_{name} is a {type(bounds).__name__}: expected a (batch + 1,) int32 tensor; use torch.tensor."
+            )
         if bounds.dim() != 1 or bounds.dtype != torch.int32 or bounds.shape[0] < 2:
             raise TypeError(
                 f"cu_seqlens_{name} is {bounds.dtype} of shape {tuple(bounds.shape)}: expected (batch + 1,) torch.int32; convert "

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from bsa_vision.arguments import check_fit, check_tensors, check_varlen
+from bsa_vision.arguments import check_dropout, check_fit, check_head_masks, check_tensors, check_varlen
 from bsa_vision.backends import Problem, Result, choose
 from bsa_vision.custom_op import attend, attention_op
 from bsa_vision.head_masks import Handled, HeadMasks
@@ -40,6 +40,8 @@ def sparse_attention(
         >>> hm = HeadMasks(*masks.generate_vit_hybrid_mask(1024, 16, 128, 1, 12))
         >>> out = sparse_attention(q, k, v, hm)
     """
+    check_head_masks(head_masks)
+    check_dropout(dropout_p)
     if isinstance(head_masks, HeadMasks):
         q, k, v = cast(Tensor, q), cast(Tensor, k), cast(Tensor, v)
         check_tensors(q, k, v, 4, "(B, H, N, D)")
@@ -291,6 +293,7 @@ def _varlen(
     return_attn_probs: bool,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     check_tensors(q, k, v, 3, "(total, H, D)")
+    check_dropout(dropout_p)
     check_varlen(q, k, cu_seqlens, masks, longest, is_causal, exact_streaming)
     result = _run(
         masks,

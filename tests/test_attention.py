@@ -304,6 +304,15 @@ class TestBackends:
         assert torch.equal(inside, expected)
         assert torch.equal(bsa.sparse_attention(q, k, v, hm), expected)
 
+    @pytest.mark.parametrize("backend", CPU_BACKENDS)
+    def test_first_used_in_inference_mode_then_trained(self, backend):
+        """What is remembered from call to call must not be inference tensors, which no gradient can go through."""
+        hm, q, k, v = small_problem(order="tile", grid=(7, 11))
+        with torch.inference_mode():
+            bsa.sparse_attention(q, k, v, hm, backend=backend)
+        bsa.sparse_attention(q, k, v, hm, backend=backend).sum().backward()
+        assert v.grad.abs().sum() > 0
+
     def test_autocast_changes_nothing_inside(self):
         hm, q, k, v = small_problem(dtype=torch.float32)
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -496,6 +505,13 @@ BAD_CALLS = {
     "keys": (lambda q, k, v, hm: (q, k, v[:, :, 1:], hm), ValueError, r"v \(1, 3, 45, 8\).*same heads and tokens"),
     "groups": (lambda q, k, v, hm: (q, k[:, :2], v[:, :2], hm), ValueError, r"3 query heads are not a multiple of 2"),
     "batch": (lambda q, k, v, hm: (q.repeat(2, 1, 1, 1), k, v, hm), ValueError, r"batch sizes differ.*expand"),
+    "a list": (lambda q, k, v, hm: ([[1.0]], k, v, hm), TypeError, r"q is a list: expected a floating point tensor"),
+    "integers": (lambda q, k, v, hm: (q.long(), k.long(), v.long(), hm), TypeError, r"q is torch.int64.*convert"),
+    "bare mask": (
+        lambda q, k, v, hm: (q, k, v, hm.base_blockmask),
+        TypeError,
+        r"head_masks is a Tensor.*bsa.HeadMasks\(",
+    ),
     "dtype": (lambda q, k, v, hm: (q.float(), k, v, hm), TypeError, r"q is torch.float32.*convert"),
     "heads": (lambda q, k, v, hm: (*(x[:, :2] for x in (q, k, v)), hm), ValueError, r"q has 2 heads.*HeadMasks 3"),
     "tokens": (
@@ -573,6 +589,9 @@ BAD_VARLENS = {
         r"streaming_info is None: pass \[sink, local\]",
     ),
     "exact": (dict(exact_streaming=True), r"exact streaming is causal only; pass is_causal=True"),
+    "a list of heads": (dict(head_mask_type=[0, 1]), r"head_mask_type is a list: expected an \(H,\) int32 tensor"),
+    "a list of boundaries": (dict(cu_seqlens_q=[0, 200, 500]), r"cu_seqlens_q is a list: .* use torch.tensor"),
+    "dropout": (dict(p_dropout=1.0), r"dropout 1.0: expected a probability"),
     "rank": (dict(q=torch.randn(1, 2, 500, 8)), r"expected \(total, H, D\)"),
 }
 
