@@ -129,10 +129,14 @@ def check_varlen(
             "must describe the same batch."
         )
     head_mask_type, _, base_blockmask = masks
-    if head_mask_type is None or head_mask_type.shape != (q.shape[1],):
-        shape = None if head_mask_type is None else tuple(head_mask_type.shape)
+    if not isinstance(head_mask_type, Tensor):
+        raise TypeError(
+            f"head_mask_type is a {type(head_mask_type).__name__}: expected an (H,) int32 tensor; use torch.tensor."
+        )
+    if head_mask_type.shape != (q.shape[1],):
         raise ValueError(
-            f"head_mask_type has shape {shape}, q has {q.shape[1]} heads: expected one int32 entry per head."
+            f"head_mask_type has shape {tuple(head_mask_type.shape)}, q has {q.shape[1]} heads: expected one int32 entry per "
+            "head; correct one of them."
         )
     if base_blockmask is not None:
         batch, blocks = cu_seqlens[0].shape[0] - 1, [-(-n // BLOCK) for n in longest]
