@@ -167,23 +167,23 @@ class TestEveryFamily:
             assert torch.equal(features(model, pixels), expected)
         assert torch.equal(features(model, pixels), sparse)
 
-    def test_padding_masks_reach_the_original(self, name):
-        """Outside the contract the original runs: counted, warned of once, and never a different result."""
-        if name not in ("vit", "dinov2"):
-            pytest.skip("this model has no attention_mask argument that reaches its attention")
-        model, pixels = make(name), image()
-        mask = torch.ones(1, 65, dtype=torch.long)
-        mask[:, 50:] = 0
-        expected = features(model, pixels, attention_mask=mask)
-        assert relative(features(model, pixels), expected) > 1e-2
-        bsa.sparsify_(model, sparse_plan(model))
-        with pytest.warns(UserWarning, match="runs its original, dense attention: an attention mask was passed"):
-            out = features(model, pixels, attention_mask=mask)
-        assert torch.equal(out, expected)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            features(model, pixels, attention_mask=mask)
-        assert bsa.describe(model).layers[0].fallbacks == {"an attention mask was passed": 2}
+
+@pytest.mark.parametrize("name", ["vit", "dinov2"])  # the ones whose forward hands an attention_mask to every layer
+def test_padding_masks_reach_the_original(name):
+    """Outside the contract the original runs: counted, warned of once, and never a different result."""
+    model, pixels = make(name), image()
+    mask = torch.ones(1, 65, dtype=torch.long)
+    mask[:, 50:] = 0
+    expected = features(model, pixels, attention_mask=mask)
+    assert relative(features(model, pixels), expected) > 1e-2
+    bsa.sparsify_(model, sparse_plan(model))
+    with pytest.warns(UserWarning, match="runs its original, dense attention: an attention mask was passed"):
+        out = features(model, pixels, attention_mask=mask)
+    assert torch.equal(out, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        features(model, pixels, attention_mask=mask)
+    assert bsa.describe(model).layers[0].fallbacks == {"an attention mask was passed": 2}
 
 
 def test_attention_weights_come_from_the_original():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -710,34 +711,50 @@ def test_bad_prompt_positions(positions, shown):
         call(generate_sam_region_focused_mask, prompt_positions=positions)
 
 
-@pytest.mark.parametrize(
-    ("script", "names"),
-    [
-        ("vit_masks.py", ["spatial locality", "random sparse", "strided", "hybrid", "multiscale"]),
-        ("sam_masks.py", ["image to prompt", "hierarchical", "region focused", "hybrid encoder", "cross attention"]),
-    ],
-)
-@pytest.mark.parametrize("from_root", [True, False], ids=["from the root", "from elsewhere"])
-def test_scripts(script, names, from_root, tmp_path):
-    path = f"masks/{script}" if from_root else ROOT / "masks" / script
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
+def run_script(path: Path | str, cwd: Path) -> str:
+    """What the script prints; it must end well and complain about nothing."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, path],
-        cwd=ROOT if from_root else tmp_path,
-        env=environment,
+        cwd=cwd,
+        env={**environment, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         encoding="utf-8",
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    found = re.findall(
-        r"^(.+): (\(\d+, \d+, \d+, \d+\)), sparsity (\d+\.\d)%; head \d+:\n((?:[ ░▒▓█]+\n)+)", done.stdout, re.M
-    )
-    for name in names:
-        ((shape, sparsity, drawing),) = [entry[1:] for entry in found if entry[0].startswith(name)][:1]
-        _, _, rows, columns = (int(size) for size in shape.strip("()").split(", "))
+    return done.stdout
+
+
+SCRIPTS = {
+    "vit_masks.py": ["spatial locality", "random sparse", "strided", "hybrid", "multiscale"],
+    "sam_masks.py": ["image to prompt", "hierarchical", "region focused", "hybrid encoder", "cross attention"],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("from_root", [True, False], ids=["from the root", "from elsewhere"])
+def test_scripts(script, from_root, tmp_path):
+    path, cwd = (f"masks/{script}", ROOT) if from_root else (ROOT / "masks" / script, tmp_path)
+    entry = r"^(.+): \((\d+), (\d+), (\d+), (\d+)\), sparsity (\d+\.\d)%; head \d+:\n((?:[ ░▒▓█]+\n)+)"
+    found = re.findall(entry, run_script(path, cwd), re.MULTILINE)
+    for expected in SCRIPTS[script]:
+        _, _, _, rows, columns, sparsity, drawing = next(entry for entry in found if entry[0].startswith(expected))
         lines = drawing.splitlines()
-        assert (len(lines), {len(line) for line in lines}) == (rows, {2 * columns})
+        assert (len(lines), {len(line) for line in lines}) == (int(rows), {2 * int(columns)})
         assert 0 < float(sparsity) < 100
         assert {"█", " "} <= set(drawing)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_draw_with_the_checkout_they_lie_in(script, tmp_path):
+    """Not with an installed `masks`, nor with a folder of that name where they are run."""
+    shutil.copytree(ROOT / "masks", tmp_path / "checkout" / "masks", ignore=shutil.ignore_patterns("__pycache__"))
+    drawing = tmp_path / "checkout" / "masks" / "drawing.py"
+    drawing.write_text(drawing.read_text(encoding="utf-8").replace('" ░▒▓█"', '" .:+#"'), encoding="utf-8")
+    (tmp_path / "elsewhere" / "masks").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "masks" / "__init__.py").write_text("raise ImportError('a foreign package')")
+    printed = run_script(tmp_path / "checkout" / "masks" / script, tmp_path / "elsewhere")
+    assert "##" in printed
+    assert "█" not in printed
