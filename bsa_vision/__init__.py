@@ -8,11 +8,14 @@
 See docs/concepts.md for the words, `bsa_vision.masks` for block masks, `bsa_vision.sparse_attention` for tensors.
 """
 
+import sys as _sys
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 from pathlib import Path as _Path
 
 import masks
+
+_sys.modules[f"{__name__}.masks"] = masks  # so that `from bsa_vision.masks import ...` works as well
 
 if getattr(masks, "__distribution__", None) != "bsa-vision":
     raise ImportError(

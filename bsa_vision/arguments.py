@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
+from bsa_vision.backends.problem import check_bounds
 from bsa_vision.head_masks import HeadMasks
 from bsa_vision.rel_pos import RelPos
 
 BLOCK = 128  # of the kernel, and so of masks that come as bare tensors
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, dims: int, expected: str) -> None:
     """Raise unless q, k and v are floating tensors of `dims` axes that fit each other; `expected` is how users know them."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
+        if not isinstance(x, Tensor) or x.dtype not in DTYPES:
             got = str(x.dtype) if isinstance(x, Tensor) else f"a {type(x).__name__}"
             raise TypeError(
                 f"{name} is {got}: expected a floating point tensor {expected}; convert it, e.g. with .float()."
@@ -29,6 +29,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, dims: int, expected: str) -> 
         raise ValueError(
             f"{shapes}: q and k need one head dim, k and v the same heads and tokens; correct the one that differs."
         )
+    if q.shape[-1] == 0:
+        raise ValueError(f"{shapes}: the head dim is 0; pass tensors with at least one feature.")
     if k.shape[heads] == 0 or q.shape[heads] % k.shape[heads]:
         raise ValueError(
             f"{shapes}: {q.shape[heads]} query heads are not a multiple of {k.shape[heads]} key heads; repeat or drop key heads."
@@ -78,6 +80,10 @@ def _check_rel_pos(q: Tensor, masks: HeadMasks, rel_pos: RelPos) -> None:
         )
     expected = [(*q.shape[:3], side) for side in layout.grid]
     got = [tuple(term.shape) for term in rel_pos]
+    if any(term.dtype != q.dtype for term in rel_pos):
+        raise TypeError(
+            f"rel_pos is {[term.dtype for term in rel_pos]}, q {q.dtype}: one dtype is needed; convert with .to(q)."
+        )
     if got != expected:
         raise ValueError(
             f"rel_pos has shapes {got}: expected {expected} for the grid {layout.grid}; see rel_pos.decompose."
@@ -149,20 +155,4 @@ def check_varlen(
     if exact_streaming and not is_causal:
         raise ValueError(
             "exact_streaming=True with is_causal=False: exact streaming is causal only; pass is_causal=True."
-        )
-
-
-def check_bounds(name: str, bounds: Tensor, total: int, longest: int) -> None:
-    """Raise a ValueError that names what is wrong with the values of cu_seqlens."""
-    values = bounds.tolist()
-    lengths = [b - a for a, b in pairwise(values)]
-    if values[0] != 0 or values[-1] != total or min(lengths) < 0:
-        raise ValueError(
-            f"cu_seqlens_{name}={values}: sequence boundaries must start at 0, never fall, and end at {total}, the tokens of "
-            f"{name}; use the cumulative sum of the sequence lengths with a 0 in front."
-        )
-    if max(lengths) > longest:
-        raise ValueError(
-            f"max_seqlen_{name}_={longest} is less than the longest sequence of cu_seqlens_{name}, {max(lengths)} tokens: pass "
-            "at least that."
         )

@@ -42,6 +42,10 @@ def sparse_attention(
     """
     check_head_masks(head_masks)
     check_dropout(dropout_p)
+    if isinstance(head_masks, HeadMasks) and isinstance(q, (list, tuple)):
+        raise TypeError(
+            f"q is a list of {len(q)} images, head_masks one HeadMasks: pass a list with one HeadMasks per image."
+        )
     if isinstance(head_masks, HeadMasks):
         q, k, v = cast(Tensor, q), cast(Tensor, k), cast(Tensor, v)
         check_tensors(q, k, v, 4, "(B, H, N, D)")
@@ -68,6 +72,11 @@ def _ragged_attention(
     for image_q, image_k, image_v, image_masks in zip(q, k, v, masks, strict=True):
         check_tensors(image_q, image_k, image_v, 3, "(H, n, D) per image")
         check_fit(image_q[None], image_k[None], image_masks, None)
+        if image_q.dtype != q[0].dtype or image_q.device != q[0].device:
+            raise TypeError(
+                f"images are {image_q.dtype} on {image_q.device} and {q[0].dtype} on {q[0].device}: one dtype and device are "
+                "needed; convert them with .to(q[0])."
+            )
     packed_q = pack(q, [m.layout for m in masks])
     packed_k, packed_v = (pack(x, [m.kv_layout for m in masks]) for x in (k, v))
     result = _run(
@@ -122,7 +131,10 @@ def _run(
     `gather`, and everything under torch.compile, goes through the operator. The other backends are differentiated by
     torch or bring their own gradient, so they run directly where Python runs anyway.
     """
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))  # as torch's own attention does
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    seed = torch.randint(2**62, (1,), device="cpu") if dropout_p else None
     rel_h, rel_w = (None, None) if rel_pos is None else rel_pos
     if not torch.compiler.is_compiling():
         masks = _masks(source, grid)
@@ -139,7 +151,7 @@ def _run(
             is_causal=is_causal,
             exact_streaming=exact_streaming,
             dropout_p=dropout_p,
-            seed=int(torch.randint(2**62, (1,), device="cpu")) if dropout_p else 0,
+            seed=0 if seed is None else int(seed),
             deterministic=deterministic,
             rel_pos=rel_pos,
             return_lse=return_lse,
@@ -155,7 +167,7 @@ def _run(
         )
     handle, raw = (source.handle, (None, None, None)) if isinstance(source, Handled) else (0, source)
     numbers = (handle, *grid, *longest, scale, is_causal, exact_streaming, dropout_p, return_lse)
-    out, lse, _ = attention_op(q, k, v, rel_h, rel_w, *cu_seqlens, *raw, *numbers, backend)
+    out, lse = attention_op(q, k, v, rel_h, rel_w, *cu_seqlens, *raw, seed, *numbers, backend)
     return Result(out, lse)
 
 

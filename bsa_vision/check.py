@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from bsa_vision.arguments import check_bounds
+from bsa_vision.arguments import check_fit, check_tensors, check_varlen
 from bsa_vision.backends import kernel
+from bsa_vision.backends.problem import check_bounds
 from bsa_vision.head_masks import HeadMasks
 
-# From these on, sparsity can pay at all; below, a fused dense kernel is done before blocks are sorted out. The sparsity
-# is where the kernel's own published curves cross dense attention (docs/backends.md).
+# Below these, sparsity cannot be expected to pay: a fused dense kernel is done before blocks are sorted out. The sparsity is
+# the kernel's own published break-even (13 to 20 %, docs/backends.md); both are rules of thumb, to be measured in earnest.
 FEW_TOKENS = 1024
 LITTLE_SPARSITY = 0.2
 
@@ -75,122 +76,101 @@ def check(
     """
     findings: list[Finding] = []
 
-    def found(level: str, topic: str, message: str) -> None:
-        findings.append(Finding(level, topic, message))
+    def attempt(topic: str, action: Callable[[], Value]) -> Value | None:
+        """The result of `action`, or None and an error on the list."""
+        try:
+            return action()
+        except (ValueError, TypeError) as error:
+            findings.append(Finding("error", topic, str(error)))
+            return None
 
+    if not isinstance(q, Tensor) or not isinstance(k, Tensor) or q.dim() not in (3, 4):
+        raise TypeError(
+            f"q is a {type(q).__name__}, k a {type(k).__name__}: expected tensors (B, H, N, D), or packed (total, H, D)."
+        )
     packed = q.dim() == 3
-    longest = [max_seqlen_q, max_seqlen_k]
+    expected = "(total, H, D)" if packed else "(B, H, N, D)"
+    attempt("tensors", lambda: check_tensors(q, k, k, q.dim(), expected))
+    longest: tuple[int | None, int | None] = (q.shape[-2], k.shape[-2])
     if packed:
-        for axis, (name, x, bounds) in enumerate((("q", q, cu_seqlens_q), ("k", k, cu_seqlens_k))):
-            longest[axis] = _check_sequences(found, name, x, bounds, longest[axis])
-    else:
-        longest = [q.shape[2], k.shape[2]]
-    masks = _as_head_masks(found, head_masks, head_mask_type, streaming_info)
+        longest = (
+            attempt("boundaries", lambda: _longest("q", q, cu_seqlens_q, max_seqlen_q)),
+            attempt("boundaries", lambda: _longest("k", k, cu_seqlens_k, max_seqlen_k)),
+        )
+    masks = head_masks
+    if not isinstance(masks, HeadMasks):
+        masks = attempt("mask", lambda: HeadMasks(head_masks, head_mask_type, streaming_info))  # type: ignore[arg-type]
+    if masks is not None and packed and None not in (cu_seqlens_q, cu_seqlens_k, *longest):
+        raw = (masks.head_mask_type, masks.streaming_info, masks.base_blockmask)
+        bounds = (cu_seqlens_q, cu_seqlens_k)
+        attempt("mask", lambda: check_varlen(q, k, bounds, raw, longest, False, False))  # type: ignore[arg-type]
+    elif masks is not None and not packed:
+        attempt("mask", lambda: check_fit(q, k, masks, None))
+    right = not findings
+    findings += _device_findings(q)
     if masks is not None:
-        _check_masks(found, q.shape[1], None if packed else q.shape[0], masks, longest)
-    _check_device(found, q)
-    _check_gain(found, masks, longest)
+        findings += _gain_findings(masks, longest, right)
     return CheckReport(tuple(findings))
 
 
-Found = Callable[[str, str, str], None]
+Value = TypeVar("Value")
 
 
-def _check_sequences(found: Found, name: str, x: Tensor, bounds: Tensor | None, longest: int | None) -> int | None:
-    if bounds is None:
-        found(
-            "error",
-            "boundaries",
-            f"{name} is packed, (total, H, D), but cu_seqlens_{name} is missing: every image would see every other; pass the "
-            "cumulative sequence lengths with a 0 in front.",
+def _longest(name: str, x: Tensor, bounds: Tensor | None, longest: int | None) -> int:
+    """Tokens of the longest sequence, after a look at the boundaries."""
+    if not isinstance(bounds, Tensor) or bounds.dim() != 1 or len(bounds) < 2:
+        raise TypeError(
+            f"{name} is packed, (total, H, D), and cu_seqlens_{name} is {bounds!r}: without (batch + 1,) boundaries every image "
+            "would see every other; pass the cumulative sequence lengths with a 0 in front."
         )
-        return longest
     if bounds.dtype != torch.int32:
-        found(
-            "error", "boundaries", f"cu_seqlens_{name} is {bounds.dtype}: expected torch.int32; use .to(torch.int32)."
-        )
-    lengths = bounds.diff().tolist()
-    most = max(lengths) if longest is None else longest
-    try:
-        check_bounds(name, bounds, x.shape[0], most)
-    except ValueError as error:
-        found("error", "boundaries", str(error))
+        raise TypeError(f"cu_seqlens_{name} is {bounds.dtype}: expected torch.int32; use .to(torch.int32).")
+    most = int(bounds.diff().max()) if longest is None else longest
+    check_bounds(name, bounds, x.shape[0], most)
     return most
 
 
-def _as_head_masks(
-    found: Found, masks: Any, head_mask_type: Tensor | None, streaming_info: Tensor | None
-) -> HeadMasks | None:
-    if isinstance(masks, HeadMasks):
-        return masks
-    try:
-        return HeadMasks(masks, head_mask_type, streaming_info)
-    except (ValueError, TypeError) as error:
-        found("error", "mask", str(error))
-        return None
-
-
-def _check_masks(found: Found, heads: int, images: int | None, masks: HeadMasks, longest: list[int | None]) -> None:
-    if heads != masks.num_heads:
-        found(
-            "error", "mask", f"q has {heads} heads, the masks {masks.num_heads}: they must be equal; rebuild the masks."
-        )
-    base = masks.base_blockmask
-    if base is None:
+def _device_findings(q: Tensor) -> Iterator[Finding]:
+    if q.device.type != "cuda":
         return
-    if images is not None and base.shape[0] not in (1, images):
-        found("error", "mask", f"q has {images} images, base_blockmask {base.shape[0]}: allowed are 1 or as many.")
-    for name, tokens, blocks in zip(("q", "k"), longest, base.shape[2:], strict=True):
-        if tokens is not None and blocks != -(-tokens // masks.block_size):
-            found(
-                "error",
-                "mask",
-                f"{tokens} tokens of {name} are {-(-tokens // masks.block_size)} blocks of {masks.block_size}, base_blockmask "
-                f"{tuple(base.shape)} has {blocks}: make it for this many tokens, special tokens included.",
-            )
-    if base.numel() and bool(base.all()):
-        found(
-            "slow",
-            "all-true",
-            "every block of base_blockmask is True, so nothing is skipped: check the pattern's radius or sparsity, or use dense "
-            "heads (head_mask_type 0).",
-        )
-
-
-def _check_device(found: Found, q: Tensor) -> None:
-    if q.device.type == "cuda" and q.dtype not in (torch.float16, torch.bfloat16):
-        found(
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        yield Finding(
             "slow",
             "dtype",
             f"q is {q.dtype} on CUDA: block-sparse GPU kernels take float16 or bfloat16 only; convert, or use torch.autocast.",
         )
-    if q.device.type == "cuda" and q.shape[-1] > kernel.HEAD_DIMS[-1]:
-        found(
+    if q.shape[-1] > kernel.HEAD_DIMS[-1]:
+        yield Finding(
             "slow",
             "head-dim",
             f"head dim {q.shape[-1]} > 128: the block-sparse kernel cannot run it, another backend will.",
         )
 
 
-def _check_gain(found: Found, masks: HeadMasks | None, longest: list[int | None]) -> None:
-    tokens = max((n for n in longest if n is not None), default=0)
+def _gain_findings(masks: HeadMasks, longest: tuple[int | None, int | None], right: bool) -> Iterator[Finding]:
+    base, tokens = masks.base_blockmask, max((n for n in longest if n is not None), default=0)
+    if base is not None:
+        full = [head for head, kind in enumerate(masks.slices) if kind > 0 and bool(base[:, kind - 1].all())]
+        if full:
+            yield Finding(
+                "slow",
+                "all-true",
+                f"every block of heads {full} is True, so nothing is skipped there: check the pattern's radius or sparsity, or use "
+                "dense heads (head_mask_type 0).",
+            )
     if 0 < tokens < FEW_TOKENS:
-        found(
+        yield Finding(
             "slow",
             "few-tokens",
             f"{tokens} tokens: below about {FEW_TOKENS} attention is too small a part of the work for skipped blocks to show; "
             "keep it dense, or raise the resolution.",
         )
-    sparsity = next(_known_sparsity(masks), None)
-    if sparsity is not None and sparsity < LITTLE_SPARSITY:
-        found(
-            "slow",
-            "little-sparsity",
-            f"{sparsity:.0%} of the blocks are skipped: below about {LITTLE_SPARSITY:.0%} a fused dense kernel is at least as "
-            "fast; use sparser patterns or dense heads.",
-        )
-
-
-def _known_sparsity(masks: HeadMasks | None) -> Iterator[float]:
-    if masks is not None and (masks.num_blocks is not None or masks.all_dense):
-        yield masks.sparsity
+    if right and None not in longest:
+        kept = masks.block_mask(*longest).float().mean().item()  # type: ignore[arg-type]
+        if 1 - kept < LITTLE_SPARSITY:
+            yield Finding(
+                "slow",
+                "little-sparsity",
+                f"{1 - kept:.0%} of the blocks are skipped: below about {LITTLE_SPARSITY:.0%} a fused dense kernel is at least as "
+                "fast; use sparser patterns or dense heads.",
+            )

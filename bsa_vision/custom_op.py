@@ -83,6 +83,7 @@ def attention_op(
     head_mask_type: Optional[Tensor],
     streaming_info: Optional[Tensor],
     base_blockmask: Optional[Tensor],
+    seed: Optional[Tensor],
     handle: int,
     grid_h: int,
     grid_w: int,
@@ -94,35 +95,34 @@ def attention_op(
     dropout_p: float,
     return_lse: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of (B, H, N, D) tensors in model order -> (out, lse, seed of the dropout mask).
+) -> tuple[Tensor, Tensor]:
+    """Attention of (B, H, N, D) tensors in model order -> (out, lse).
 
     handle > 0 names a `HeadMasks`, or whatever else has `masks_for(grid)`; 0 means the three mask tensors.
-    cu_seqlens None is a uniform batch. lse is (images, H, longest), empty unless asked for.
+    cu_seqlens None is a uniform batch. lse is (images, H, longest), empty unless asked for. seed (1,) int64 draws the
+    dropout mask; it comes from outside, so that a compiler sees two calls with dropout as two different calls.
     """
-    seed = torch.randint(2**62, (1,), device="cpu") if dropout_p else torch.zeros(1, dtype=torch.int64, device="cpu")
     arguments = (q, k, v, rel_h, rel_w, cu_seqlens_q, cu_seqlens_k, head_mask_type, streaming_info, base_blockmask)
     numbers = (handle, grid_h, grid_w, max_q, max_k, scale, is_causal, exact_streaming, dropout_p, return_lse)
-    problem = _problem(arguments, numbers, int(seed))
+    problem = _problem(arguments, numbers, seed)
     out, lse, _ = attend(problem, choose(problem, backend))
-    return out, q.new_empty(0, dtype=problem.compute_dtype) if lse is None or not return_lse else lse, seed
+    return out, q.new_empty(0, dtype=problem.compute_dtype) if lse is None or not return_lse else lse
 
 
 @attention_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    cu_seqlens_q, max_q = arguments[2], arguments[10]
+def _(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    cu_seqlens_q, max_q = arguments[2], arguments[11]
     images, longest = (q.shape[0], q.shape[2]) if cu_seqlens_q is None else (cu_seqlens_q.shape[0] - 1, max_q)
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)  # (B, H, N, Dv)
-    lse_shape = (images, q.shape[1], longest) if arguments[17] else (0,)
+    lse_shape = (images, q.shape[1], longest) if arguments[18] else (0,)
     lse = q.new_empty(lse_shape, dtype=torch.promote_types(q.dtype, torch.float32))
-    return out, lse, torch.empty(1, dtype=torch.int64, device="cpu")
+    return out, lse
 
 
 @torch.library.custom_op("bsa_vision::attention_gradient", mutates_args=())
 def gradient_op(
     grad_out: Tensor,
     out: Tensor,
-    seed: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -133,6 +133,7 @@ def gradient_op(
     head_mask_type: Optional[Tensor],
     streaming_info: Optional[Tensor],
     base_blockmask: Optional[Tensor],
+    seed: Optional[Tensor],
     handle: int,
     grid_h: int,
     grid_w: int,
@@ -151,7 +152,7 @@ def gradient_op(
     """
     arguments = (q, k, v, rel_h, rel_w, cu_seqlens_q, cu_seqlens_k, head_mask_type, streaming_info, base_blockmask)
     numbers = (handle, grid_h, grid_w, max_q, max_k, scale, is_causal, exact_streaming, dropout_p, False)
-    problem = _problem(arguments, numbers, int(seed))
+    problem = _problem(arguments, numbers, seed)
     reason = gather.why_not(problem)
     if reason is None and dropout_p and choose(problem, backend) != "gather":
         reason = f"the dropout mask of {choose(problem, backend)!r} cannot be drawn again"
@@ -166,14 +167,14 @@ def gradient_op(
 
 
 @gradient_op.register_fake
-def _(grad_out: Tensor, out: Tensor, seed: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def _(grad_out: Tensor, out: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(
         x.new_empty(0) if like is None else x.new_empty(like.shape)
         for x, like in zip((inputs[0],) * 5, inputs[:5], strict=True)
     )
 
 
-def _problem(tensors: tuple[Optional[Tensor], ...], numbers: tuple[Any, ...], seed: int) -> Problem:
+def _problem(tensors: tuple[Optional[Tensor], ...], numbers: tuple[Any, ...], seed: Optional[Tensor]) -> Problem:
     q, k, v, rel_h, rel_w, cu_seqlens_q, cu_seqlens_k, head_mask_type, streaming_info, base_blockmask = tensors
     handle, grid_h, grid_w, max_q, max_k, scale, is_causal, exact_streaming, dropout_p, return_lse = numbers
     assert q is not None
@@ -196,25 +197,26 @@ def _problem(tensors: tuple[Optional[Tensor], ...], numbers: tuple[Any, ...], se
         is_causal=is_causal,
         exact_streaming=exact_streaming,
         dropout_p=dropout_p,
-        seed=seed,
+        seed=0 if seed is None else int(seed),
         return_lse=return_lse,
         rel_pos=None if rel_h is None or rel_w is None else RelPos(rel_h, rel_w),
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    out, _, seed = output
-    ctx.save_for_backward(*inputs[:10], out, seed)
-    ctx.numbers = inputs[10:]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:TENSORS], output[0])
+    ctx.numbers = inputs[TENSORS:]
     # The masks must live until backward. Under a compiler the handle may be symbolic; there the graph's owner keeps them.
-    ctx.masks = from_handle(inputs[10]) if isinstance(inputs[10], int) and inputs[10] else None
+    handle = inputs[TENSORS]
+    ctx.masks = from_handle(handle) if isinstance(handle, int) and handle else None
 
 
-def _gradient(ctx: Any, grad_out: Tensor, grad_lse: Tensor, grad_seed: Tensor) -> tuple[Optional[Tensor], ...]:
-    *inputs, out, seed = ctx.saved_tensors
-    dq, dk, dv, dh, dw = gradient_op(grad_out, out, seed, *inputs, *ctx.numbers)
+def _gradient(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Optional[Tensor], ...]:
+    *inputs, out = ctx.saved_tensors
+    dq, dk, dv, dh, dw = gradient_op(grad_out, out, *inputs, *ctx.numbers)
     rel = (None, None) if inputs[3] is None else (dh, dw)
-    return dq, dk, dv, *rel, *(None,) * 16
+    return dq, dk, dv, *rel, *(None,) * (len(inputs) - 5 + len(ctx.numbers))
 
 
+TENSORS = 11  # the operator's first arguments are tensors, the others numbers and names
 attention_op.register_autograd(_gradient, setup_context=_save)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from itertools import count
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -74,7 +73,8 @@ class HeadMasks(Handled):
     block_size       tokens per block; taken from `layout` when that is given
     allow_empty_rows a query block that sees nothing is an error unless this is set (its output would be 0)
 
-    Raises ValueError or TypeError for shapes, dtypes, slice numbers and empty rows that do not fit.
+    The masks are copied. Ones mixed with larger entries are refused where they could be meant as counted (as many positive
+    entries as slices, and slices left over). Raises ValueError or TypeError for shapes, dtypes, slice numbers and empty rows that do not fit.
     """
 
     def __init__(
@@ -95,6 +95,15 @@ class HeadMasks(Handled):
             (1,) * len(self.slices) if head_mask_type is None else as_ints("head_mask_type", head_mask_type)
         )
         self.streaming = _resolve_streaming(streaming_info, self.slices)  # (sink, local) per head, or nothing
+        for name, given in (("layout", layout), ("kv_layout", kv_layout)):
+            if given is not None and not isinstance(given, TokenLayout):
+                raise TypeError(
+                    f"{name} is a {type(given).__name__}: expected a TokenLayout; use masks.TokenLayout(grid)."
+                )
+        if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+            raise ValueError(
+                f"block_size={block_size!r}: expected a whole number of tokens of at least 1; give such an int."
+            )
         self.layout = layout
         self.kv_layout = layout if kv_layout is None else kv_layout
         self.block_size = block_size if layout is None else layout.block_size
@@ -167,14 +176,6 @@ class HeadMasks(Handled):
     def masks_for(self, grid: tuple[int, int]) -> HeadMasks:
         """Itself: these masks are for one layout. A layer's plan answers the same question for any grid."""
         return self
-
-    def to(self, device: torch.device | str) -> HeadMasks:
-        """The same masks with `base_blockmask` on `device`; itself when it is there already."""
-        if self.base_blockmask is None or self.base_blockmask.device == torch.device(device):
-            return self
-        moved = copy(self)
-        moved.base_blockmask = self.base_blockmask.to(device)
-        return moved
 
     def __repr__(self) -> str:
         dense, streaming = self.slices.count(DENSE), self.slices.count(STREAMING)
@@ -299,7 +300,9 @@ def _check_blockmask(mask: Tensor | None) -> Tensor | None:
             f"base_blockmask has shape {tuple(mask.shape)}: expected (B or 1, S, R, C), one slice per block-sparse head; "
             "add the missing axes, e.g. mask[None, None]."
         )
-    return mask
+    return (
+        mask.detach().clone()
+    )  # what follows from it is remembered, so later writes to the caller's tensor must not count
 
 
 def resolve_slices(head_mask_type: Tensor | Sequence[int] | None, mask: Tensor | None) -> tuple[int, ...]:
@@ -357,7 +360,12 @@ def _resolve_streaming(info: Tensor | Sequence[int] | None, slices: tuple[int, .
 
 def as_ints(name: str, values: Tensor | Sequence[int]) -> tuple[int, ...]:
     """A one-dimensional integer tensor or sequence as a tuple of ints."""
-    tensor = torch.as_tensor(values, device=None if isinstance(values, Tensor) else "cpu")
+    try:
+        tensor = torch.as_tensor(values, device=None if isinstance(values, Tensor) else "cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{name}={values!r}: expected whole numbers; use torch.tensor([...], dtype=torch.int32)."
+        ) from None
     if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
         raise TypeError(
             f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}: expected a one-dimensional int32 tensor; use "

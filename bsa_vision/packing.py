@@ -75,9 +75,12 @@ def pack(x: Tensor | Sequence[Tensor], layouts: TokenLayout | Sequence[TokenLayo
         (torch.Size([377, 12, 64]), [0, 77, 377])
     """
     images = list(x)
-    if not images or any(image.dim() != 3 or image.shape[::2] != images[0].shape[::2] for image in images):
+    if not images or any(
+        not isinstance(image, Tensor) or image.dim() != 3 or image.shape[::2] != images[0].shape[::2]
+        for image in images
+    ):
         raise ValueError(
-            f"pack got images of shapes {[tuple(image.shape) for image in images]}: expected (B, H, N, D), or a list of "
+            f"pack got images of shapes {[tuple(getattr(image, 'shape', ())) for image in images]}: expected (B, H, N, D), or a list of "
             "(H, n, D) with the same heads and head dim; reshape them."
         )
     per_image = list(layouts) if isinstance(layouts, Sequence) else [layouts] * len(images)
@@ -126,6 +129,8 @@ def pack_head_masks(images: Sequence[HeadMasks]) -> HeadMasks:
     All images must agree on head types and block size. Shorter images use the top-left part of their slice. The result
     has no layout: packed tokens are in order already.
     """
+    if not images or not all(isinstance(masks, HeadMasks) for masks in images):
+        raise TypeError(f"pack_head_masks got {images!r}: expected a list of HeadMasks, one per image.")
     first = images[0]
     for position, masks in enumerate(images):
         if (masks.slices, masks.streaming, masks.block_size) != (first.slices, first.streaming, first.block_size):
@@ -138,7 +143,8 @@ def pack_head_masks(images: Sequence[HeadMasks]) -> HeadMasks:
                 f"image {position} has a base_blockmask for {masks.base_blockmask.shape[0]} images: expected one; index it."
             )
     streaming = [number for pair in first.streaming for number in pair] or None
-    slices = [m.base_blockmask for m in images if m.base_blockmask is not None]
+    used = max(first.slices)
+    slices = [m.base_blockmask[:, :used] for m in images if m.base_blockmask is not None]
     base = None
     if slices:
         rows, columns = max(s.shape[2] for s in slices), max(s.shape[3] for s in slices)

@@ -16,7 +16,7 @@ from bsa_vision.cache import Cache
 from bsa_vision.errors import PlanError
 from bsa_vision.head_masks import DENSE, Handled, HeadMasks
 from bsa_vision.model_spec import LayerSpec, ModelSpec
-from masks import Pattern, TokenLayout
+from masks import PATTERNS, Pattern, TokenLayout
 
 BlockMaskFn = Callable[[TokenLayout], Tensor]
 
@@ -31,7 +31,7 @@ class Static:
                 f"static mask is {mask.dtype} of shape {tuple(mask.shape)}: expected torch.bool of shape "
                 f"{(layout.num_blocks,) * 2} for {layout}; make it for this layout."
             )
-        self.mask, self.layout = mask, layout
+        self.mask, self.layout = mask.clone(), layout
 
     def __call__(self, layout: TokenLayout) -> Tensor:
         if layout != self.layout:
@@ -79,10 +79,27 @@ class SparsityPlan:
     _masks: Cache[HeadMasks] = field(default_factory=lambda: Cache(512), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        TokenLayout((1, 1), order=self.order, tile=self.tile, block_size=self.block_size)  # checks the three
+        layout = TokenLayout((1, 1), order=self.order, tile=self.tile, block_size=self.block_size)  # checks the three
+        object.__setattr__(self, "tile", layout.tile)
+        object.__setattr__(self, "layers", {key: tuple(names) for key, names in self.layers.items()})
+        missing = [key for key in ("family", "depth", "heads", "head_dim") if key not in self.model]
+        if missing or not self.layers:
+            raise PlanError(
+                f"a plan for model={dict(self.model)} with {len(self.layers)} layers: family, depth, heads, head_dim and at least "
+                "one layer are needed; start from uniform_plan or dense_plan."
+            )
+        keys = [*self.patterns, *self.layers, *self.scores, *self.notes]
+        if "dense" in self.patterns or not all(isinstance(key, str) for key in keys):
+            raise PlanError(
+                f"patterns={list(self.patterns)}, notes={list(self.notes)}: names must be strings, and 'dense' always means every "
+                "block; rename the pattern."
+            )
         for key, names in self.layers.items():
             role, _, index = key.rpartition(".")
-            if not role or not index.isdecimal() or int(index) >= self.model["depth"]:
+            known = (
+                index.isascii() and index.isdecimal() and str(int(index)) == index and int(index) < self.model["depth"]
+            )
+            if not role or not known:
                 raise PlanError(
                     f"layer {key!r} is not one of {self.model['depth']} layers: keys are role and index, 'self.0' to "
                     f"'self.{self.model['depth'] - 1}'; correct it."
@@ -99,7 +116,7 @@ class SparsityPlan:
                     )
 
     def __hash__(self) -> int:
-        return hash((tuple(self.layers.items()), self.order, self.tile, self.block_size))
+        return hash((frozenset(self.layers.items()), self.order, self.tile, self.block_size))
 
     # Building
 
@@ -110,7 +127,7 @@ class SparsityPlan:
         pattern: str | PatternLike,
         *,
         dense_heads: int = 0,
-        layers: Iterable[int | str] | None = None,
+        layers: int | str | Iterable[int | str] | None = None,
         order: str = "tile",
         tile: tuple[int, int] = (8, 16),
         block_size: int = 128,
@@ -120,10 +137,12 @@ class SparsityPlan:
         dense = {layer.key: ("dense",) * layer.heads for layer in spec.layers}
         plan = cls(spec.fingerprint, {}, dense, order, tile, block_size)
         heads = spec.layers[0].heads
-        if not 0 <= dense_heads <= heads:
-            raise PlanError(f"dense_heads={dense_heads}: the model has {heads} heads; give a number from 0 to {heads}.")
+        if not isinstance(dense_heads, int) or not 0 <= dense_heads <= heads:
+            raise PlanError(
+                f"dense_heads={dense_heads!r}: the model has {heads} heads; give a number from 0 to {heads}."
+            )
         if dense_heads == heads:
-            return plan
+            pattern, params, dense_heads = "dense", {}, 0
         return plan.replace(layers=layers, heads=range(dense_heads, heads), pattern=pattern, **params)
 
     @classmethod
@@ -133,6 +152,8 @@ class SparsityPlan:
         A HeadMasks without a layout is for tokens as they come at the spec's own grid; pass `inspect(model, image_size=...)`
         for another. All must share order and block size, and be equal across the batch.
         """
+        if not isinstance(spec, ModelSpec):
+            raise TypeError(f"spec is a {type(spec).__name__}: expected a ModelSpec; pass bsa.inspect(model).")
         if not head_masks:
             raise PlanError("from_head_masks got no masks: give at least one, {layer name: HeadMasks}.")
         patterns: dict[str, PatternLike] = {}
@@ -156,8 +177,8 @@ class SparsityPlan:
     def replace(
         self,
         *,
-        layers: Iterable[int | str] | None = None,
-        heads: Iterable[int] | None = None,
+        layers: int | str | Iterable[int | str] | None = None,
+        heads: int | Iterable[int] | None = None,
         pattern: str | PatternLike,
         **params: Any,
     ) -> SparsityPlan:
@@ -168,10 +189,11 @@ class SparsityPlan:
         """
         name, chosen = self._named(pattern, params)
         keys = self._select(layers)
-        wanted = set(range(self.model["heads"])) if heads is None else set(heads)
-        if not wanted or not wanted <= set(range(self.model["heads"])):
+        every = range(self.model["heads"])
+        wanted = set(every) if heads is None else {heads} if isinstance(heads, int) else set(heads)
+        if not wanted or not wanted <= set(every):
             raise PlanError(
-                f"heads={sorted(wanted)} match no head: the model has heads 0 to {self.model['heads'] - 1}; choose among them."
+                f"heads={list(wanted)} match no head: the model has heads 0 to {self.model['heads'] - 1}; choose among them."
             )
         changed = {
             key: tuple(name if head in wanted else old for head, old in enumerate(names)) if key in keys else names
@@ -183,18 +205,16 @@ class SparsityPlan:
 
     def freeze(self, layout: TokenLayout) -> SparsityPlan:
         """This plan with every pattern laid out for `layout`: what was a Python function can then be saved."""
-        patterns: dict[str, PatternLike] = {}
+        named: dict[Static, str] = {}
         layers = {}
-        for key, names in self.layers.items():
-            frozen = [
-                name if name == "dense" else f"{name}@{key}/{head}" if _draws(self.patterns[name]) else f"{name}@{key}"
-                for head, name in enumerate(names)
-            ]
-            for head, (old, new) in enumerate(zip(names, frozen, strict=True)):
-                if old != "dense":
-                    patterns[new] = Static(self._lay_out(key, head, layout), layout)
-            layers[key] = tuple(frozen)
-        return replace(self, patterns=patterns, layers=layers)
+        for key in self.layers:
+            masks = self.compile(key, layout)
+            blocks = masks.block_mask(layout.num_tokens, layout.num_tokens)[0]
+            layers[key] = tuple(
+                "dense" if kind == DENSE else named.setdefault(Static(blocks[head], layout), f"{key}/{head}")
+                for head, kind in enumerate(masks.slices)
+            )
+        return replace(self, patterns={name: static for static, name in named.items()}, layers=layers)
 
     def _named(self, pattern: str | PatternLike, params: Mapping[str, Any]) -> tuple[str, PatternLike | None]:
         """The name to write into the layers, and the pattern to declare under it (None: declared already)."""
@@ -214,7 +234,10 @@ class SparsityPlan:
             raise PlanError(
                 f"pattern={pattern!r}: expected a name, a Pattern, or a function layout -> (R, C) bool; pass one."
             )
-        name = repr(pattern) if isinstance(pattern, (Pattern, Static)) else getattr(pattern, "__name__", repr(pattern))
+        name = repr(pattern)
+        if not isinstance(pattern, (Pattern, Static)):
+            name = getattr(pattern, "__name__", name)
+            name = f"{name} (function)" if name in PATTERNS else name
         taken, base = self.patterns.get(name), name
         for number in range(2, len(self.patterns) + 3):
             if taken is None or taken == pattern:
@@ -223,10 +246,10 @@ class SparsityPlan:
             taken = self.patterns.get(name)
         return name, pattern
 
-    def _select(self, layers: Iterable[int | str] | None) -> set[str]:
+    def _select(self, layers: int | str | Iterable[int | str] | None) -> set[str]:
         if layers is None:
             return set(self.layers)
-        wanted = list(layers)
+        wanted = [layers] if isinstance(layers, (int, str)) else list(layers)
         keys = {key for key in self.layers for layer in wanted if key == layer or key.rpartition(".")[2] == str(layer)}
         missing = [
             layer for layer in wanted if not any(key == layer or key.rpartition(".")[2] == str(layer) for key in keys)
@@ -255,12 +278,19 @@ class SparsityPlan:
 
         A head whose pattern keeps every block becomes dense, which is the same function.
         """
+        if layer not in self.layers:
+            raise PlanError(f"no layer {layer!r} in this plan: it has {', '.join(self.layers)}; use one of these keys.")
         return self._masks.get((layer, layout), lambda: self._compile(layer, layout))
 
     def sparsity(self, layout: TokenLayout) -> float:
         """Realised sparsity over all heads and layers, dense ones included, 0 to 1."""
         per_layer = [self.compile(key, layout).sparsity for key in self.layers]
         return sum(per_layer) / self.model["depth"]
+
+    def complete(self, spec: ModelSpec) -> SparsityPlan:
+        """This plan with every layer of `spec` named: those it does not mention are dense."""
+        dense = {layer.key: ("dense",) * layer.heads for layer in spec.layers}
+        return replace(self, layers={**dense, **self.layers})
 
     def check(self, spec: ModelSpec) -> None:
         """Raise PlanError unless this plan is for models like `spec`."""
@@ -378,8 +408,3 @@ def _static_heads(layer: LayerSpec, masks: HeadMasks, layout: TokenLayout) -> li
         ("dense", None) if kind == DENSE else (f"{layer.key}/{head}", Static(blocks[0, head], layout))
         for head, kind in enumerate(masks.slices)
     ]
-
-
-def _draws(pattern: PatternLike) -> bool:
-    """Whether every head gets a draw of its own."""
-    return isinstance(pattern, Pattern) and pattern.is_random

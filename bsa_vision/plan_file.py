@@ -44,8 +44,9 @@ LAYOUT_KEYS = {"order": str, "tile": list, "block_size": int}
 
 def save(plan: SparsityPlan, path: str | os.PathLike[str]) -> None:
     """Write `plan` to `path`. PlanError when a pattern is a Python function, which no file can hold."""
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays a link
     text = dumps(plan)
+    loads(text)  # what cannot be read back must not replace what can
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -70,6 +71,17 @@ def load(path: str | os.PathLike[str]) -> SparsityPlan:
 
 def dumps(plan: SparsityPlan) -> str:
     """The plan as JSON text."""
+    try:
+        return _dumps(plan)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, PlanError):
+            raise
+        raise PlanError(
+            f"the plan holds something JSON cannot: {error}; keep notes and scores to text and numbers."
+        ) from None
+
+
+def _dumps(plan: SparsityPlan) -> str:
     head = {
         "format": FORMAT,
         "version": VERSION,
@@ -84,7 +96,9 @@ def dumps(plan: SparsityPlan) -> str:
     }
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     for section, entries in sections.items():
-        inner = ",\n".join(f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in entries.items())
+        inner = ",\n".join(
+            f"    {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in entries.items()
+        )
         lines.append(f"  {json.dumps(section)}: " + ("{\n" + inner + "\n  }" if inner else "{}"))
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
@@ -93,21 +107,26 @@ def loads(text: str) -> SparsityPlan:
     """The plan in JSON text."""
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise PlanError(
             f"not JSON ({error}): the file is damaged or not a plan; restore it or save the plan again."
         ) from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise PlanError(f"no 'format': {FORMAT!r}: this is not a plan of bsa-vision; load a file written by plan.save.")
-    if data.get("version") != VERSION:
+    if data.get("version") != VERSION or isinstance(data["version"], bool):
         raise PlanError(
             f"version {data.get('version')!r}: this bsa-vision reads version {VERSION}; update it or save again."
         )
     _check_keys("the plan", data, KEYS, optional=("scores", "notes"))
     _check_types("model", data["model"], MODEL_KEYS)
     _check_types("layout", data["layout"], LAYOUT_KEYS)
-    for section in ("patterns", "layers"):
-        _check_types(section, data[section], None)
+    for section in ("patterns", "layers", "scores", "notes"):
+        _check_types(section, data.setdefault(section, {}), None)
+    for key, values in data["scores"].items():
+        if not isinstance(values, list) or not all(isinstance(value, (int, float)) for value in values):
+            raise PlanError(
+                f"scores of layer {key!r} are {values!r}: expected a list of numbers, one per head; correct it."
+            )
     for key, names in data["layers"].items():
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise PlanError(f"layer {key!r} is {names!r}: expected a list of pattern names, one per head; correct it.")
@@ -120,8 +139,8 @@ def loads(text: str) -> SparsityPlan:
             layout["order"],
             tuple(layout["tile"]),
             layout["block_size"],
-            {key: tuple(values) for key, values in data.get("scores", {}).items()},
-            data.get("notes", {}),
+            {key: tuple(values) for key, values in data["scores"].items()},
+            data["notes"],
         )
     except PlanError:
         raise

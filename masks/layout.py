@@ -126,6 +126,12 @@ class TokenLayout:
     def distance_to_patch(self, row: int, column: int, metric: str = "l1") -> Tensor:
         """(R,) int64: the smallest distance from the patch (row, column) to any patch of each block."""
         _check_metric(metric)
+        row, column = whole_number("row", row, 0), whole_number("column", column, 0)
+        if row >= self.grid[0] or column >= self.grid[1]:
+            raise ValueError(
+                f"patch ({row}, {column}) lies outside the grid of {self.grid[0]} x {self.grid[1]} patches: rows are 0 to "
+                f"{self.grid[0] - 1}, columns 0 to {self.grid[1] - 1}; divide pixels by the patch size first."
+            )
         point = Rectangles(*(torch.tensor([value], device="cpu") for value in (0, row, row, column, column)))
         rectangles = _rectangles(self)
         return _smallest(_gap(point, rectangles, metric), rectangles.block, self)[0]

@@ -96,11 +96,6 @@ def region(layout: TokenLayout, centers: Sequence[tuple[int, int]], radius: int 
     focus = torch.zeros(layout.num_blocks, dtype=torch.bool, device="cpu")
     for center in centers:
         row, column = whole_pair("center", center, 0)
-        if row >= layout.grid[0] or column >= layout.grid[1]:
-            raise ValueError(
-                f"center ({row}, {column}) lies outside the grid of {layout.grid[0]} x {layout.grid[1]} patches: rows are "
-                f"0 to {layout.grid[0] - 1}, columns 0 to {layout.grid[1] - 1}; divide pixels by the patch size first."
-            )
         focus |= layout.distance_to_patch(row, column, metric) <= radius
     return _keep_special(layout, focus[:, None] & focus[None])
 
@@ -243,9 +238,9 @@ def _hashable(value: Any) -> Any:
 
 def num_kept(sparsity: float, num_blocks: int) -> int:
     """How many of `num_blocks` blocks a row keeps at `sparsity`: max(1, round((1 - sparsity) * C))."""
-    if not isinstance(sparsity, (int, float)) or not 0.0 <= sparsity <= 1.0:
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0.0 <= sparsity <= 1.0:
         raise ValueError(f"sparsity={sparsity!r}: expected the fraction of blocks to skip, 0 to 1; give such a number.")
-    return max(1, round((1 - sparsity) * num_blocks))
+    return max(1, round((1 - float(sparsity)) * num_blocks))
 
 
 def keep_highest(score: Tensor, sparsity: float) -> Tensor:

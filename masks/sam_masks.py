@@ -125,7 +125,7 @@ def generate_sam_region_focused_mask(
 
 
 def _positions_per_image(positions: Any, batch_size: int) -> list[list[tuple[int, int]]]:
-    if isinstance(positions, Tensor):
+    if hasattr(positions, "tolist"):  # tensors and arrays
         positions = positions.tolist()
     if not isinstance(positions, Sequence) or not all(isinstance(entry, Sequence) for entry in positions):
         raise ValueError(
@@ -180,7 +180,7 @@ def generate_sam_cross_attention_mask(
     block_size, num_heads = whole_number("block_size", block_size, 1), whole_number("num_heads", num_heads, 1)
     rows = -(-whole_number("num_decoder_tokens", num_decoder_tokens, 1) // block_size)
     columns = -(-whole_number("num_encoder_tokens", num_encoder_tokens, 1) // block_size)
-    generator = torch.Generator(device="cpu").manual_seed(whole_number("seed", seed, 0))
+    generator = torch.Generator(device="cpu").manual_seed(whole_number("seed", seed, 0) % 2**63)
     score = torch.rand(num_heads, rows, columns, generator=generator, device="cpu", dtype=torch.float32)
     return stack_heads(keep_highest(score, encoder_sparsity), batch_size, device)
 

@@ -14,6 +14,7 @@ if not __package__:  # run as a script: make the repository importable instead o
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -27,7 +28,10 @@ Device = torch.device | str | None
 
 
 def _vit_layout(img_size: Size, patch_size: int, block_size: int, include_cls_token: bool) -> TokenLayout:
-    height, width = whole_pair("img_size", (img_size, img_size) if isinstance(img_size, int) else img_size, 1)
+    square = isinstance(img_size, Integral)
+    height, width = whole_pair("img_size", (img_size, img_size) if square else img_size, 1)
+    if not isinstance(include_cls_token, bool):
+        raise ValueError(f"include_cls_token={include_cls_token!r}: allowed are True and False; pass one of them.")
     patch_size = whole_number("patch_size", patch_size, 1)
     if height % patch_size or width % patch_size:
         raise ValueError(

@@ -186,6 +186,91 @@ def test_padding_masks_reach_the_original(name):
     assert bsa.describe(model).layers[0].fallbacks == {"an attention mask was passed": 2}
 
 
+@FAMILIES
+@pytest.mark.parametrize("dense_heads", [0, 2, 4])
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "reference"])
+def test_autocast(name, dense_heads, backend):
+    """Rotary embeddings leave q and k in float32 while v is bfloat16."""
+    model, pixels = make(name), image()
+    bsa.sparsify_(
+        model,
+        sparse_plan(model).replace(heads=range(dense_heads), pattern="dense") if dense_heads else sparse_plan(model),
+        backend,
+    )
+    expected = features(model, pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = features(model, pixels)
+    assert (out - expected).norm() / expected.norm() < 0.1
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_with_images_of_two_sizes(reentrant):
+    model = make("dinov3").train()
+    model.rope_embeddings.eval()  # which moves coordinates at random in training
+    bsa.sparsify_(model, sparse_plan(model))
+
+    def gradient(*sizes):
+        model.zero_grad()
+        sum(features(model, image(*size).requires_grad_()).pow(3).sum() for size in sizes).backward()
+        return model.get_parameter("model.layer.0.attention.q_proj.weight").grad.clone()
+
+    expected = gradient((64, 64), (40, 56))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert relative(gradient((64, 64), (40, 56)), expected) < 1e-5
+    with pytest.raises(RuntimeError, match=r"images of \[\(4, 8\), \(8, 4\)\] patches came by.*run backward before"):
+        gradient((64, 32), (32, 64))
+
+
+def test_export_is_refused_where_it_would_be_dense():
+    model, pixels = make("dinov2"), image()
+    bsa.sparsify_(model, sparse_plan(model))
+    with pytest.raises(Exception, match=r"torch.export would export layer .* dense"):
+        torch.export.export(model, (pixels,))
+    model = make("dinov3")
+    bsa.sparsify_(model, sparse_plan(model))
+    exported = torch.export.export(model, (pixels,)).module()
+    assert torch.equal(exported(pixels).last_hidden_state, features(model, pixels))
+
+
+def test_a_copy_made_inside_dense_is_sparse():
+    model, pixels = make("vit"), image()
+    bsa.sparsify_(model, sparse_plan(model))
+    expected = features(model, pixels)
+    with bsa.dense(model):
+        copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for other in copies:
+        assert torch.equal(features(other, pixels), expected)
+
+
+def test_an_encoder_is_restored_as_a_whole():
+    model = make("dinov3")
+    bsa.sparsify_(model, sparse_plan(model))
+    with pytest.raises(ValueError, match=r"holds 1 of 3 swapped layers.*pass the model that sparsify_ was given"):
+        bsa.restore_(model.get_submodule("model.layer.0.attention"))
+    assert len(layers_of(bsa.restore_(model))) == 0
+
+
+def test_tracing_leaves_the_model_as_it_was():
+    model, pixels = make("dinov3"), image()
+    bsa.sparsify_(model, sparse_plan(model))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(lambda x: model(x).last_hidden_state, pixels, check_trace=False)
+    assert bsa.describe(model).grid == (8, 8)
+
+
+def test_layers_a_plan_does_not_name_are_dense_and_counted():
+    model = make("vit")
+    whole = sparse_plan(model)
+    plan = bsa.SparsityPlan(whole.model, whole.patterns, {"self.1": whole.layers["self.1"]}, whole.order, whole.tile, 8)
+    bsa.sparsify_(model, plan)
+    report = bsa.describe(model)
+    assert [layer.backend for layer in report.layers] == ["original", "gather", "original"]
+    assert report.sparsity == pytest.approx(plan.sparsity(plan.layout(bsa.inspect(model))))
+
+
 def test_attention_weights_come_from_the_original():
     model, pixels = make("vit", attn_implementation="eager"), image()
     expected = model(pixels, output_attentions=True).attentions
@@ -347,6 +432,20 @@ class TestErrors:
         with pytest.raises(bsa.PlanError, match=r"heads: plan 4, model 2.*head_dim: plan 12, model 24"):
             bsa.sparsify_(make("vit", num_attention_heads=2), plan)
         assert not layers_of(model)
+
+    def test_what_is_not_a_model_or_plan(self):
+        model = make("vit")
+        for wrong in ("local_window", "plan.json", None, {}):
+            with pytest.raises(TypeError, match=r"plan is a .*: expected a SparsityPlan.*uniform_plan"):
+                bsa.sparsify_(model, wrong)
+        for function in (bsa.restore_, bsa.describe, lambda m: bsa.dense(m).__enter__()):
+            with pytest.raises(TypeError, match=r"model is a str: expected a torch.nn.Module"):
+                function("vit")
+        for size in ((64,), 64.0, "64", (64.0, 64.0)):
+            with pytest.raises(ValueError, match=r"image_size=.*expected pixels, an int or"):
+                bsa.inspect(model, size)
+        with pytest.raises(TypeError, match=r"spec is a ViTModel: expected a ModelSpec; pass bsa.inspect"):
+            bsa.SparsityPlan.from_head_masks(model, {})
 
     def test_twice_and_never(self):
         model = make("vit")

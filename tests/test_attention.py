@@ -313,12 +313,14 @@ class TestBackends:
         bsa.sparse_attention(q, k, v, hm, backend=backend).sum().backward()
         assert v.grad.abs().sum() > 0
 
-    def test_autocast_changes_nothing_inside(self):
+    @pytest.mark.parametrize("backend", CPU_BACKENDS)
+    def test_autocast_casts_inputs_and_nothing_inside(self, backend):
         hm, q, k, v = small_problem(dtype=torch.float32)
+        expected = bsa.sparse_attention(*(x.bfloat16() for x in (q, k, v)), hm, backend=backend)
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-            inside = bsa.sparse_attention(q, k, v, hm)
-        assert inside.dtype == torch.float32
-        assert torch.equal(inside, bsa.sparse_attention(q, k, v, hm))
+            inside = bsa.sparse_attention(q, k, v, hm, backend=backend)
+            assert inside.dtype == F.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
+        assert torch.equal(inside, expected)
 
     def test_compile_fullgraph(self):
         hm, q, k, v = small_problem(order="tile")
@@ -340,13 +342,39 @@ class TestBackends:
         compiled = torch.compile(bsa.block_sparse_attn_func, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(*arguments), bsa.block_sparse_attn_func(*arguments))
 
+    def test_compiled_calls_draw_dropout_anew(self):
+        """Two calls alike but for their dropout mask must not be merged into one."""
+        hm, q, k, v = small_problem()
+        call = lambda: bsa.sparse_attention(q, k, v, hm, dropout_p=0.5)  # noqa: E731
+        compiled = torch.compile(lambda: call() - call(), fullgraph=True, backend="aot_eager_decomp_partition")
+        assert compiled().abs().max() > 0.1
+
+    def test_compiled_calls_check_boundaries(self):
+        """Under a compiler nobody reads cu_seqlens before the operator does; wrong ones must not leave output unwritten."""
+        q = torch.randn(300, 1, 8)
+        cu, types = torch.tensor([0, 100], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        compiled = torch.compile(
+            lambda: bsa.block_sparse_attn_func(q, q, q, cu, cu, types, None, None, 300, 300, 0.0), backend="aot_eager"
+        )
+        with pytest.raises(Exception, match=r"cu_seqlens_q=\[0, 100\].*end at 300"):
+            compiled()
+
+    def test_nan_is_not_hidden(self):
+        q, k, v = (torch.randn(300, 1, 8) for _ in range(3))
+        q[299] = torch.nan
+        cu, types = torch.tensor([0, 300], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+        base = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+        out = bsa.block_sparse_attn_func(q, k, v, cu, cu, types, None, base, 300, 300, 0.0, is_causal=True)
+        assert out[299].isnan().all()
+        assert out[:299].isfinite().all()
+
     def test_operator_registration(self):
         """torch's own checks of the operator: schema, fake implementation, autograd."""
         from bsa_vision.custom_op import attention_op
 
         hm, q, k, v = small_problem(grid=(3, 5), dim=4)
         none = (None,) * 7
-        arguments = (q, k, v, *none, hm.handle, 0, 0, 0, 0, 0.5, False, False, 0.0, True, "gather")
+        arguments = (q, k, v, *none, None, hm.handle, 0, 0, 0, 0, 0.5, False, False, 0.0, True, "gather")
         torch.library.opcheck(attention_op, arguments)
 
 
@@ -505,7 +533,12 @@ BAD_CALLS = {
     "keys": (lambda q, k, v, hm: (q, k, v[:, :, 1:], hm), ValueError, r"v \(1, 3, 45, 8\).*same heads and tokens"),
     "groups": (lambda q, k, v, hm: (q, k[:, :2], v[:, :2], hm), ValueError, r"3 query heads are not a multiple of 2"),
     "batch": (lambda q, k, v, hm: (q.repeat(2, 1, 1, 1), k, v, hm), ValueError, r"batch sizes differ.*expand"),
-    "a list": (lambda q, k, v, hm: ([[1.0]], k, v, hm), TypeError, r"q is a list: expected a floating point tensor"),
+    "a list": (lambda q, k, v, hm: ([[1.0]], k, v, hm), TypeError, r"q is a list of 1 images.*one HeadMasks per image"),
+    "numpy": (
+        lambda q, k, v, hm: (q.detach().numpy(), k, v, hm),
+        TypeError,
+        r"q is a ndarray: expected a floating point",
+    ),
     "integers": (lambda q, k, v, hm: (q.long(), k.long(), v.long(), hm), TypeError, r"q is torch.int64.*convert"),
     "bare mask": (
         lambda q, k, v, hm: (q, k, v, hm.base_blockmask),
@@ -523,6 +556,16 @@ BAD_CALLS = {
         lambda q, k, v, hm: (q, k, v, bsa.HeadMasks(torch.ones(1, 3, 2, 2, dtype=torch.bool), block_size=4)),
         ValueError,
         r"q has 46 tokens in 12 blocks of 4, base_blockmask has shape \(1, 3, 2, 2\).*make the mask",
+    ),
+    "scattered dtypes": (
+        lambda q, k, v, hm: ([q[0], q[0].float()], [k[0], k[0].float()], [v[0], v[0].float()], [hm, hm]),
+        TypeError,
+        r"images are torch.float32 .* and torch.float64 .* one dtype",
+    ),
+    "one HeadMasks for a list": (
+        lambda q, k, v, hm: ([q[0]], [k[0]], [v[0]], hm),
+        TypeError,
+        r"one HeadMasks per image",
     ),
     "mask batch": (
         lambda q, k, v, hm: (q, k, v, bsa.HeadMasks(hm.base_blockmask.repeat(2, 1, 1, 1), [0, 1, 1], layout=hm.layout)),

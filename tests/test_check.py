@@ -5,7 +5,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import bsa_vision as bsa
-from masks import generate_vit_random_sparse_mask
+from masks import TokenLayout, generate_vit_random_sparse_mask
 
 TOKENS = 2048
 
@@ -32,10 +32,17 @@ def test_a_good_call_has_no_finding():
 
 
 BAD = {
-    "missing boundaries": (dict(cu_seqlens_q=None), "cu_seqlens_q is missing: every image would see every other"),
+    "missing boundaries": (
+        dict(cu_seqlens_q=None),
+        "cu_seqlens_q is None: without (batch + 1,) boundaries every image",
+    ),
     "boundaries without 0": (dict(cu_seqlens_q=torch.tensor([TOKENS, 2 * TOKENS], dtype=torch.int32)), "start at 0"),
     "boundaries int64": (dict(cu_seqlens_k=torch.tensor([0, TOKENS, 2 * TOKENS])), "torch.int64: expected torch.int32"),
     "boundaries too short": (dict(cu_seqlens_k=torch.tensor([0, TOKENS], dtype=torch.int32)), f"end at {2 * TOKENS}"),
+    "boundaries of no sequence": (
+        dict(cu_seqlens_q=torch.tensor([0], dtype=torch.int32)),
+        "without (batch + 1,) boundaries",
+    ),
     "longest": (dict(max_seqlen_q=100), "max_seqlen_q_=100 is less than the longest"),
 }
 
@@ -52,8 +59,8 @@ def test_wrong_boundaries(name):
 def test_wrong_masks():
     q, k, mask = good()
     for wrong, message in (
-        (mask[:, :3], "q has 4 heads, the masks 3"),
-        (mask[..., :-1], "2048 tokens of k are 16 blocks of 128, base_blockmask (1, 4, 16, 15) has 15"),
+        (mask[:, :3], "q has 4 heads, the HeadMasks 3"),
+        (mask[..., :-1], "k has 2048 tokens in 16 blocks of 128, base_blockmask has shape (1, 4, 16, 15)"),
         (mask.float(), "dtype torch.float32: expected torch.bool"),
         (mask.repeat(3, 1, 1, 1), "q has 1 images, base_blockmask 3"),
         (mask & False, "keeps no key block"),
@@ -64,13 +71,33 @@ def test_wrong_masks():
         assert message in str(report)
 
 
+def test_what_the_call_would_refuse_is_found_before_it():
+    q, k, mask = good()
+    layout = TokenLayout((32, 64))
+    other = TokenLayout((31, 66))  # as many blocks, other tokens
+    assert bsa.check(q, k, bsa.HeadMasks(mask, layout=layout)).ok
+    assert "q has 2048 tokens, the layout of the HeadMasks 2046" in str(
+        bsa.check(q, k, bsa.HeadMasks(mask, layout=other))
+    )
+    assert bsa.check(q, k[..., :32], mask).topics[0] == "tensors"
+    assert bsa.check(q, k.repeat(2, 1, 1, 1), mask).topics[0] == "tensors"
+    q, k, mask, options = packed()
+    assert "expected (2, S, 16, 16)" in str(bsa.check(q, k, mask.repeat(3, 1, 1, 1), **options))
+    one = {**options, "cu_seqlens_k": torch.tensor([0, 2 * TOKENS], dtype=torch.int32)}
+    assert not bsa.check(q, k, mask, **one).ok
+    with pytest.raises(TypeError, match=r"q is a list, k a Tensor: expected tensors"):
+        bsa.check([1.0], k, mask)
+
+
 def test_nothing_to_gain():
     q, k, mask = good()
     report = bsa.check(q, k, mask | True)
     assert report.topics == ("all-true", "little-sparsity")
     assert not report.ok
     small = torch.empty(1, 4, 256, 64)
-    assert bsa.check(small, small, mask[..., :2, :2] | torch.eye(2, dtype=torch.bool)).topics[0] == "few-tokens"
+    assert "few-tokens" in bsa.check(small, small, mask[..., :2, :2] | torch.eye(2, dtype=torch.bool)).topics
+    mask[0, 1] = True
+    assert "every block of heads [1] is True" in str(bsa.check(q, k, mask))
     dense = bsa.HeadMasks(None, [0] * 4)
     assert "0% of the blocks are skipped" in str(bsa.check(q, k, dense))
 

@@ -22,7 +22,7 @@ TABLE = {
     "rel_pos": set(),
     "packing": {"masks", "head_masks"},
     "backends": {"errors", "head_masks", "rel_pos"},
-    "arguments": {"head_masks", "rel_pos"},
+    "arguments": {"backends", "head_masks", "rel_pos"},
     "custom_op": {"masks", "errors", "backends", "head_masks", "packing", "rel_pos"},
     "attention": {"arguments", "backends", "custom_op", "head_masks", "packing", "rel_pos"},
     "model_spec": {"errors"},
@@ -161,7 +161,10 @@ def test_a_foreign_masks_package_is_named(tmp_path):
 
 
 def test_masks_is_one_module_under_both_names():
-    assert run("import masks, bsa_vision; from bsa_vision import masks as m; assert m is masks").returncode == 0
+    code = (
+        "import masks, bsa_vision; from bsa_vision import masks as m; from bsa_vision.masks import TokenLayout as t; "
+    )
+    assert run(code + "assert m is masks and t is masks.TokenLayout").returncode == 0
 
 
 def test_public_names():

@@ -97,6 +97,46 @@ class TestBuilding:
         assert torch.equal(compiled.base_blockmask[0], hm.base_blockmask[0, [1, 0]])
 
 
+class TestNames:
+    def test_a_function_called_dense_is_not_dense(self):
+        def dense(layout):
+            return torch.eye(layout.num_blocks, dtype=torch.bool)
+
+        plan = uniform(dense)
+        assert set(plan.patterns) == {"dense (function)"}
+        assert plan.sparsity(plan.layout(SPEC)) > 0.5
+
+    def test_a_function_called_like_a_pattern_does_not_take_its_place(self):
+        def axial(layout):
+            return own(layout)
+
+        plan = uniform(axial).replace(heads=0, pattern="axial")
+        masks = plan.compile("self.0", plan.layout(SPEC)).base_blockmask[0]
+        assert torch.equal(masks[0], Pattern("axial")(plan.layout(SPEC)))
+        assert torch.equal(masks[1], own(plan.layout(SPEC)))
+
+    def test_equal_plans_hash_equally(self):
+        plan = uniform(radius=1)
+        other = SparsityPlan(
+            plan.model,
+            plan.patterns,
+            {key: list(plan.layers[key]) for key in reversed(plan.layers)},
+            tile=[2, 4],
+            block_size=8,
+        )
+        assert plan == other
+        assert hash(plan) == hash(other)
+
+    def test_one_layer_or_head_needs_no_list(self):
+        plan = uniform(radius=1, layers=2).replace(layers="self.1", heads=0, pattern="axial")
+        assert plan.layers["self.1"] == ("axial()", "dense", "dense")
+        assert plan.layers["self.2"] == ("local_window(radius=1)",) * 3
+
+    def test_completing_names_every_layer(self):
+        plan = SparsityPlan(SPEC.fingerprint, {}, {"self.1": ("dense",) * 3})
+        assert plan.complete(SPEC).layers == {f"self.{i}": ("dense",) * 3 for i in range(4)}
+
+
 class TestCompiling:
     def test_special_tokens_are_always_kept(self):
         plan = uniform(lambda layout: torch.eye(layout.num_blocks, dtype=torch.bool))
@@ -187,6 +227,34 @@ class TestFiles:
             frozen.compile("self.1", layout).base_blockmask, plan.compile("self.1", layout).base_blockmask
         )
 
+    def test_what_cannot_be_read_back_is_not_written(self, tmp_path):
+        path = tmp_path / "plan.json"
+        uniform(radius=2).save(path)
+        before = path.read_text()
+        for notes in ({"x": torch.ones(1)}, {"x": float("nan")}):
+            with pytest.raises(PlanError, match="JSON cannot"):
+                SparsityPlan(SPEC.fingerprint, {}, {"self.0": ("dense",) * 3}, notes=notes).save(path)
+        assert path.read_text() == before
+        with pytest.raises(PlanError, match="names must be strings"):
+            SparsityPlan(SPEC.fingerprint, {}, {"self.0": ("dense",) * 3}, notes={1: "x"})
+
+    def test_links_stay_links(self, tmp_path):
+        (tmp_path / "link.json").symlink_to(tmp_path / "plan.json")
+        uniform(radius=2).save(tmp_path / "link.json")
+        assert (tmp_path / "link.json").is_symlink()
+        assert SparsityPlan.load(tmp_path / "plan.json") == uniform(radius=2)
+
+    def test_freeze_takes_what_the_plan_computes(self):
+        """A function that answers otherwise every time is frozen as it was laid out, head by head."""
+        calls = iter(range(99))
+        plan = uniform(lambda layout: local_window(layout, 3 * (next(calls) % 2)))
+        layout = plan.layout(SPEC)
+        compiled = {key: plan.compile(key, layout).base_blockmask for key in plan.layers}
+        frozen = plan.freeze(layout)
+        for key, masks in compiled.items():
+            assert torch.equal(frozen.compile(key, layout).base_blockmask, masks)
+        assert len(frozen.patterns) == 2
+
     def test_freeze_keeps_random_draws(self):
         plan = uniform("random_blocks", sparsity=0.6).replace(heads=[0], pattern="dense")
         layout = plan.layout(SPEC)
@@ -269,6 +337,25 @@ BAD_FILES = {
         damaged(lambda d: d["layers"].update({"self.9": ["dense"] * 3})),
         "'self.9' is not one of 4 layers.*'self.3'",
     ),
+    "version is true": (damaged(lambda d: d.update(version=True)), "version True"),
+    "scores": (damaged(lambda d: d.update(scores=[1])), r"'scores' is \[1\]: expected an object"),
+    "scores of a layer": (damaged(lambda d: d.update(scores={"self.0": "abc"})), "scores of layer 'self.0' are 'abc'"),
+    "notes": (damaged(lambda d: d.update(notes="x")), "'notes' is 'x': expected an object"),
+    "nested too deep": ("[" * 100000, "not JSON"),
+    "no layers": (damaged(lambda d: d.update(layers={})), "with 0 layers.*at least one layer"),
+    "leading zero": (
+        damaged(lambda d: d["layers"].update({"self.00": ["dense"] * 3})),
+        "'self.00' is not one of 4 layers",
+    ),
+    "other digits": (damaged(lambda d: d["layers"].update({"self.\u0661": ["dense"] * 3})), "is not one of 4 layers"),
+    "dense declared": (
+        damaged(lambda d: d["patterns"].update(dense={"pattern": "special"})),
+        "'dense' always means every",
+    ),
+    "empty join": (
+        damaged(lambda d: d["patterns"].update({"local_window(radius=2)": {"any": []}})),
+        "pattern spec .*allowed are",
+    ),
     "static cut": (damaged(cut_static, STATIC), "is damaged .*save it again"),
     "static base64": (
         damaged(lambda d: next(iter(d["patterns"].values())).update(static="***"), STATIC),
@@ -311,6 +398,10 @@ BAD_PLANS = {
     "not a pattern": (lambda: uniform(3), "pattern=3: expected a name, a Pattern, or a function"),
     "parameters of a function": (lambda: uniform(own, radius=2), "takes no further parameters, got radius"),
     "dense_heads": (lambda: uniform(radius=1, dense_heads=4), "dense_heads=4: the model has 3 heads"),
+    "no such layer to compile": (
+        lambda: uniform(radius=1).compile("self.99", TokenLayout((4, 4))),
+        "no layer 'self.99' in this plan: it has self.0",
+    ),
     "no such layer": (
         lambda: uniform(radius=1, layers=[7]),
         r"layers \[7\] match nothing: the plan has self.0, self.1",

@@ -54,21 +54,27 @@ def dense_plan(model: nn.Module | ModelSpec) -> SparsityPlan:
 
 
 def sparsify_(model: Model, plan: SparsityPlan, backend: str = "auto", on_unsupported: str = "fallback") -> Model:
-    """Give `model` sparse heads, in place; returns it. Parameters, state_dict keys and hooks stay as they are.
+    """Give `model` sparse heads, in place; returns it. Parameters, state_dict keys and your hooks stay as they are.
 
     backend         "auto", or a name that every sparse layer must then run on
     on_unsupported  what to do with calls outside the contract (attention masks, attention weights, unknown grids):
                     "fallback" runs the original attention, warns once and counts; "error" raises BackendUnavailable
 
-    Raises PlanError for a plan that does not fit, BackendUnavailable for a backend that cannot run here; the model is then
+    Layers the plan does not name stay dense. Raises PlanError for a plan that does not fit, BackendUnavailable for a backend that cannot run here; the model is then
     untouched. Training and eval run the same heads.
     """
     if on_unsupported not in ("fallback", "error"):
         raise ValueError(f"on_unsupported={on_unsupported!r}: allowed are 'fallback' and 'error'; choose one of them.")
+    if not isinstance(plan, SparsityPlan):
+        raise TypeError(
+            f"plan is a {type(plan).__name__}: expected a SparsityPlan; make one with bsa.uniform_plan(model, ...), or read one "
+            "with bsa.SparsityPlan.load(path)."
+        )
     if layers_of(model):
         raise ValueError("this model has sparse heads already: one plan at a time; call restore_(model) first.")
     adapter, found = _find(model)
     plan.check(found.spec)
+    plan = plan.complete(found.spec)
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(
             f"backend={backend!r}: allowed are 'auto', {', '.join(map(repr, BACKENDS))}; choose one of them."
@@ -77,7 +83,6 @@ def sparsify_(model: Model, plan: SparsityPlan, backend: str = "auto", on_unsupp
     chosen = [
         (module, Layer(tower, spec, adapter.original_of(module), adapter.prepare))
         for module, spec in zip(found.modules, found.spec.layers, strict=True)
-        if spec.key in plan.layers
     ]
     for module, layer in chosen:
         _rehearse(module, layer)
@@ -117,13 +122,17 @@ def restore_(model: Model) -> Model:
     """Undo `sparsify_`, in place, bit-exact; returns the model. ValueError when it has no sparse heads."""
     if not layers_of(model):
         raise ValueError("this model has no sparse heads: nothing to restore; sparsify_(model, plan) gives it some.")
-    towers = []
-    for module in list(model.modules()):
-        layer = layer_of(module)
-        if layer is not None:
-            towers.append(layer.tower)
-            _adapter_of(module).unswap(module)
-    for tower in {id(tower): tower for tower in towers}.values():
+    swapped = [module for module in model.modules() if layer_of(module) is not None]
+    towers = {id(layer.tower): layer.tower for layer in layers_of(model)}
+    total = sum(len(tower.spec.layers) for tower in towers.values())
+    if len(swapped) != total:
+        raise ValueError(
+            f"{type(model).__name__} holds {len(swapped)} of {total} swapped layers: an encoder is restored as a whole; pass the "
+            "model that sparsify_ was given."
+        )
+    for module in swapped:
+        _adapter_of(module).unswap(module)
+    for tower in towers.values():
         tower.hook.remove()
     return model
 
@@ -132,7 +141,7 @@ def restore_(model: Model) -> Model:
 def dense(model: Model) -> Iterator[Model]:
     """Inside, the model runs its original, dense attention: `with dense(model): reference = model(x)`.
 
-    Holds for every thread that uses the model. ValueError when it has no sparse heads.
+    Holds for every thread that uses the model; with gradient checkpointing, run backward inside as well. ValueError when it has no sparse heads.
     """
     towers = {id(layer.tower): layer.tower for layer in layers_of(model)}
     if not towers:
@@ -171,7 +180,9 @@ def _spec_of(model: nn.Module | ModelSpec) -> ModelSpec:
 def _sized(spec: ModelSpec, image_size: int | tuple[int, int] | None) -> ModelSpec:
     if image_size is None:
         return spec
-    pixels = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    pixels = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if not isinstance(pixels, (tuple, list)) or len(pixels) != 2 or not all(isinstance(side, int) for side in pixels):
+        raise ValueError(f"image_size={image_size!r}: expected pixels, an int or (height, width); give whole numbers.")
     if any(side < patch or side % patch for side, patch in zip(pixels, spec.patch_size, strict=True)):
         raise ValueError(
             f"image_size={image_size}: both sides must be whole numbers of {spec.patch_size} pixel patches; resize or pad."

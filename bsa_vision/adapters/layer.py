@@ -38,6 +38,7 @@ class Tower:
         self.spec, self.plan = spec, plan
         self.backend, self.on_unsupported = backend, on_unsupported
         self.grid: tuple[int, int] = (0, 0)  # of the last input; (0, 0) until there was one
+        self.seen: dict[int, set[tuple[int, int]]] = {}  # tokens -> grids of that many tokens, for recomputation
         self.dense = 0  # how many `dense(model)` blocks are open
         self.hook: Any = None
         self._local = threading.local()
@@ -45,18 +46,34 @@ class Tower:
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the patch embedding: remember the grid of the image that comes in."""
         pixels = args[0] if args else kwargs.get("pixel_values")
-        if isinstance(pixels, Tensor):
-            self.grid = (pixels.shape[-2] // self.spec.patch_size[0], pixels.shape[-1] // self.spec.patch_size[1])
-            if not torch.compiler.is_compiling():
-                self._local.grid = self.grid  # threads that share a model each have their own image
+        if not isinstance(pixels, Tensor):
+            return
+        height, width = pixels.shape[-2] // self.spec.patch_size[0], pixels.shape[-1] // self.spec.patch_size[1]
+        if torch.compiler.is_compiling():
+            self.grid = (height, width)
+            return
+        self.grid = (int(height), int(width))  # torch.jit.trace hands out tensors
+        self._local.grid = self.grid  # threads that share a model each have their own image
+        self.seen.setdefault(self.spec.start + self.grid[0] * self.grid[1] + self.spec.end, set()).add(self.grid)
 
-    def current_grid(self) -> tuple[int, int]:
+    def current_grid(self, tokens: int) -> tuple[int, int]:
+        """The grid of the image that these tokens come from."""
         if torch.compiler.is_compiling():
             return self.grid
-        return getattr(self._local, "grid", self.grid)
+        if torch._C._current_graph_task_id() == -1:
+            return getattr(self._local, "grid", self.grid)
+        # Within backward: a checkpointed layer is computed again, maybe after images of other sizes came by.
+        grids = self.seen.get(tokens, {self.grid})
+        if len(grids) > 1:
+            raise RuntimeError(
+                f"gradient checkpointing computes {tokens} tokens again, and images of {sorted(grids)} patches came by: which "
+                "one these are cannot be told; run backward before the next shape, or turn checkpointing off."
+            )
+        return next(iter(grids))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_local"}
+        state = {key: value for key, value in self.__dict__.items() if key != "_local"}
+        return {**state, "dense": 0}  # a copy made inside `dense(model)` is not dense for ever
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -84,7 +101,7 @@ class Layer:
 
     def wrong_grid(self, tokens: int) -> str | None:
         """Why `tokens` do not fit the image seen last, or None when they do."""
-        height, width = self.tower.current_grid()
+        height, width = self.tower.current_grid(tokens)
         spec = self.tower.spec
         if tokens == spec.start + height * width + spec.end:
             return None
@@ -98,6 +115,11 @@ class Layer:
                 "on_unsupported='fallback' to let the original attention serve it."
             )
         if torch.compiler.is_compiling():
+            if getattr(torch.compiler, "is_exporting", lambda: False)():
+                raise BackendUnavailable(
+                    f"torch.export would export layer {self.spec.name!r} dense: {reason}. Exported programs cannot fall back "
+                    "and count; export the original model, or one whose attention takes no mask while tracing (DINOv3)."
+                )
             return
         if not self.fallbacks[reason]:
             warnings.warn(f"bsa_vision: {self.spec.name} runs its original, dense attention: {reason}", stacklevel=3)
@@ -105,7 +127,7 @@ class Layer:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout_p: float) -> Tensor:
         """(B, H, N, D) in model order -> (B, H, N, D) with this layer's masks."""
-        grid = self.tower.current_grid()
+        grid = self.tower.current_grid(q.shape[2])
         return attend_masks(
             self.masks, q, k, v, grid=grid, scale=scale, dropout_p=dropout_p, backend=self.tower.backend
         )
@@ -117,4 +139,6 @@ def layer_of(module: nn.Module) -> Layer | None:
 
 def layers_of(model: nn.Module) -> list[Layer]:
     """The swapped layers of a model, in order."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module; pass the model itself.")
     return [layer for module in model.modules() if (layer := layer_of(module)) is not None]

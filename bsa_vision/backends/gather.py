@@ -253,9 +253,11 @@ def _logits(
 
 
 def _softmax_(problem: Problem, logits: Tensor) -> Tensor:
-    torch.softmax(logits, -1, out=logits)
-    # Causal: single queries of a block that is kept may see nothing, and softmax of nothing is NaN.
-    return logits.nan_to_num_(nan=0.0) if problem.is_causal else logits
+    if not problem.is_causal:
+        return torch.softmax(logits, -1, out=logits)
+    # Single queries of a block that is kept may see nothing, and softmax of nothing is NaN.
+    sees_nothing = logits.isneginf().all(-1, keepdim=True)
+    return torch.softmax(logits, -1, out=logits).masked_fill_(sees_nothing, 0)
 
 
 def _dropout(problem: Problem, head: _Head, row: BlockRow, probs: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -107,7 +108,9 @@ class Problem:
             for image in range(self.q.shape[0]):
                 yield Span(image, image, slice(0, self.q.shape[2]), slice(0, self.k.shape[2]))
             return
-        bounds_q, bounds_k = self.cu_seqlens_q.tolist(), self.cu_seqlens_k.tolist()
+        # Here too, where values are read anyway: on other devices and under a compiler nobody looked at them before.
+        bounds_q = check_bounds("q", self.cu_seqlens_q, self.q.shape[2], self.longest_q)
+        bounds_k = check_bounds("k", self.cu_seqlens_k, self.k.shape[2], self.longest_k)
         for image in range(self.num_images):
             yield Span(image, 0, slice(*bounds_q[image : image + 2]), slice(*bounds_k[image : image + 2]))
 
@@ -151,3 +154,20 @@ class Problem:
             seed = (seed * 1_000_003 + number + 1) % 2**63
         generator = torch.Generator(device=self.q.device).manual_seed(seed)
         return torch.rand(shape, generator=generator, device=self.q.device) >= self.dropout_p
+
+
+def check_bounds(name: str, bounds: Tensor, total: int, longest: int) -> list[int]:
+    """The values of cu_seqlens, or a ValueError that names what is wrong with them."""
+    values = bounds.tolist()
+    lengths = [b - a for a, b in pairwise(values)]
+    if values[0] != 0 or values[-1] != total or min(lengths) < 0:
+        raise ValueError(
+            f"cu_seqlens_{name}={values}: sequence boundaries must start at 0, never fall, and end at {total}, the tokens of "
+            f"{name}; use the cumulative sum of the sequence lengths with a 0 in front."
+        )
+    if max(lengths) > longest:
+        raise ValueError(
+            f"max_seqlen_{name}_={longest} is less than the longest sequence of cu_seqlens_{name}, {max(lengths)} tokens: pass "
+            "at least that."
+        )
+    return values
