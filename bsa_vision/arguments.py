@@ -90,9 +90,15 @@ def _check_rel_pos(q: Tensor, masks: HeadMasks, rel_pos: RelPos) -> None:
         )
 
 
-def check_dropout(p: float) -> None:
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout {p}: expected a probability from 0 up to, but not including, 1; pass 0.0 for none.")
+def check_numbers(dropout: float, scale: float | None) -> None:
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
+        raise ValueError(
+            f"dropout {dropout!r}: expected a probability from 0 up to, but not including, 1; pass 0.0 for none."
+        )
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
+        raise TypeError(
+            f"scale is {scale!r}: expected a number that multiplies q . k; pass one, or None for D ** -0.5."
+        )
 
 
 def check_head_masks(head_masks: object) -> None:
@@ -116,6 +122,10 @@ def check_varlen(
     exact_streaming: bool,
 ) -> None:
     for name, bounds, tokens, most in zip(("q", "k"), cu_seqlens, (q, k), longest, strict=True):
+        if isinstance(most, bool) or not isinstance(most, (int, torch.SymInt)):
+            raise TypeError(
+                f"max_seqlen_{name}_ is {most!r}: expected the tokens of the longest sequence; pass an int."
+            )
         if not isinstance(bounds, Tensor):
             raise TypeError(
                 f"cu_seqlens_{name} is a {type(bounds).__name__}: expected a (batch + 1,) int32 tensor; use torch.tensor."

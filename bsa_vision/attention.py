@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from bsa_vision.arguments import check_dropout, check_fit, check_head_masks, check_tensors, check_varlen
+from bsa_vision.arguments import check_fit, check_head_masks, check_numbers, check_tensors, check_varlen
 from bsa_vision.backends import Problem, Result, choose
 from bsa_vision.custom_op import attend, attention_op
 from bsa_vision.head_masks import Handled, HeadMasks
@@ -41,7 +41,7 @@ def sparse_attention(
         >>> out = sparse_attention(q, k, v, hm)
     """
     check_head_masks(head_masks)
-    check_dropout(dropout_p)
+    check_numbers(dropout_p, scale)
     if isinstance(head_masks, HeadMasks) and isinstance(q, (list, tuple)):
         raise TypeError(
             f"q is a list of {len(q)} images, head_masks one HeadMasks: pass a list with one HeadMasks per image."
@@ -305,7 +305,7 @@ def _varlen(
     return_attn_probs: bool,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     check_tensors(q, k, v, 3, "(total, H, D)")
-    check_dropout(dropout_p)
+    check_numbers(dropout_p, scale)
     check_varlen(q, k, cu_seqlens, masks, longest, is_causal, exact_streaming)
     result = _run(
         masks,

@@ -213,23 +213,23 @@ class HeadMasks(Handled):
         return ((columns < sink) | (columns >= reach - local)) & (columns < reach) & (rows >= start_row)
 
     def _runs(self, block_mask: Tensor, num_q: int, num_k: int) -> list[list[list[BlockRow]]]:
-        size, columns = self.block_size, block_mask.shape[-1]
-        padded = torch.nn.functional.pad(block_mask.to(torch.int8), (1, 1))
-        edges = padded.diff(dim=-1)  # (B, H, R, C + 1): 1 where a run of kept blocks starts, -1 where it has ended
-        starts, stops = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
-        rows: list[list[list[list[Run]]]] = [
-            [[[] for _ in range(block_mask.shape[2])] for _ in head] for head in block_mask
+        size, (images, heads, num_rows, _) = self.block_size, block_mask.shape
+        edges = torch.nn.functional.pad(block_mask.to(torch.int8), (1, 1)).diff(dim=-1).flatten(0, 2)
+        # (images * heads * rows, C + 1): 1 where a run of kept blocks starts, -1 where it has ended
+        places, firsts = (edges == 1).nonzero().unbind(1)
+        lasts = (edges == -1).nonzero()[:, 1]
+        runs: list[list[Run]] = [[] for _ in range(len(edges))]
+        for place, first, last in zip(
+            places.tolist(), (firsts * size).tolist(), (lasts * size).clamp(max=num_k).tolist(), strict=True
+        ):
+            runs[place].append((first, last))
+        rows = [
+            BlockRow(r * size, min((r + 1) * size, num_q), tuple(runs[place + r]))
+            for place in range(0, len(runs), max(num_rows, 1))
+            for r in range(num_rows)
         ]
-        for (image, head, row, first), (_, _, _, last) in zip(starts, stops, strict=True):
-            assert first < last <= columns
-            rows[image][head][row].append((first * size, min(last * size, num_k)))
-        return [
-            [
-                [BlockRow(r * size, min((r + 1) * size, num_q), tuple(runs)) for r, runs in enumerate(head)]
-                for head in image
-            ]
-            for image in rows
-        ]
+        by_head = [rows[i * num_rows : (i + 1) * num_rows] for i in range(images * heads)]
+        return [by_head[i * heads : (i + 1) * heads] for i in range(images)]
 
     # Checks
 

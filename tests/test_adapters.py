@@ -255,9 +255,19 @@ def test_an_encoder_is_restored_as_a_whole():
 def test_tracing_leaves_the_model_as_it_was():
     model, pixels = make("dinov3"), image()
     bsa.sparsify_(model, sparse_plan(model))
-    with warnings.catch_warnings(), torch.no_grad():
+
+    class LastHiddenState(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model(x).last_hidden_state
+
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.trace(lambda x: model(x).last_hidden_state, pixels, check_trace=False)
+        traced = torch.jit.trace(LastHiddenState(), pixels, check_trace=False)
+    assert torch.equal(traced(pixels), features(model, pixels))
     assert bsa.describe(model).grid == (8, 8)
 
 

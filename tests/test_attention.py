@@ -635,6 +635,8 @@ BAD_VARLENS = {
     "a list of heads": (dict(head_mask_type=[0, 1]), r"head_mask_type is a list: expected an \(H,\) int32 tensor"),
     "a list of boundaries": (dict(cu_seqlens_q=[0, 200, 500]), r"cu_seqlens_q is a list: .* use torch.tensor"),
     "dropout": (dict(p_dropout=1.0), r"dropout 1.0: expected a probability"),
+    "longest type": (dict(max_seqlen_k_=None), r"max_seqlen_k_ is None: expected the tokens"),
+    "scale": (dict(softmax_scale="x"), r"scale is 'x': expected a number"),
     "rank": (dict(q=torch.randn(1, 2, 500, 8)), r"expected \(total, H, D\)"),
 }
 
