@@ -38,7 +38,9 @@ class Tower:
         self.spec, self.plan = spec, plan
         self.backend, self.on_unsupported = backend, on_unsupported
         self.grid: tuple[int, int] = (0, 0)  # of the last input; (0, 0) until there was one
-        self.seen: dict[int, set[tuple[int, int]]] = {}  # tokens -> grids of that many tokens, for recomputation
+        # For recomputation: tokens -> grids of that many tokens, of the inputs since backward ran last.
+        self.seen: dict[int, set[tuple[int, int]]] = {}
+        self.recomputed = False
         self.dense = 0  # how many `dense(model)` blocks are open
         self.hook: Any = None
         self._local = threading.local()
@@ -54,6 +56,8 @@ class Tower:
             return
         self.grid = (int(height), int(width))  # torch.jit.trace hands out tensors
         self._local.grid = self.grid  # threads that share a model each have their own image
+        if self.recomputed:
+            self.seen, self.recomputed = {}, False
         self.seen.setdefault(self.spec.start + self.grid[0] * self.grid[1] + self.spec.end, set()).add(self.grid)
 
     def current_grid(self, tokens: int) -> tuple[int, int]:
@@ -63,8 +67,9 @@ class Tower:
         if torch._C._current_graph_task_id() == -1:
             return getattr(self._local, "grid", self.grid)
         # Within backward: a checkpointed layer is computed again, maybe after images of other sizes came by.
-        grids = self.seen.get(tokens, {self.grid})
-        if len(grids) > 1:
+        self.recomputed = True
+        grids = self.seen.get(tokens, set())
+        if len(grids) != 1:
             raise RuntimeError(
                 f"gradient checkpointing computes {tokens} tokens again, and images of {sorted(grids)} patches came by: which "
                 "one these are cannot be told; run backward before the next shape, or turn checkpointing off."
