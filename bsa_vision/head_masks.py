@@ -22,6 +22,8 @@ class BlockRow(NamedTuple):
     start: int  # first query token
     stop: int
     runs: tuple[Run, ...]  # ascending, adjacent key blocks merged; empty when the row keeps nothing
+    blocks: tuple[int, ...]  # the kept key blocks, ascending
+    kept: int  # key tokens in all
 
 
 class Handled:
@@ -224,7 +226,7 @@ class HeadMasks(Handled):
         ):
             runs[place].append((first, last))
         rows = [
-            BlockRow(r * size, min((r + 1) * size, num_q), tuple(runs[place + r]))
+            _block_row(r, runs[place + r], size, num_q)
             for place in range(0, len(runs), max(num_rows, 1))
             for r in range(num_rows)
         ]
@@ -284,6 +286,12 @@ class HeadMasks(Handled):
 
 
 DENSE, STREAMING = 0, -1
+
+
+def _block_row(number: int, runs: list[Run], size: int, num_q: int) -> BlockRow:
+    blocks = tuple(block for start, stop in runs for block in range(start // size, -(-stop // size)))
+    kept = sum(stop - start for start, stop in runs)
+    return BlockRow(number * size, min((number + 1) * size, num_q), tuple(runs), blocks, kept)
 
 
 def _check_blockmask(mask: Tensor | None) -> Tensor | None:

@@ -17,9 +17,8 @@ from bsa_vision.errors import BackendUnavailable
 from bsa_vision.model_spec import LayerSpec, ModelSpec
 from bsa_vision.plan import LayerMasks, SparsityPlan
 
-ATTRIBUTE = (
-    "_bsa_layer"  # on an attention module; a plain attribute, so neither a parameter, a buffer nor a state_dict key
-)
+# On an attention module: a plain attribute, so neither a parameter, a buffer nor a state_dict key.
+ATTRIBUTE = "_bsa_layer"
 
 
 @dataclass(frozen=True, eq=False)

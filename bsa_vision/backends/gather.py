@@ -87,20 +87,23 @@ def _rows(problem: Problem, head: _Head, rows: list[BlockRow], out: Tensor, lse:
     image_out = out[head.span.row, head.number, head.span.q]
     in_place = head.order_q is None and out.dtype == queries.dtype
     results = image_out[chunk] if in_place else queries.new_empty(len(queries), out.shape[-1])
-    chunk_lse = queries.new_full((len(queries),), torch.inf)
-    for row, index, keys, values in _with_keys(head, rows):
-        here = slice(row.start - chunk.start, row.stop - chunk.start)
+    size, chunk_lse = problem.masks.block_size, queries.new_full((len(queries),), torch.inf)
+    # Operations are small here, so the loop below takes ready-made views: slicing anew costs as much as some of the products.
+    parts = zip(
+        _with_keys(problem, head, rows), queries.split(size), results.split(size), chunk_lse.split(size), strict=True
+    )
+    for (row, index, keys, values), row_queries, result, row_lse in parts:
         if not row.runs:
-            results[here] = 0
+            result.zero_()
             continue
-        logits = _logits(problem, head, row, queries[here], index, keys)
+        logits = _logits(problem, head, row, row_queries, index, keys)
         if lse is not None:
-            row_lse = logits.logsumexp(-1)
-            chunk_lse[here] = row_lse.masked_fill_(row_lse.isneginf(), torch.inf)
+            row_lse.copy_(logits.logsumexp(-1))
+            row_lse.masked_fill_(row_lse.isneginf(), torch.inf)
         probs = _softmax_(problem, logits)
         if problem.dropout_p:
             probs *= _dropout(problem, head, row, probs)
-        torch.mm(probs, values, out=results[here])
+        torch.mm(probs, values, out=result)
     if not in_place:
         _store(image_out, head.order_q, chunk, results)
     if lse is not None:
@@ -134,7 +137,7 @@ def _head_gradients(problem: Problem, heads: list[_Head], out: Tensor, grad_out:
         delta = (head_grad * head_out).sum(-1, keepdim=True)  # (n_q, 1)
         grad_q, *grad_rel = (queries.new_zeros(len(queries), x.shape[-1]) for x in (grads[0], *grads[3:]))
         grad_k, grad_v = grads[1][at_k], grads[2][at_k]
-        for row, index, keys, values in _with_keys(head, head.rows):
+        for row, index, keys, values in _with_keys(problem, head, head.rows):
             if not row.runs:
                 continue
             here = slice(row.start, row.stop)
@@ -184,31 +187,41 @@ def _heads(problem: Problem, heads: range | list[int]) -> Iterator[_Head]:
             yield _Head(span, number, rows[number], *tensors, problem.order_q, problem.order_k)
 
 
-def _with_keys(head: _Head, rows: list[BlockRow]) -> Iterator[tuple[BlockRow, Tensor | None, Tensor, Tensor]]:
+def _with_keys(
+    problem: Problem, head: _Head, rows: list[BlockRow]
+) -> Iterator[tuple[BlockRow, Tensor | None, Tensor, Tensor]]:
     """Each row with the index of its keys (None: packed order is model order), its keys and its values.
 
-    Gathered once for neighbours that keep the same.
+    Used where they lie when they are one run in packed order, else gathered, once for neighbours that keep the same.
     """
-    gathered: tuple[tuple[int, int], ...] | None = None
-    index, keys, values = None, head.k[:0], head.v[:0]
+    size, ordered = problem.masks.block_size, head.order_k is not None
+    largest = max(row.kept for row in rows)
+    sources = (head.order_k,) if head.order_k is not None else (head.k, head.v)
+    blocks = [x.split(size) for x in sources]
+    index = scratch("index", (largest,), torch.int64, head.k.device) if ordered else None
+    keys, values = (
+        scratch(name, (largest, x.shape[1]), x.dtype, x.device) for name, x in (("keys", head.k), ("values", head.v))
+    )
+    gathered: tuple[int, ...] | None = None
+    here, k, v = None, head.k[:0], head.v[:0]
     for row in rows:
-        if row.runs != gathered:
-            index = None if head.order_k is None else _take(head.order_k, row, None, "index")
-            keys, values = _take(head.k, row, index, "keys"), _take(head.v, row, index, "values")
-            gathered = row.runs
-        yield row, index, keys, values
+        if row.blocks != gathered:
+            gathered = row.blocks
+            to_k, to_v = keys[: row.kept], values[: row.kept]
+            if index is not None and row.blocks:
+                here = torch.cat([blocks[0][i] for i in row.blocks], out=index[: row.kept])
+                k, v = torch.index_select(head.k, 0, here, out=to_k), torch.index_select(head.v, 0, here, out=to_v)
+            elif len(row.runs) == 1:
+                start, stop = row.runs[0]
+                k, v = head.k[start:stop], head.v[start:stop]
+            elif row.runs:
+                k, v = (torch.cat([x[i] for i in row.blocks], out=to) for x, to in zip(blocks, (to_k, to_v)))
+        yield row, here, k, v
 
 
-def _take(x: Tensor, row: BlockRow, index: Tensor | None, name: str | None = None) -> Tensor:
-    """The keys of `x` (n_k, ...) that `row` keeps: a view when they lie together, else a copy, in scratch when named."""
-    if index is None and len(row.runs) <= 1:
-        start, stop = row.runs[0] if row.runs else (0, 0)
-        return x[start:stop]
-    kept = sum(stop - start for start, stop in row.runs)
-    out = None if name is None else scratch(name, (kept, *x.shape[1:]), x.dtype, x.device)
-    if index is not None:
-        return torch.index_select(x, 0, index, out=out)
-    return torch.cat([x[start:stop] for start, stop in row.runs], out=out)
+def _take(x: Tensor, row: BlockRow, index: Tensor | None) -> Tensor:
+    """The keys of `x` (n_k, ...) that `row` keeps."""
+    return torch.cat([x[start:stop] for start, stop in row.runs]) if index is None else x.index_select(0, index)
 
 
 def _add(x: Tensor, row: BlockRow, index: Tensor | None, values: Tensor) -> None:
@@ -237,8 +250,8 @@ def _logits(
     problem: Problem, head: _Head, row: BlockRow, queries: Tensor, index: Tensor | None, keys: Tensor
 ) -> Tensor:
     """(n, kept keys) logits of one block of scaled queries, causality applied; in scratch memory."""
-    shape = (queries.shape[0], keys.shape[0])
-    logits = torch.mm(queries, keys.T, out=scratch("logits", shape, queries.dtype, queries.device))
+    out = scratch("logits", (queries.shape[0], keys.shape[0]), queries.dtype, queries.device)
+    logits = torch.mm(queries, keys.T, out=out)
     if problem.rel_pos is not None:
         for term, key_place in zip(problem.rel_pos, (problem.key_row, problem.key_column), strict=True):
             assert key_place is not None
