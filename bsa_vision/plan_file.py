@@ -33,7 +33,8 @@ import numpy as np
 import torch
 
 from bsa_vision.errors import PlanError
-from bsa_vision.plan import PatternLike, SparsityPlan, Static
+from bsa_vision.plan import PatternLike, SparsityPlan
+from bsa_vision.static_mask import Static
 from masks import Pattern, TokenLayout
 
 FORMAT, VERSION = "bsa-vision/plan", 1

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bsa_vision import HeadMasks, LayerSpec, ModelSpec, PlanError, SparsityPlan
-from bsa_vision.plan import Static
 from bsa_vision.plan_file import dumps, loads
+from bsa_vision.static_mask import Static
 from masks import PATTERNS, Pattern, TokenLayout, local_window, random_blocks, stack_heads
 
 SPEC = ModelSpec(
