@@ -131,8 +131,7 @@ def _run(
     `gather`, and everything under torch.compile, goes through the operator. The other backends are differentiated by
     torch or bring their own gradient, so they run directly where Python runs anyway.
     """
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))  # as torch's own attention does
+    q, k, v = _autocast(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     seed = torch.randint(2**62, (1,), device="cpu") if dropout_p else None
     rel_h, rel_w = (None, None) if rel_pos is None else rel_pos
@@ -169,6 +168,14 @@ def _run(
     numbers = (handle, *grid, *longest, scale, is_causal, exact_streaming, dropout_p, return_lse)
     out, lse = attention_op(q, k, v, rel_h, rel_w, *cu_seqlens, *raw, seed, *numbers, backend)
     return Result(out, lse)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as torch's own attention would take them: in autocast's dtype where that is on."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
 def _masks(source: Handled | tuple[Tensor | None, ...], grid: tuple[int, int]) -> HeadMasks:

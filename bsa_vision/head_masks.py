@@ -76,7 +76,8 @@ class HeadMasks(Handled):
     allow_empty_rows a query block that sees nothing is an error unless this is set (its output would be 0)
 
     The masks are copied. Ones mixed with larger entries are refused where they could be meant as counted (as many positive
-    entries as slices, and slices left over). Raises ValueError or TypeError for shapes, dtypes, slice numbers and empty rows that do not fit.
+    entries as slices, and slices left over). Raises ValueError or TypeError for shapes, dtypes, slice numbers and empty rows
+    that do not fit.
     """
 
     def __init__(
@@ -203,7 +204,7 @@ class HeadMasks(Handled):
         return mask
 
     def _streaming_blocks(self, head: int, num_q: int, num_k: int, causal: bool) -> Tensor:
-        """The kernel's block streaming (facts read from its fwdStreaming): sinks, and a window that ends at `reach`."""
+        """Sinks, and a window that ends at `reach`; as `fwdStreaming` in block_sparse_attn v0.0.2 does it."""
         sink, local = self.streaming[head]
         size = self.block_size
         rows = torch.arange(-(-num_q // size), device="cpu")[:, None]

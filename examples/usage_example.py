@@ -125,7 +125,13 @@ def sparsity_levels(device: torch.device, dtype: torch.dtype, rounds: int) -> No
         title="(b) timed here, results checked",
     )
     for name, timing in timings.items():
-        table.add_row(name, f"{timing.median * 1e3:.0f} ms", f"{timing.ratio:.2f}", f"{1 / timing.ratio:.2f} x")
+        low, high = timing.spread
+        table.add_row(
+            name,
+            f"{timing.median * 1e3:.0f} ms",
+            f"{timing.ratio:.2f} ({low:.2f}-{high:.2f})",
+            f"{1 / timing.ratio:.2f} x",
+        )
     console.print(table, "")
 
 

@@ -409,6 +409,15 @@ class TestRelPos:
         without = bsa.sparse_attention(*self.inputs, self.masks, backend=backend)
         assert (without - expected).abs().max() > 0.1
 
+    @pytest.mark.parametrize("backend", CPU_BACKENDS)
+    def test_autocast(self, backend):
+        q, k, v, *terms = (x.detach().float() for x in (*self.inputs, *self.rel_pos))
+        expected = bsa.sparse_attention(q, k, v, self.masks, rel_pos=bsa.RelPos(*terms), backend=backend)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = bsa.sparse_attention(q, k, v, self.masks, rel_pos=bsa.RelPos(*terms), backend=backend)
+        assert out.dtype == torch.bfloat16
+        assert (out - expected).norm() / expected.norm() < 0.05
+
     def test_gradients(self):
         terms = [term.detach().requires_grad_() for term in self.rel_pos]
         grad = torch.randn(2, 3, 54, 8, dtype=torch.float64)

@@ -60,8 +60,8 @@ def sparsify_(model: Model, plan: SparsityPlan, backend: str = "auto", on_unsupp
     on_unsupported  what to do with calls outside the contract (attention masks, attention weights, unknown grids):
                     "fallback" runs the original attention, warns once and counts; "error" raises BackendUnavailable
 
-    Layers the plan does not name stay dense. Raises PlanError for a plan that does not fit, BackendUnavailable for a backend that cannot run here; the model is then
-    untouched. Training and eval run the same heads.
+    Layers the plan does not name stay dense; training and eval run the same heads. Raises PlanError for a plan that does not
+    fit, BackendUnavailable for a backend that cannot run here; the model is then untouched.
     """
     if on_unsupported not in ("fallback", "error"):
         raise ValueError(f"on_unsupported={on_unsupported!r}: allowed are 'fallback' and 'error'; choose one of them.")
@@ -141,7 +141,8 @@ def restore_(model: Model) -> Model:
 def dense(model: Model) -> Iterator[Model]:
     """Inside, the model runs its original, dense attention: `with dense(model): reference = model(x)`.
 
-    Holds for every thread that uses the model; with gradient checkpointing, run backward inside as well. ValueError when it has no sparse heads.
+    Holds for every thread that uses the model; with gradient checkpointing, run backward inside as well. ValueError when it
+    has no sparse heads.
     """
     towers = {id(layer.tower): layer.tower for layer in layers_of(model)}
     if not towers:
