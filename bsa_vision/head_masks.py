@@ -26,6 +26,19 @@ class BlockRow(NamedTuple):
     kept: int  # key tokens in all
 
 
+class RunTable(NamedTuple):
+    """All `BlockRow`s of all heads as int32 tensors on the CPU.
+
+    bounds  (R + 1,) first query token of each row of blocks, and the number of queries
+    run_at  (mask images, H, R + 1) first run of each row, and one past the last
+    runs    (runs, 2) first and one past the last key token
+    """
+
+    bounds: Tensor
+    run_at: Tensor
+    runs: Tensor
+
+
 class Handled:
     """An object that a compiled graph can name by an int: `handle` finds it again for as long as it lives.
 
@@ -176,6 +189,11 @@ class HeadMasks(Handled):
         key = ("block_rows", num_q, num_k, causal)
         return self._cache.get(key, lambda: self._runs(self.block_mask(num_q, num_k, causal=causal), num_q, num_k))
 
+    def run_table(self, num_q: int, num_k: int, *, causal: bool = False) -> RunTable:
+        """What there is to compute, as tensors."""
+        key = ("run_table", num_q, num_k, causal)
+        return self._cache.get(key, lambda: self._table(self.block_mask(num_q, num_k, causal=causal), num_q, num_k))
+
     def masks_for(self, grid: tuple[int, int]) -> HeadMasks:
         """Itself: these masks are for one layout. A layer's plan answers the same question for any grid."""
         return self
@@ -217,14 +235,9 @@ class HeadMasks(Handled):
 
     def _runs(self, block_mask: Tensor, num_q: int, num_k: int) -> list[list[list[BlockRow]]]:
         size, (images, heads, num_rows, _) = self.block_size, block_mask.shape
-        edges = torch.nn.functional.pad(block_mask.to(torch.int8), (1, 1)).diff(dim=-1).flatten(0, 2)
-        # (images * heads * rows, C + 1): 1 where a run of kept blocks starts, -1 where it has ended
-        places, firsts = (edges == 1).nonzero().unbind(1)
-        lasts = (edges == -1).nonzero()[:, 1]
-        runs: list[list[Run]] = [[] for _ in range(len(edges))]
-        for place, first, last in zip(
-            places.tolist(), (firsts * size).tolist(), (lasts * size).clamp(max=num_k).tolist(), strict=True
-        ):
+        places, tokens = _merged_runs(block_mask, size, num_k)
+        runs: list[list[Run]] = [[] for _ in range(images * heads * num_rows)]
+        for place, (first, last) in zip(places.tolist(), tokens.tolist(), strict=True):
             runs[place].append((first, last))
         rows = [
             _block_row(r, runs[place + r], size, num_q)
@@ -233,6 +246,14 @@ class HeadMasks(Handled):
         ]
         by_head = [rows[i * num_rows : (i + 1) * num_rows] for i in range(images * heads)]
         return [by_head[i * heads : (i + 1) * heads] for i in range(images)]
+
+    def _table(self, block_mask: Tensor, num_q: int, num_k: int) -> RunTable:
+        images, heads, num_rows, _ = block_mask.shape
+        places, tokens = _merged_runs(block_mask, self.block_size, num_k)
+        starts = torch.searchsorted(places, torch.arange(images * heads * num_rows + 1, device="cpu"))
+        run_at = starts.as_strided((images, heads, num_rows + 1), (heads * num_rows, num_rows, 1))
+        bounds = (torch.arange(num_rows + 1, device="cpu") * self.block_size).clamp(max=num_q)
+        return RunTable(bounds.int(), run_at.int().contiguous(), tokens.int().contiguous())
 
     # Checks
 
@@ -293,6 +314,15 @@ def _block_row(number: int, runs: list[Run], size: int, num_q: int) -> BlockRow:
     blocks = tuple(block for start, stop in runs for block in range(start // size, -(-stop // size)))
     kept = sum(stop - start for start, stop in runs)
     return BlockRow(number * size, min((number + 1) * size, num_q), tuple(runs), blocks, kept)
+
+
+def _merged_runs(block_mask: Tensor, size: int, num_k: int) -> tuple[Tensor, Tensor]:
+    """Adjacent kept blocks merged: (runs,) index of the row, over images, heads and rows; (runs, 2) first and past the last token."""
+    edges = torch.nn.functional.pad(block_mask.to(torch.int8), (1, 1)).diff(dim=-1).flatten(0, 2)
+    # (images * heads * rows, C + 1): 1 where a run of kept blocks starts, -1 where it has ended
+    places, firsts = (edges == 1).nonzero().unbind(1)
+    lasts = (edges == -1).nonzero()[:, 1]
+    return places, torch.stack([firsts, lasts], 1).mul_(size).clamp_(max=num_k)
 
 
 def _check_blockmask(mask: Tensor | None) -> Tensor | None:

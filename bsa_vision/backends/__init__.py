@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from bsa_vision.backends import gather, kernel, reference, sdpa
+from bsa_vision.backends import compiled, gather, kernel, reference, sdpa
 from bsa_vision.backends.problem import Problem, Result
 from bsa_vision.errors import BackendUnavailable
 
@@ -21,8 +21,9 @@ def choose(problem: Problem, backend: str = "auto") -> str:
     Every one of them applies the mask, so the choice changes the time a call takes and nothing else.
     """
     if backend == "auto":
-        # With nothing to skip, torch's own attention is the fastest way to the same result.
-        order = ("sdpa", *BACKENDS) if problem.masks.all_dense and problem.rel_pos is None else tuple(BACKENDS)
+        # With nothing to skip, torch's own attention is mostly the fastest way to the same result.
+        dense = problem.masks.all_dense and problem.rel_pos is None and not compiled.outruns_dense(problem)
+        order = ("sdpa", *BACKENDS) if dense else tuple(BACKENDS)
         return next(name for name in order if BACKENDS[name].why_not(problem) is None)
     if backend not in BACKENDS:
         raise ValueError(

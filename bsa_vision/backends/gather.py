@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bsa_vision.backends import compiled
 from bsa_vision.backends.problem import Problem, Result, Span
 from bsa_vision.backends.workers import run_tasks, scratch
 from bsa_vision.head_masks import DENSE, BlockRow
@@ -42,6 +43,8 @@ class Gradients(NamedTuple):
 
 
 def run(problem: Problem) -> Result:
+    if compiled.why_not(problem) is None:
+        return compiled.run(problem)
     out = problem.empty_out()
     lse = problem.empty_lse() if problem.return_lse else None
     sparse = _dense_heads(problem, out) if _can_hand_over(problem) else range(problem.num_heads)

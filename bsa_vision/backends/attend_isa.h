@@ -1,0 +1,185 @@
+// The functions of attend.cpp for one instruction set: TARGET, LANES floats per vector, KEYS x VECTORS sums at a time.
+
+typedef float Vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t IntVec __attribute__((vector_size(LANES * 4)));
+typedef float Unaligned __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+#define INLINE TARGET static inline __attribute__((always_inline))
+
+INLINE Vec load(const float *p) { return *(const Unaligned *)p; }
+INLINE void store(float *p, Vec x) { *(Unaligned *)p = x; }
+INLINE Vec splat(float x) { return Vec{} + x; }
+INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+// e^x for x <= 0 as 2^n * 2^f with n whole and |f| <= 1/2; 2e-38 below x = -86.6. NaN stays NaN.
+INLINE Vec exp(Vec x) {
+    const Vec low = splat(-86.6f), round = splat(12582912.f);  // adding 1.5 * 2^23 leaves the integer part in the low bits
+    x = x < low ? low : x;
+    const Vec shifted = x * LOG2E + round, f = x * LOG2E - (shifted - round);
+    const Vec power = ((((C5 * f + C4) * f + C3) * f + C2) * f + C1) * f + 1.f;
+    return (Vec)((IntVec)power + ((IntVec)shifted << 23));
+}
+
+// One chunk of kept keys, as pointers: tokens lie anywhere.
+struct Chunk {
+    int64_t count = 0;
+    const float *keys[CHUNK], *values[CHUNK];
+    const float *rel_h[CHUNK], *rel_w[CHUNK];  // rows of the transposed relative terms
+};
+
+// N products at once: sums[r][n] = sum over d of rows[r][d] * columns[d][n], on top of what `sums` holds.
+template <int N, int V>
+INLINE void multiply(Vec (&sums)[N][V], const float *const *rows, const float *columns, int64_t stride, int64_t count) {
+    const float *row[N];
+    for (int r = 0; r < N; r++) row[r] = rows[r];
+    for (int64_t d = 0; d < count; d++) {
+        Vec column[V];
+        for (int n = 0; n < V; n++) column[n] = load(columns + d * stride + n * LANES);
+        for (int r = 0; r < N; r++)
+            for (int n = 0; n < V; n++) sums[r][n] += row[r][d] * column[n];
+    }
+}
+
+// logits[j][i] = k_j . q_i + relative terms, for N keys from j on and V vectors of queries from i on; `top` is their maximum.
+template <int N, int V>
+INLINE void logits(const Attend &a, const Chunk &chunk, int64_t j, const float *q, int64_t i, int64_t width, float *out, Vec (&top)[V]) {
+    Vec sums[N][V];
+    for (int r = 0; r < N; r++)
+        for (int n = 0; n < V; n++)
+            sums[r][n] = a.rel_h ? load(chunk.rel_h[j + r] + i + n * LANES) + load(chunk.rel_w[j + r] + i + n * LANES) : Vec{};
+    multiply<N, V>(sums, chunk.keys + j, q + i, width, a.dim);
+    for (int r = 0; r < N; r++)
+        for (int n = 0; n < V; n++) {
+            store(out + ((j + r) * V + n) * LANES, sums[r][n]);
+            top[n] = larger(sums[r][n], top[n]);
+        }
+}
+
+// out[d][i] = out[d][i] * fade[i] + sum over j of v_j[d] * probs[j][i], for N dims from d on.
+template <int N, int V>
+INLINE void weigh(const Chunk &chunk, int64_t d, const float *probs, float *out, int64_t width, const Vec (&fade)[V]) {
+    Vec sums[N][V] = {};
+    for (int64_t j = 0; j < chunk.count; j++) {
+        Vec prob[V];
+        for (int n = 0; n < V; n++) prob[n] = load(probs + (j * V + n) * LANES);
+        const float *value = chunk.values[j] + d;
+        for (int r = 0; r < N; r++)
+            for (int n = 0; n < V; n++) sums[r][n] += value[r] * prob[n];
+    }
+    for (int r = 0; r < N; r++)
+        for (int n = 0; n < V; n++) {
+            float *at = out + (d + r) * width + n * LANES;
+            store(at, load(at) * fade[n] + sums[r][n]);
+        }
+}
+
+// What one row of blocks works on, all transposed, (dims, width): `width` queries, the last ones padding.
+struct Row {
+    int64_t start, count, width;
+    float *q, *out, *top, *sum;  // top, sum: running maximum of the logits and softmax denominator
+    float *rel_h, *rel_w, *probs;
+};
+
+// Let V vectors of queries from i on see one chunk of keys.
+template <int V>
+INLINE void see(const Attend &a, const Chunk &chunk, const Row &row, int64_t i) {
+    Vec top[V], fade[V], sum[V] = {};
+    for (int n = 0; n < V; n++) top[n] = splat(-INFINITY);
+    int64_t j = 0;
+    for (; j + KEYS <= chunk.count; j += KEYS) logits<KEYS, V>(a, chunk, j, row.q, i, row.width, row.probs, top);
+    for (; j < chunk.count; j++) logits<1, V>(a, chunk, j, row.q, i, row.width, row.probs, top);
+    for (int n = 0; n < V; n++) {
+        const Vec before = load(row.top + i + n * LANES);
+        top[n] = larger(top[n], before);
+        fade[n] = exp(before - top[n]);
+        store(row.top + i + n * LANES, top[n]);
+    }
+    for (j = 0; j < chunk.count; j++)
+        for (int n = 0; n < V; n++) {
+            float *at = row.probs + (j * V + n) * LANES;
+            const Vec prob = exp(load(at) - top[n]);
+            sum[n] += prob;
+            store(at, prob);
+        }
+    // Sums run over one chunk and then over chunks: over thousands of keys in one go they would lose a digit.
+    for (int n = 0; n < V; n++) store(row.sum + i + n * LANES, load(row.sum + i + n * LANES) * fade[n] + sum[n]);
+    int64_t d = 0;
+    for (; d + KEYS <= a.dim_v; d += KEYS) weigh<KEYS, V>(chunk, d, row.probs, row.out + i, row.width, fade);
+    for (; d < a.dim_v; d++) weigh<1, V>(chunk, d, row.probs, row.out + i, row.width, fade);
+}
+
+INLINE int64_t token(const int64_t *order, int64_t place) { return order ? order[place] : place; }
+
+// (width, dim) rows of `from` -> (dim, width), times `scale`; padding becomes 0.
+INLINE void transpose(const Attend &a, const Row &row, const float *from, int64_t stride, int64_t dim, float scale, float *to) {
+    for (int64_t i = 0; i < row.width; i++) {
+        const float *x = i < row.count ? from + token(a.order_q, row.start + i) * stride : nullptr;
+        for (int64_t d = 0; d < dim; d++) to[d * row.width + i] = x ? x[d] * scale : 0;
+    }
+}
+
+INLINE Row begin(const Attend &a, int64_t number) {
+    Row row;
+    row.start = a.bounds[number];
+    row.count = a.bounds[number + 1] - row.start;
+    row.width = (row.count + LANES - 1) / LANES * LANES;
+    row.q = a.scratch;
+    row.out = row.q + a.dim * row.width;
+    row.top = row.out + a.dim_v * row.width;
+    row.sum = row.top + row.width;
+    row.rel_h = row.sum + row.width;
+    row.rel_w = row.rel_h + a.rel_rows * row.width;
+    row.probs = row.rel_w + a.rel_columns * row.width;  // (CHUNK, VECTORS * LANES)
+    transpose(a, row, a.q, a.q_stride, a.dim, a.scale, row.q);
+    if (a.rel_h) {
+        transpose(a, row, a.rel_h, a.rel_h_stride, a.rel_rows, 1, row.rel_h);
+        transpose(a, row, a.rel_w, a.rel_w_stride, a.rel_columns, 1, row.rel_w);
+    }
+    for (int64_t i = 0; i < a.dim_v * row.width; i++) row.out[i] = 0;
+    for (int64_t i = 0; i < row.width; i++) row.top[i] = LOWEST, row.sum[i] = 0;
+    return row;
+}
+
+// The next kept keys of a row, from `key` of `run` on, which are moved past them.
+INLINE void take(const Attend &a, const Row &row, int64_t &run, int64_t end, int64_t &key, Chunk &chunk) {
+    chunk.count = 0;
+    while (chunk.count < CHUNK && run < end) {
+        const int64_t t = token(a.order_k, key), j = chunk.count++;
+        chunk.keys[j] = a.k + t * a.k_stride;
+        chunk.values[j] = a.v + t * a.v_stride;
+        if (a.rel_h) {
+            chunk.rel_h[j] = row.rel_h + a.key_row[t] * row.width;
+            chunk.rel_w[j] = row.rel_w + a.key_column[t] * row.width;
+        }
+        if (++key == a.runs[2 * run + 1] && ++run < end) key = a.runs[2 * run];
+    }
+}
+
+// Output and log-sum-exp of one row; 0 and +inf where nothing was seen.
+INLINE void finish(const Attend &a, const Row &row) {
+    for (int64_t i = 0; i < row.count; i++) {
+        const int64_t t = token(a.order_q, row.start + i);
+        const float sum = row.sum[i], inverse = sum == 0 ? 0 : 1 / sum;
+        for (int64_t d = 0; d < a.dim_v; d++) a.out[t * a.out_stride + d] = row.out[d * row.width + i] * inverse;
+        if (a.lse) a.lse[t] = sum == 0 ? INFINITY : row.top[i] + std::log(sum);
+    }
+}
+
+TARGET static void attend(const Attend &a) {
+    Chunk chunk;
+    for (int64_t number = a.first; number < a.last; number++) {
+        const Row row = begin(a, number);
+        const int64_t end = a.run_at[number + 1];
+        int64_t run = a.run_at[number], key = run < end ? a.runs[2 * run] : 0;
+        while (run < end) {
+            take(a, row, run, end, key, chunk);
+            int64_t i = 0;
+            for (; i + VECTORS * LANES <= row.width; i += VECTORS * LANES) see<VECTORS>(a, chunk, row, i);
+            for (; i + 2 * LANES <= row.width; i += 2 * LANES) see<2>(a, chunk, row, i);
+            for (; i < row.width; i += LANES) see<1>(a, chunk, row, i);
+        }
+        finish(a, row);
+    }
+}
+
+#undef INLINE

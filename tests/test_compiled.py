@@ -1,0 +1,273 @@
+"""The compiled loop of `gather`: against `reference` in float64 on random problems, each variant; and what it must not do."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bsa_vision as bsa
+from bsa_vision.attention import _run
+from bsa_vision.backends import Problem, compiled, gather
+from bsa_vision.backends.compiled import VARIANTS
+from bsa_vision.head_masks import HeadMasks
+from masks import TokenLayout, local_window, random_blocks, stack_heads
+
+HERE = (
+    list(VARIANTS)[list(VARIANTS).index(torch.backends.cpu.get_cpu_capability()) :]
+    if compiled.why_not() is None
+    else []
+)
+pytestmark = pytest.mark.skipif(not HERE, reason=f"{compiled.why_not()}")
+
+
+@pytest.fixture(params=[*HERE, "torch"])
+def way(request, monkeypatch):
+    """Every variant this machine can run, and `gather` without the compiled loop."""
+    if request.param == "torch":
+        monkeypatch.setattr(compiled, "why_not", lambda problem=None: "switched off")
+    else:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    return request.param
+
+
+@st.composite
+def problems(draw):
+    """(masks, q, k, v, rel_pos, scale) in float64, logits and relative terms of standard deviation 1 and more."""
+    block = draw(st.sampled_from([3, 8, 16, 40, 64, 128, 200]))
+    order, tile = draw(st.sampled_from(["raster", "tile"])), (2, max(block // 3, 1))
+    q_layout = TokenLayout((draw(st.integers(1, 14)), draw(st.integers(1, 23))), start=draw(st.integers(0, 3)), order=order, tile=tile, block_size=block)  # fmt: skip
+    kv_layout = q_layout
+    if draw(st.booleans()):
+        kv_layout = TokenLayout((draw(st.integers(1, 14)), draw(st.integers(1, 23))), end=draw(st.integers(0, 3)), order=order, tile=tile, block_size=block)  # fmt: skip
+    images, groups, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    heads, generator = groups * group, torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    types = [draw(st.sampled_from([0, 1])) for _ in range(heads)]
+    base, slices = None, types.count(1)
+    if slices:
+        batch = draw(st.sampled_from([1, images]))
+        shape = (batch, slices, q_layout.num_blocks, kv_layout.num_blocks)
+        base = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.1, 0.4, 0.8]))
+        if not draw(st.booleans()):
+            base[..., 0] = True
+    masks = HeadMasks(base, types, layout=q_layout, kv_layout=kv_layout, block_size=block, allow_empty_rows=True)
+
+    dim, dim_v = (draw(st.sampled_from([1, 5, 8, 32, 37, 64, 80])) for _ in range(2))
+    num_q, num_k = q_layout.num_tokens, kv_layout.num_tokens
+    q, k, v = (
+        torch.randn(images, tokens, heads_, width, generator=generator, dtype=torch.float64).transpose(1, 2) * 1.5
+        for tokens, heads_, width in ((num_q, heads, dim), (num_k, groups, dim), (num_k, groups, dim_v))
+    )
+    if draw(st.booleans()):
+        q, k, v = (x.contiguous() for x in (q, k, v))
+    rel_pos = None
+    if kv_layout.start == kv_layout.end == 0 and draw(st.booleans()):  # relative position knows no special tokens
+        sides = kv_layout.grid
+        rel_pos = bsa.RelPos(*(1.5 * torch.randn(images, heads, num_q, n, generator=generator, dtype=torch.float64) for n in sides))  # fmt: skip
+    return masks, q, k, v, rel_pos, draw(st.sampled_from([None, 0.3]))
+
+
+def attend(problem, backend, dtype=torch.float32, **options):
+    masks, q, k, v, rel_pos, scale = problem
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    rel_pos = None if rel_pos is None else bsa.RelPos(*(term.to(dtype) for term in rel_pos))
+    return _run(masks, q, k, v, rel_pos=rel_pos, scale=scale, backend=backend, **options)
+
+
+def assert_as_exact_as(eager, result, expected):
+    """Within twice the error of plain float32 arithmetic on the same problem, and rounding."""
+    budget = (eager.double() - expected).abs().max() + 4 * torch.finfo(torch.float32).eps * expected.abs().max()
+    assert (result.double() - expected).abs().max() <= 2 * budget
+
+
+class TestForward:
+    @settings(max_examples=250, deadline=None)
+    @given(problem=problems())
+    @pytest.mark.parametrize("capability", HERE)
+    def test_equals_reference(self, capability, problem):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+            out, lse, _ = attend(problem, "gather", return_lse=True)
+        expected = attend(problem, "reference", torch.float64, return_lse=True)
+        eager = attend(problem, "reference", return_lse=True)
+        assert_as_exact_as(eager.out, out, expected.out)
+        assert out.stride() == eager.out.stride()
+        finite = expected.lse.isfinite()
+        assert torch.equal(lse.isposinf(), expected.lse.isposinf())
+        torch.testing.assert_close(lse[finite].double(), expected.lse[finite], rtol=1e-5, atol=1e-5)
+
+    def test_is_what_runs(self, way, monkeypatch):
+        """The comparison above is of the variant it names: what it calls is called."""
+        called = []
+        real = compiled.variant
+
+        def spy(capability):
+            called.append(capability)
+            return real(capability)
+
+        monkeypatch.setattr(compiled, "variant", spy)
+        masks, q, k, v = small()
+        with torch.no_grad():
+            bsa.sparse_attention(q, k, v, masks, backend="gather")
+        assert set(called) == ({way} if way != "torch" else set())
+
+    @pytest.mark.parametrize("change", ["one block less", "another order", "no relative position"])
+    def test_twin_a_wrong_result_differs(self, way, change):
+        masks, q, k, v = small()
+        rel_pos = bsa.RelPos(torch.randn(1, 2, 221, 13) * 2, torch.randn(1, 2, 221, 17) * 2)
+        base = masks.base_blockmask.clone()
+        if change == "one block less":
+            base[0, 0, 3, 3] = False
+        layout = TokenLayout(masks.layout.grid, block_size=16) if change == "another order" else masks.layout
+        other = HeadMasks(base, layout=layout)
+        a = bsa.sparse_attention(q, k, v, masks, rel_pos=rel_pos, backend="gather")
+        b = bsa.sparse_attention(q, k, v, other, rel_pos=None if change.startswith("no") else rel_pos, backend="gather")
+        assert (a - b).abs().max() > 1e-2
+
+    @pytest.mark.parametrize("name", ["q", "k", "v"])
+    def test_nan_shows_where_it_is_seen_and_nowhere_else(self, way, name):
+        tensors = {x: torch.randn(1, 1, 64, 8) for x in "qkv"}
+        masks = HeadMasks(torch.eye(4, dtype=torch.bool)[None, None], block_size=16)
+        tensors[name][0, 0, 20] = torch.nan
+        out = bsa.sparse_attention(*tensors.values(), masks, backend="gather")
+        token = torch.arange(64)
+        seen = token == 20 if name == "q" else token // 16 == 1
+        assert torch.equal(out[0, 0].isnan(), seen[:, None].expand(-1, 8))
+
+    @pytest.mark.parametrize("size", [1e2, 1e5, 1e18])
+    def test_huge_logits(self, way, size):
+        masks, q, k, v = small()
+        problem = (masks, q.double() * size, k.double(), v.double(), None, None)
+        out, expected = attend(problem, "gather").out, attend(problem, "reference").out
+        assert out.isfinite().all()
+        # Rounding decides between near ties of huge logits; where float64 sees one winner, so must we.
+        exact = attend(problem, "reference", torch.float64).out
+        clear = (expected.double() - exact).abs().amax(-1) < 1e-4
+        assert clear.float().mean() > 0.5
+        assert (out.double() - exact).abs().amax(-1)[clear].max() < 1e-2
+
+    def test_infinite_logits_as_reference(self, way):
+        masks, q, k, v = small()
+        q[0, 0, 5] = torch.inf
+        a, b = (bsa.sparse_attention(q, k, v, masks, backend=name) for name in ("gather", "reference"))
+        assert torch.equal(a.isnan(), b.isnan())
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_low_precision_is_computed_in_float32(self, way, dtype):
+        masks, q, k, v = (x.to(dtype) if isinstance(x, torch.Tensor) else x for x in small())
+        out = bsa.sparse_attention(q, k, v, masks, backend="gather")
+        wide = bsa.sparse_attention(q.float(), k.float(), v.float(), masks, backend="gather")
+        assert out.dtype == dtype
+        assert torch.equal(out, wide.to(dtype))
+
+    def test_strided_inputs_are_not_copied(self, monkeypatch):
+        """Token-major projections, as models have them, are read where they lie."""
+        masks, q, k, v = small()
+        packed = torch.stack([x.transpose(1, 2) for x in (q, k, v)], 2)  # (B, N, 3, H, D)
+        views = packed.permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
+        pointers = []
+        real = compiled._Attend
+        monkeypatch.setattr(compiled, "_Attend", lambda **fields: pointers.append(fields) or real(**fields))
+        with torch.no_grad():
+            out = bsa.sparse_attention(*views, masks, backend="gather")
+        assert torch.equal(out, bsa.sparse_attention(q, k, v, masks, backend="gather"))
+        start, end = packed.data_ptr(), packed.data_ptr() + packed.numel() * 4
+        strided = pointers[: len(pointers) // 2]
+        assert all(start <= fields[name] < end for fields in strided for name in "qkv")
+
+
+def small():
+    """Two sparse heads of 16 in tile order on a 13 x 17 grid."""
+    layout = TokenLayout((13, 17), order="tile", tile=(4, 4), block_size=16)
+    masks = HeadMasks(stack_heads([local_window(layout, 2), random_blocks(layout, 0.5, 1)], 1), layout=layout)
+    generator = torch.Generator().manual_seed(3)
+    return masks, *(torch.randn(1, 2, 221, 16, generator=generator) * 1.5 for _ in range(3))
+
+
+class TestRuns:
+    def test_a_hundred_calls_from_eight_threads_equal_the_serial_ones(self, way):
+        inputs = [[torch.randn(1, 2, 221, 16) for _ in range(3)] for _ in range(10)]
+        masks = small()[0]
+
+        def call(x):
+            q, k, v = (y.clone().requires_grad_() for y in x)
+            out = bsa.sparse_attention(q, k, v, masks, backend="gather")
+            out.square().sum().backward()
+            return out.detach(), q.grad, k.grad, v.grad
+
+        serial, results = [call(x) for x in inputs], [None] * 104
+
+        def work(thread):
+            for i in range(thread, len(results), 8):
+                results[i] = call(inputs[i % 10])
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for i, result in enumerate(results):
+            assert all(torch.equal(a, b) for a, b in zip(result, serial[i % 10]))
+
+    def test_the_number_of_threads_changes_no_bit(self, way):
+        masks, q, k, v = small()
+        before, outs = torch.get_num_threads(), []
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                outs.append(bsa.sparse_attention(q, k, v, masks, backend="gather"))
+        finally:
+            torch.set_num_threads(before)
+        assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+class TestWhyNot:
+    def test_reasons(self):
+        q = torch.randn(1, 2, 221, 16)
+        masks = small()[0]
+        plain = Problem(q, q, q, masks, 1.0)
+        assert compiled.why_not(plain) is None
+        assert "float32" in compiled.why_not(Problem(*(q.double(),) * 3, masks, 1.0))
+        assert "causality" in compiled.why_not(Problem(q, q, q, masks, 1.0, is_causal=True))
+        assert "dropout" in compiled.why_not(Problem(q, q, q, masks, 1.0, dropout_p=0.5))
+        assert "on meta" in compiled.why_not(Problem(*(q.to("meta"),) * 3, masks, 1.0))
+
+    def test_without_a_library_torch_serves(self, monkeypatch):
+        masks, q, k, v = small()
+        expected = bsa.sparse_attention(q, k, v, masks, backend="gather")
+        compiled.library.cache_clear(), compiled.variant.cache_clear()
+        monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
+        try:
+            assert "not built" in compiled.why_not()
+            out = bsa.sparse_attention(q, k, v, masks, backend="gather")
+        finally:
+            compiled.library.cache_clear(), compiled.variant.cache_clear()
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        assert not torch.equal(out, expected)  # the twin: it was another way
+
+    def test_another_processor_is_named(self):
+        assert "capability is DEFAULT" in compiled.variant("DEFAULT")
+
+    def test_long_dense_calls_take_it(self):
+        """`auto`: measured faster than torch's own attention from 2048 keys on, slower below."""
+        from bsa_vision.backends import choose
+
+        dense = HeadMasks(None, [0, 0])
+        for tokens, expected in ((2047, "sdpa"), (2048, "gather")):
+            q = torch.empty(1, 2, tokens, 8)
+            assert choose(Problem(q, q, q, dense, 1.0)) == expected
+
+
+def test_the_table_of_runs_is_the_block_rows(way):
+    masks = small()[0]
+    table = masks.run_table(221, 221)
+    rows = masks.block_rows(221, 221)[0]
+    for head in range(2):
+        for number, row in enumerate(rows[head]):
+            assert (row.start, row.stop) == tuple(table.bounds[number : number + 2].tolist())
+            first, last = table.run_at[0, head, number : number + 2].tolist()
+            assert row.runs == tuple(map(tuple, table.runs[first:last].tolist()))
+    assert gather.why_not(Problem(*(torch.empty(1, 2, 221, 16),) * 3, masks, 1.0)) is None
