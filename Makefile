@@ -22,7 +22,7 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-$(INSTALLED): pyproject.toml constraints.txt bsa_vision/backends/attend.cpp bsa_vision/backends/attend_isa.h
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard bsa_vision/backends/attend*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@

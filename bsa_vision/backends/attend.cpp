@@ -11,7 +11,7 @@
 // All strides in elements. A null pointer means: not asked for, or tokens as they come. Mirrored by compiled._Attend.
 struct Attend {
     const float *q, *k, *v;              // row t of this head at t * stride, elements of a row adjacent
-    float *out;                          // (n_q, dim_v)
+    float *out;                          // (n_q, dim_v); read for gradients
     float *lse;                          // (n_q,) or null
     const float *rel_h, *rel_w;          // (n_q, rel_rows), (n_q, rel_columns): added to the logits; or null
     const int64_t *key_row, *key_column; // (n_k,) patch coordinates of the keys
@@ -19,8 +19,12 @@ struct Attend {
     const int32_t *bounds;               // (rows + 1,) first packed query of each row of blocks
     const int32_t *run_at;               // (rows + 1,) first run of each row
     const int32_t *runs;                 // (runs, 2) first and one past the last packed key
-    float *scratch;                      // attend_scratch(...) floats
+    float *scratch;                      // see compiled.py for how much
+    // Gradients only. grad_k and grad_v are added to and have rows of whole vectors; the other three have no gaps.
+    const float *grad_out;
+    float *grad_q, *grad_k, *grad_v, *grad_rel_h, *grad_rel_w;
     int64_t q_stride, k_stride, v_stride, out_stride, rel_h_stride, rel_w_stride;
+    int64_t grad_out_stride, grad_k_stride, grad_v_stride;
     int64_t dim, dim_v, rel_rows, rel_columns;
     int64_t first, last;                 // rows of blocks to compute
     float scale;
@@ -41,6 +45,7 @@ constexpr float C1 = 0.6931470036506653f, C2 = 0.24022242426872253f, C3 = 0.0555
 #define VECTORS 4
 namespace avx512 {
 #include "attend_isa.h"
+#include "attend_gradient_isa.h"
 }
 #undef TARGET
 #undef LANES
@@ -51,11 +56,14 @@ namespace avx512 {
 #define KEYS 3
 namespace avx2 {
 #include "attend_isa.h"
+#include "attend_gradient_isa.h"
 }
 
 extern "C" {
 void attend_avx512(const Attend *a) { avx512::attend(*a); }
 void attend_avx2(const Attend *a) { avx2::attend(*a); }
+void attend_gradient_avx512(const Attend *a) { avx512::attend_gradient(*a); }
+void attend_gradient_avx2(const Attend *a) { avx2::attend_gradient(*a); }
 }
 
 #endif

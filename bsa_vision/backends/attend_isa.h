@@ -4,6 +4,7 @@ typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t IntVec __attribute__((vector_size(LANES * 4)));
 typedef float Unaligned __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
+#undef INLINE
 #define INLINE TARGET static inline __attribute__((always_inline))
 
 INLINE Vec load(const float *p) { return *(const Unaligned *)p; }
@@ -23,8 +24,16 @@ INLINE Vec exp(Vec x) {
 // One chunk of kept keys, as pointers: tokens lie anywhere.
 struct Chunk {
     int64_t count = 0;
+    int64_t tokens[CHUNK];
     const float *keys[CHUNK], *values[CHUNK];
     const float *rel_h[CHUNK], *rel_w[CHUNK];  // rows of the transposed relative terms
+};
+
+// What one row of blocks works on, all transposed, (dims, width): `width` queries, the last ones padding.
+struct Row {
+    int64_t start, count, width;
+    float *q, *out, *top, *sum;  // top, sum: running maximum of the logits and softmax denominator
+    float *rel_h, *rel_w, *probs;
 };
 
 // N products at once: sums[r][n] = sum over d of rows[r][d] * columns[d][n], on top of what `sums` holds.
@@ -40,29 +49,29 @@ INLINE void multiply(Vec (&sums)[N][V], const float *const *rows, const float *c
     }
 }
 
-// logits[j][i] = k_j . q_i + relative terms, for N keys from j on and V vectors of queries from i on; `top` is their maximum.
+// out[j][i] = k_j . q_i + relative terms, for N keys from j on and V vectors of queries from i on; `top` is their maximum.
 template <int N, int V>
-INLINE void logits(const Attend &a, const Chunk &chunk, int64_t j, const float *q, int64_t i, int64_t width, float *out, Vec (&top)[V]) {
+INLINE void logits(const Attend &a, const Chunk &chunk, int64_t j, const Row &row, int64_t i, float *out, int64_t stride, Vec (&top)[V]) {
     Vec sums[N][V];
     for (int r = 0; r < N; r++)
         for (int n = 0; n < V; n++)
             sums[r][n] = a.rel_h ? load(chunk.rel_h[j + r] + i + n * LANES) + load(chunk.rel_w[j + r] + i + n * LANES) : Vec{};
-    multiply<N, V>(sums, chunk.keys + j, q + i, width, a.dim);
+    multiply<N, V>(sums, chunk.keys + j, row.q + i, row.width, a.dim);
     for (int r = 0; r < N; r++)
         for (int n = 0; n < V; n++) {
-            store(out + ((j + r) * V + n) * LANES, sums[r][n]);
+            store(out + (j + r) * stride + n * LANES, sums[r][n]);
             top[n] = larger(sums[r][n], top[n]);
         }
 }
 
-// out[d][i] = out[d][i] * fade[i] + sum over j of v_j[d] * probs[j][i], for N dims from d on.
+// out[d][i] = out[d][i] * fade[i] + sum over j of values[j][d] * probs[j][i], for N dims from d on.
 template <int N, int V>
-INLINE void weigh(const Chunk &chunk, int64_t d, const float *probs, float *out, int64_t width, const Vec (&fade)[V]) {
+INLINE void weigh(const float *const *values, int64_t count, int64_t d, const float *probs, int64_t stride, float *out, int64_t width, const Vec (&fade)[V]) {
     Vec sums[N][V] = {};
-    for (int64_t j = 0; j < chunk.count; j++) {
+    for (int64_t j = 0; j < count; j++) {
         Vec prob[V];
-        for (int n = 0; n < V; n++) prob[n] = load(probs + (j * V + n) * LANES);
-        const float *value = chunk.values[j] + d;
+        for (int n = 0; n < V; n++) prob[n] = load(probs + j * stride + n * LANES);
+        const float *value = values[j] + d;
         for (int r = 0; r < N; r++)
             for (int n = 0; n < V; n++) sums[r][n] += value[r] * prob[n];
     }
@@ -73,21 +82,14 @@ INLINE void weigh(const Chunk &chunk, int64_t d, const float *probs, float *out,
         }
 }
 
-// What one row of blocks works on, all transposed, (dims, width): `width` queries, the last ones padding.
-struct Row {
-    int64_t start, count, width;
-    float *q, *out, *top, *sum;  // top, sum: running maximum of the logits and softmax denominator
-    float *rel_h, *rel_w, *probs;
-};
-
 // Let V vectors of queries from i on see one chunk of keys.
 template <int V>
 INLINE void see(const Attend &a, const Chunk &chunk, const Row &row, int64_t i) {
     Vec top[V], fade[V], sum[V] = {};
     for (int n = 0; n < V; n++) top[n] = splat(-INFINITY);
     int64_t j = 0;
-    for (; j + KEYS <= chunk.count; j += KEYS) logits<KEYS, V>(a, chunk, j, row.q, i, row.width, row.probs, top);
-    for (; j < chunk.count; j++) logits<1, V>(a, chunk, j, row.q, i, row.width, row.probs, top);
+    for (; j + KEYS <= chunk.count; j += KEYS) logits<KEYS, V>(a, chunk, j, row, i, row.probs, V * LANES, top);
+    for (; j < chunk.count; j++) logits<1, V>(a, chunk, j, row, i, row.probs, V * LANES, top);
     for (int n = 0; n < V; n++) {
         const Vec before = load(row.top + i + n * LANES);
         top[n] = larger(top[n], before);
@@ -104,8 +106,10 @@ INLINE void see(const Attend &a, const Chunk &chunk, const Row &row, int64_t i) 
     // Sums run over one chunk and then over chunks: over thousands of keys in one go they would lose a digit.
     for (int n = 0; n < V; n++) store(row.sum + i + n * LANES, load(row.sum + i + n * LANES) * fade[n] + sum[n]);
     int64_t d = 0;
-    for (; d + KEYS <= a.dim_v; d += KEYS) weigh<KEYS, V>(chunk, d, row.probs, row.out + i, row.width, fade);
-    for (; d < a.dim_v; d++) weigh<1, V>(chunk, d, row.probs, row.out + i, row.width, fade);
+    for (; d + KEYS <= a.dim_v; d += KEYS)
+        weigh<KEYS, V>(chunk.values, chunk.count, d, row.probs, V * LANES, row.out + i, row.width, fade);
+    for (; d < a.dim_v; d++)
+        weigh<1, V>(chunk.values, chunk.count, d, row.probs, V * LANES, row.out + i, row.width, fade);
 }
 
 INLINE int64_t token(const int64_t *order, int64_t place) { return order ? order[place] : place; }
@@ -145,6 +149,7 @@ INLINE void take(const Attend &a, const Row &row, int64_t &run, int64_t end, int
     chunk.count = 0;
     while (chunk.count < CHUNK && run < end) {
         const int64_t t = token(a.order_k, key), j = chunk.count++;
+        chunk.tokens[j] = t;
         chunk.keys[j] = a.k + t * a.k_stride;
         chunk.values[j] = a.v + t * a.v_stride;
         if (a.rel_h) {
@@ -181,5 +186,3 @@ TARGET static void attend(const Attend &a) {
         finish(a, row);
     }
 }
-
-#undef INLINE

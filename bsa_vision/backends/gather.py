@@ -115,6 +115,9 @@ def _rows(problem: Problem, head: _Head, rows: list[BlockRow], out: Tensor, lse:
 
 def gradients(problem: Problem, out: Tensor, grad_out: Tensor) -> Gradients:
     """The gradients at `grad_out`, given the output; every block of the softmax is computed again."""
+    if compiled.why_not(problem) is None:
+        q, k, v, *rel_pos = compiled.gradients(problem, out, grad_out)
+        return Gradients(q, k, v, *(rel_pos or (None, None)))
     dtype = problem.compute_dtype
     inputs = (problem.q, problem.k, problem.v, *(problem.rel_pos or ()))
     grads = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in inputs]

@@ -1,0 +1,171 @@
+// Gradients, for one instruction set; continues attend_isa.h. The softmax of every block is computed again.
+
+// What the gradient of one row of blocks works on besides `Row`; sums run over queries, so rows of q and grad_out too.
+struct GradientRow {
+    float *grad_out, *grad_q;            // transposed, (dim_v, width) and (dim, width)
+    float *q_rows, *grad_out_rows;       // (width, dim) and (width, dim_v), both padded to whole vectors
+    float *delta;                        // (width,) grad_out . out
+    float *grad_rel_h, *grad_rel_w;      // transposed, (rel_rows, width), (rel_columns, width)
+    float *probs, *grad_logits;          // (CHUNK, width)
+};
+
+INLINE int64_t padded(int64_t dim) { return (dim + LANES - 1) / LANES * LANES; }
+
+// The same rows as `transpose` reads, not transposed, padded with 0.
+INLINE void copy_rows(const Attend &a, const Row &row, const float *from, int64_t stride, int64_t dim, float scale, float *to) {
+    for (int64_t i = 0; i < row.width; i++) {
+        const float *x = i < row.count ? from + token(a.order_q, row.start + i) * stride : nullptr;
+        for (int64_t d = 0; d < padded(dim); d++) to[i * padded(dim) + d] = x && d < dim ? x[d] * scale : 0;
+    }
+}
+
+INLINE GradientRow begin_gradient(const Attend &a, const Row &row) {
+    GradientRow g;
+    g.grad_out = row.probs + CHUNK * VECTORS * LANES;
+    g.grad_q = g.grad_out + a.dim_v * row.width;
+    g.q_rows = g.grad_q + a.dim * row.width;
+    g.grad_out_rows = g.q_rows + row.width * padded(a.dim);
+    g.delta = g.grad_out_rows + row.width * padded(a.dim_v);
+    g.grad_rel_h = g.delta + row.width;
+    g.grad_rel_w = g.grad_rel_h + a.rel_rows * row.width;
+    g.probs = g.grad_rel_w + a.rel_columns * row.width;
+    g.grad_logits = g.probs + CHUNK * row.width;
+    transpose(a, row, a.grad_out, a.grad_out_stride, a.dim_v, 1, g.grad_out);
+    copy_rows(a, row, a.grad_out, a.grad_out_stride, a.dim_v, 1, g.grad_out_rows);
+    copy_rows(a, row, a.q, a.q_stride, a.dim, a.scale, g.q_rows);
+    for (int64_t i = 0; i < row.width; i++) {
+        g.delta[i] = 0;
+        if (i >= row.count) continue;
+        const float *out = a.out + token(a.order_q, row.start + i) * a.out_stride;
+        for (int64_t d = 0; d < a.dim_v; d++) g.delta[i] += out[d] * g.grad_out_rows[i * padded(a.dim_v) + d];
+    }
+    for (int64_t i = 0; i < a.dim * row.width; i++) g.grad_q[i] = 0;
+    for (int64_t i = 0; i < (a.rel_rows + a.rel_columns) * row.width; i++) g.grad_rel_h[i] = 0;
+    return g;
+}
+
+// Maximum and denominator of V vectors of queries over one chunk, as `see` keeps them, without values.
+template <int V>
+INLINE void measure(const Attend &a, const Chunk &chunk, const Row &row, int64_t i) {
+    Vec top[V], sum[V] = {};
+    for (int n = 0; n < V; n++) top[n] = splat(-INFINITY);
+    int64_t j = 0;
+    for (; j + KEYS <= chunk.count; j += KEYS) logits<KEYS, V>(a, chunk, j, row, i, row.probs, V * LANES, top);
+    for (; j < chunk.count; j++) logits<1, V>(a, chunk, j, row, i, row.probs, V * LANES, top);
+    for (int n = 0; n < V; n++) top[n] = larger(top[n], load(row.top + i + n * LANES));
+    for (j = 0; j < chunk.count; j++)
+        for (int n = 0; n < V; n++) sum[n] += exp(load(row.probs + (j * V + n) * LANES) - top[n]);
+    for (int n = 0; n < V; n++) {
+        const Vec fade = exp(load(row.top + i + n * LANES) - top[n]);
+        store(row.sum + i + n * LANES, load(row.sum + i + n * LANES) * fade + sum[n]);
+        store(row.top + i + n * LANES, top[n]);
+    }
+}
+
+// probs[j][i] and grad_logits[j][i] = probs * (v_j . grad_out_i - delta_i), for N keys from j on and V vectors of queries.
+template <int N, int V>
+INLINE void differentiate(const Attend &a, const Chunk &chunk, const Row &row, const GradientRow &g, int64_t j, int64_t i) {
+    Vec unused[V] = {}, sums[N][V] = {};
+    logits<N, V>(a, chunk, j, row, i, g.probs + i, row.width, unused);
+    multiply<N, V>(sums, chunk.values + j, g.grad_out + i, row.width, a.dim_v);
+    for (int r = 0; r < N; r++)
+        for (int n = 0; n < V; n++) {
+            const int64_t at = i + n * LANES;
+            float *prob = g.probs + (j + r) * row.width + at;
+            const Vec p = exp(load(prob) - load(row.top + at)) / load(row.sum + at);
+            store(prob, p);
+            store(g.grad_logits + (j + r) * row.width + at, p * (sums[r][n] - load(g.delta + at)));
+        }
+}
+
+template <int V>
+INLINE void differentiate(const Attend &a, const Chunk &chunk, const Row &row, const GradientRow &g, int64_t i) {
+    int64_t j = 0, d = 0;
+    for (; j + KEYS <= chunk.count; j += KEYS) differentiate<KEYS, V>(a, chunk, row, g, j, i);
+    for (; j < chunk.count; j++) differentiate<1, V>(a, chunk, row, g, j, i);
+    Vec one[V];
+    for (int n = 0; n < V; n++) one[n] = splat(1);
+    for (; d + KEYS <= a.dim; d += KEYS)
+        weigh<KEYS, V>(chunk.keys, chunk.count, d, g.grad_logits + i, row.width, g.grad_q + i, row.width, one);
+    for (; d < a.dim; d++) weigh<1, V>(chunk.keys, chunk.count, d, g.grad_logits + i, row.width, g.grad_q + i, row.width, one);
+}
+
+// grad[t][d] += sum over i of weights[j][i] * rows[i][d], for N keys from j on and V vectors of dims from d on.
+template <int N, int V>
+INLINE void collect(const int64_t *tokens, int64_t j, const float *weights, const Row &row, const float *rows, int64_t d, int64_t dim, float *grad, int64_t stride) {
+    Vec sums[N][V] = {};
+    const float *weight[N];
+    for (int r = 0; r < N; r++) weight[r] = weights + (j + r) * row.width;
+    multiply<N, V>(sums, weight, rows + d, padded(dim), row.count);
+    for (int r = 0; r < N; r++)
+        for (int n = 0; n < V; n++) {
+            float *at = grad + tokens[j + r] * stride + d + n * LANES;
+            store(at, load(at) + sums[r][n]);
+        }
+}
+
+template <int N>
+INLINE void collect(const int64_t *tokens, int64_t j, const float *weights, const Row &row, const float *rows, int64_t dim, float *grad, int64_t stride) {
+    int64_t d = 0;
+    for (; d + VECTORS * LANES <= padded(dim); d += VECTORS * LANES)
+        collect<N, VECTORS>(tokens, j, weights, row, rows, d, dim, grad, stride);
+    for (; d < dim; d += LANES) collect<N, 1>(tokens, j, weights, row, rows, d, dim, grad, stride);
+}
+
+INLINE void collect(const int64_t *tokens, int64_t count, const float *weights, const Row &row, const float *rows, int64_t dim, float *grad, int64_t stride) {
+    int64_t j = 0;
+    for (; j + KEYS <= count; j += KEYS) collect<KEYS>(tokens, j, weights, row, rows, dim, grad, stride);
+    for (; j < count; j++) collect<1>(tokens, j, weights, row, rows, dim, grad, stride);
+}
+
+INLINE void collect_rel(const Attend &a, const int64_t *tokens, int64_t count, const Row &row, const GradientRow &g) {
+    for (int64_t j = 0; j < count; j++) {
+        const float *from = g.grad_logits + j * row.width;
+        float *to_h = g.grad_rel_h + a.key_row[tokens[j]] * row.width, *to_w = g.grad_rel_w + a.key_column[tokens[j]] * row.width;
+        for (int64_t i = 0; i < row.width; i += LANES) {
+            store(to_h + i, load(to_h + i) + load(from + i));
+            store(to_w + i, load(to_w + i) + load(from + i));
+        }
+    }
+}
+
+INLINE void untranspose(const Attend &a, const Row &row, const float *from, int64_t dim, float scale, float *to, int64_t stride) {
+    for (int64_t i = 0; i < row.count; i++)
+        for (int64_t d = 0; d < dim; d++) to[token(a.order_q, row.start + i) * stride + d] = from[d * row.width + i] * scale;
+}
+
+#define BY_WIDTH(call)                                                                              \
+    for (int64_t i = 0; i < row.width;) {                                                            \
+        if (i + VECTORS * LANES <= row.width) { constexpr int V = VECTORS; call; i += V * LANES; }   \
+        else { constexpr int V = 1; call; i += LANES; }                                              \
+    }
+
+TARGET static void attend_gradient(const Attend &a) {
+    Chunk chunk;
+    for (int64_t number = a.first; number < a.last; number++) {
+        const int64_t end = a.run_at[number + 1];
+        int64_t run = a.run_at[number], key = run < end ? a.runs[2 * run] : 0;
+        if (run == end) continue;
+        const Row row = begin(a, number);
+        const GradientRow g = begin_gradient(a, row);
+        while (run < end) {
+            take(a, row, run, end, key, chunk);
+            BY_WIDTH(measure<V>(a, chunk, row, i))
+        }
+        run = a.run_at[number], key = a.runs[2 * run];
+        while (run < end) {
+            take(a, row, run, end, key, chunk);
+            BY_WIDTH(differentiate<V>(a, chunk, row, g, i))
+            collect(chunk.tokens, chunk.count, g.probs, row, g.grad_out_rows, a.dim_v, a.grad_v, a.grad_v_stride);
+            collect(chunk.tokens, chunk.count, g.grad_logits, row, g.q_rows, a.dim, a.grad_k, a.grad_k_stride);
+            if (a.rel_h) collect_rel(a, chunk.tokens, chunk.count, row, g);
+        }
+        untranspose(a, row, g.grad_q, a.dim, a.scale, a.grad_q, a.dim);
+        if (a.rel_h) {
+            untranspose(a, row, g.grad_rel_h, a.rel_rows, 1, a.grad_rel_h, a.rel_rows);
+            untranspose(a, row, g.grad_rel_w, a.rel_columns, 1, a.grad_rel_w, a.rel_columns);
+        }
+    }
+}
+
+#undef BY_WIDTH
