@@ -11,7 +11,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from bsa_vision.backends import BACKENDS, Problem, Result, choose, gather
+from bsa_vision.backends import BACKENDS, Problem, Result, choose, compiled, gather
 from bsa_vision.errors import BackendUnavailable
 from bsa_vision.head_masks import HeadMasks, from_handle
 from bsa_vision.packing import key_places, order_tokens, restore_tokens, token_index
@@ -23,7 +23,7 @@ def attend(problem: Problem, backend: str) -> Result:
     """Run `problem`, whose tokens are in model order, on the named backend; results come back in model order."""
     # Autocast has done its work on what made q, k and v; inside, precision is the backend's own business.
     with torch.autocast(problem.q.device.type, enabled=False):
-        if backend == "gather":
+        if backend == "gather" and compiled.why_not(problem) is None:
             return gather.run(_with_order(problem))
         layout, _ = _layouts(problem)
         out, lse, probs = BACKENDS[backend].run(_ordered(problem))
@@ -44,7 +44,7 @@ def _layouts(problem: Problem) -> tuple[Optional[TokenLayout], Optional[TokenLay
 
 
 def _with_order(problem: Problem) -> Problem:
-    """`problem` in model order, with the order for a backend that gathers tokens anyway."""
+    """`problem` in model order, with the order for the loop that finds its tokens anywhere."""
     device = problem.q.device
     order_q, order_k = (None if x is None else token_index(x, device) for x in _layouts(problem))
     key_row, key_column = _key_places(problem, ordered=False)
@@ -161,9 +161,19 @@ def gradient_op(
             f"this compiled call has no gradient: {reason}. Use backend='gather', or do not compile it."
         )
     with torch.autocast(q.device.type, enabled=False):
-        gradients = gather.gradients(_with_order(problem), out, grad_out)
+        gradients = _gradients(problem, out, grad_out)
     dq, dk, dv, dh, dw = (q.new_empty(0) if grad is None else grad for grad in gradients)
     return dq, dk, dv, dh, dw
+
+
+def _gradients(problem: Problem, out: Tensor, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
+    if compiled.why_not(problem) is None:
+        return gather.gradients(_with_order(problem), out, grad_out)
+    layout, kv_layout = _layouts(problem)
+    out, grad_out = (order_tokens(x, layout) for x in (out, grad_out))
+    grads = gather.gradients(_ordered(problem), out, grad_out)
+    layouts = (layout, kv_layout, kv_layout, layout, layout)
+    return tuple(None if x is None else restore_tokens(x, to) for x, to in zip(grads, layouts, strict=True))
 
 
 @gradient_op.register_fake

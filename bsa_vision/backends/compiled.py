@@ -175,7 +175,7 @@ def _call(problem: Problem, inputs: dict[str, Tensor], span: Span, head: int) ->
     return _Attend(
         **fields,
         bounds=table.bounds.data_ptr(),
-        run_at=table.run_at[problem.mask_image(span.image), head].data_ptr(),
+        run_at=table.run_at[problem.mask_image(span.image), head].data_ptr(),  # a view
         runs=table.runs.data_ptr(),
         dim=tensors["q"].shape[1],
         dim_v=tensors["v"].shape[1],

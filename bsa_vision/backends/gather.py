@@ -1,8 +1,8 @@
 """Only the kept key blocks are read and computed, one block of queries at a time; gradients likewise.
 
-Keys are used where they lie when a row keeps one run of adjacent blocks, and gathered otherwise; token order is part of that
-gathering, so nothing is permuted before or after. Nothing is N x N: working memory is one block of queries by the keys it
-keeps, per thread. Low precision is computed in float32.
+On x86-64 CPUs in float32, and for bfloat16 and float16, by the compiled loop of `compiled`; what follows here is the same in
+torch, for everything else. Keys are used where they lie when a row keeps one run of adjacent blocks, and gathered otherwise.
+Nothing is N x N: working memory is one block of queries by the keys it keeps, per thread. Low precision is computed in float32.
 Constraints: block granularity, so exact (token) streaming is not served.
 """
 
@@ -86,20 +86,19 @@ def _dense_heads(problem: Problem, out: Tensor) -> list[int]:
 def _rows(problem: Problem, head: _Head, rows: list[BlockRow], out: Tensor, lse: Tensor | None) -> None:
     """Compute `rows`, which follow each other, of one head."""
     chunk = slice(rows[0].start, rows[-1].stop)
-    queries = _select(head.q, head.order_q, chunk) * problem.scale
-    image_out = out[head.span.row, head.number, head.span.q]
-    in_place = head.order_q is None and out.dtype == queries.dtype
-    results = image_out[chunk] if in_place else queries.new_empty(len(queries), out.shape[-1])
+    queries = head.q[chunk] * problem.scale
+    to = out[head.span.row, head.number, head.span.q][chunk]
+    results = to if to.dtype == queries.dtype else queries.new_empty(to.shape)
     size, chunk_lse = problem.masks.block_size, queries.new_full((len(queries),), torch.inf)
     # Operations are small here, so the loop below takes ready-made views: slicing anew costs as much as some of the products.
     parts = zip(
         _with_keys(problem, head, rows), queries.split(size), results.split(size), chunk_lse.split(size), strict=True
     )
-    for (row, index, keys, values), row_queries, result, row_lse in parts:
+    for (row, keys, values), row_queries, result, row_lse in parts:
         if not row.runs:
             result.zero_()
             continue
-        logits = _logits(problem, head, row, row_queries, index, keys)
+        logits = _logits(problem, head, row, row_queries, keys)
         if lse is not None:
             row_lse.copy_(logits.logsumexp(-1))
             row_lse.masked_fill_(row_lse.isneginf(), torch.inf)
@@ -107,10 +106,10 @@ def _rows(problem: Problem, head: _Head, rows: list[BlockRow], out: Tensor, lse:
         if problem.dropout_p:
             probs *= _dropout(problem, head, row, probs)
         torch.mm(probs, values, out=result)
-    if not in_place:
-        _store(image_out, head.order_q, chunk, results)
+    if results is not to:
+        to.copy_(results)
     if lse is not None:
-        _store(lse[head.span.image, head.number], head.order_q, chunk, chunk_lse)
+        lse[head.span.image, head.number, chunk] = chunk_lse
 
 
 def gradients(problem: Problem, out: Tensor, grad_out: Tensor) -> Gradients:
@@ -137,40 +136,35 @@ def _head_gradients(problem: Problem, heads: list[_Head], out: Tensor, grad_out:
     for head in heads:
         at_q = (head.span.row, head.number, head.span.q)
         at_k = (head.span.row, head.number // problem.group, head.span.k)
-        everything, order = slice(0, len(head.q)), head.order_q
-        queries = _select(head.q, order, everything) * problem.scale
-        head_out, head_grad = (_select(x[at_q], order, everything).to(queries.dtype) for x in (out, grad_out))
+        queries = head.q * problem.scale
+        head_out, head_grad = (x[at_q].to(queries.dtype) for x in (out, grad_out))
         delta = (head_grad * head_out).sum(-1, keepdim=True)  # (n_q, 1)
-        grad_q, *grad_rel = (queries.new_zeros(len(queries), x.shape[-1]) for x in (grads[0], *grads[3:]))
+        grad_q, *grad_rel = (grads[i][at_q] for i in (0, *range(3, len(grads))))
         grad_k, grad_v = grads[1][at_k], grads[2][at_k]
-        for row, index, keys, values in _with_keys(problem, head, head.rows):
+        for row, keys, values in _with_keys(problem, head, head.rows):
             if not row.runs:
                 continue
             here = slice(row.start, row.stop)
-            probs = _softmax_(problem, _logits(problem, head, row, queries[here], index, keys))
+            probs = _softmax_(problem, _logits(problem, head, row, queries[here], keys))
             grad_probs = scratch("grad_probs", tuple(probs.shape), probs.dtype, probs.device)
             torch.mm(head_grad[here], values.T, out=grad_probs)
             if problem.dropout_p:
                 dropout = _dropout(problem, head, row, probs)
                 grad_probs *= dropout
-                _add(grad_v, row, index, (probs * dropout).T @ head_grad[here])
+                _add(grad_v, row, (probs * dropout).T @ head_grad[here])
             else:
-                _add(grad_v, row, index, probs.T @ head_grad[here])
+                _add(grad_v, row, probs.T @ head_grad[here])
             grad_logits = probs.mul_(grad_probs.sub_(delta[here]))
-            grad_q[here] = grad_logits @ keys
-            _add(grad_k, row, index, grad_logits.T @ queries[here])
+            torch.mm(grad_logits, keys, out=grad_q[here]).mul_(problem.scale)
+            _add(grad_k, row, grad_logits.T @ queries[here])
             for grad, key_place in zip(grad_rel, (problem.key_row, problem.key_column)):
                 assert key_place is not None
-                grad[here].index_add_(1, _take(key_place, row, index), grad_logits)
-        for target, grad in zip((grads[0], *grads[3:]), (grad_q * problem.scale, *grad_rel), strict=True):
-            _store(target[at_q], order, everything, grad)
+                for (start, stop), part in zip(row.runs, _by_run(row, grad_logits, dim=1), strict=True):
+                    grad[here].index_add_(1, key_place[start:stop], part)
 
 
 class _Head(NamedTuple):
-    """One head of one image: float32 or float64 tensors of its own tokens in model order, and its rows of blocks.
-
-    order_q, order_k  model-order index of each packed token, or None where both orders are the same
-    """
+    """One head of one image: float32 or float64 tensors of its own tokens, and its rows of blocks."""
 
     span: Span
     number: int
@@ -178,8 +172,6 @@ class _Head(NamedTuple):
     q: Tensor  # (n_q, D)
     k: Tensor  # (n_k, D)
     v: Tensor  # (n_k, Dv)
-    order_q: Tensor | None
-    order_k: Tensor | None
 
 
 def _heads(problem: Problem, heads: range | list[int]) -> Iterator[_Head]:
@@ -190,79 +182,51 @@ def _heads(problem: Problem, heads: range | list[int]) -> Iterator[_Head]:
         for number in heads:
             at_k = (span.row, number // problem.group, span.k)
             tensors = (q[span.row, number, span.q], k[at_k], v[at_k])
-            yield _Head(span, number, rows[number], *tensors, problem.order_q, problem.order_k)
+            yield _Head(span, number, rows[number], *tensors)
 
 
-def _with_keys(
-    problem: Problem, head: _Head, rows: list[BlockRow]
-) -> Iterator[tuple[BlockRow, Tensor | None, Tensor, Tensor]]:
-    """Each row with the index of its keys (None: packed order is model order), its keys and its values.
-
-    Used where they lie when they are one run in packed order, else gathered, once for neighbours that keep the same.
-    """
-    size, ordered = problem.masks.block_size, head.order_k is not None
-    largest = max(row.kept for row in rows)
-    sources = (head.order_k,) if head.order_k is not None else (head.k, head.v)
-    blocks = [x.split(size) for x in sources]
-    index = scratch("index", (largest,), torch.int64, head.k.device) if ordered else None
+def _with_keys(problem: Problem, head: _Head, rows: list[BlockRow]) -> Iterator[tuple[BlockRow, Tensor, Tensor]]:
+    """Each row with its keys and values: where they lie when they are one run, else gathered, once for neighbours alike."""
+    size, largest = problem.masks.block_size, max(row.kept for row in rows)
+    blocks = [x.split(size) for x in (head.k, head.v)]
     keys, values = (
         scratch(name, (largest, x.shape[1]), x.dtype, x.device) for name, x in (("keys", head.k), ("values", head.v))
     )
     gathered: tuple[int, ...] | None = None
-    here, k, v = None, head.k[:0], head.v[:0]
+    k, v = head.k[:0], head.v[:0]
     for row in rows:
         if row.blocks != gathered:
             gathered = row.blocks
-            to_k, to_v = keys[: row.kept], values[: row.kept]
-            if index is not None and row.blocks:
-                here = torch.cat([blocks[0][i] for i in row.blocks], out=index[: row.kept])
-                k, v = torch.index_select(head.k, 0, here, out=to_k), torch.index_select(head.v, 0, here, out=to_v)
-            elif len(row.runs) == 1:
+            if len(row.runs) == 1:
                 start, stop = row.runs[0]
                 k, v = head.k[start:stop], head.v[start:stop]
             elif row.runs:
-                k, v = (torch.cat([x[i] for i in row.blocks], out=to) for x, to in zip(blocks, (to_k, to_v)))
-        yield row, here, k, v
+                to = (keys[: row.kept], values[: row.kept])
+                k, v = (torch.cat([x[i] for i in row.blocks], out=y) for x, y in zip(blocks, to))
+        yield row, k, v
 
 
-def _take(x: Tensor, row: BlockRow, index: Tensor | None) -> Tensor:
-    """The keys of `x` (n_k, ...) that `row` keeps."""
-    return torch.cat([x[start:stop] for start, stop in row.runs]) if index is None else x.index_select(0, index)
-
-
-def _add(x: Tensor, row: BlockRow, index: Tensor | None, values: Tensor) -> None:
-    """Add `values` to the keys of `x` that `row` keeps; the transpose of `_take`."""
-    if index is not None:
-        x.index_add_(0, index, values)
-        return
-    for (start, stop), part in zip(row.runs, values.split([stop - start for start, stop in row.runs]), strict=True):
+def _add(x: Tensor, row: BlockRow, values: Tensor) -> None:
+    """Add `values` to the keys of `x` that `row` keeps."""
+    for (start, stop), part in zip(row.runs, _by_run(row, values), strict=True):
         x[start:stop] += part
 
 
-def _select(x: Tensor, order: Tensor | None, tokens: slice) -> Tensor:
-    """The packed `tokens` of `x` (n_q, ...)."""
-    return x[tokens] if order is None else x.index_select(0, order[tokens])
+def _by_run(row: BlockRow, x: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+    """Views of what belongs to each run of the keys that `row` keeps."""
+    return x.split([stop - start for start, stop in row.runs], dim)
 
 
-def _store(x: Tensor, order: Tensor | None, tokens: slice, values: Tensor) -> None:
-    """Write `values` to the packed `tokens` of `x`; undoes `_select`."""
-    if order is None:
-        x[tokens] = values
-    else:
-        x.index_copy_(0, order[tokens], values.to(x.dtype))
-
-
-def _logits(
-    problem: Problem, head: _Head, row: BlockRow, queries: Tensor, index: Tensor | None, keys: Tensor
-) -> Tensor:
+def _logits(problem: Problem, head: _Head, row: BlockRow, queries: Tensor, keys: Tensor) -> Tensor:
     """(n, kept keys) logits of one block of scaled queries, causality applied; in scratch memory."""
     out = scratch("logits", (queries.shape[0], keys.shape[0]), queries.dtype, queries.device)
     logits = torch.mm(queries, keys.T, out=out)
     if problem.rel_pos is not None:
         for term, key_place in zip(problem.rel_pos, (problem.key_row, problem.key_column), strict=True):
             assert key_place is not None
-            products = _select(term[head.span.row, head.number, head.span.q], head.order_q, slice(row.start, row.stop))
-            logits += products.to(logits.dtype).index_select(1, _take(key_place, row, index))
+            products = term[head.span.row, head.number, head.span.q][row.start : row.stop].to(logits.dtype)
+            for (start, stop), part in zip(row.runs, _by_run(row, logits, dim=1), strict=True):
+                part += products.index_select(1, key_place[start:stop])
     if problem.is_causal:
         offset = head.k.shape[0] - head.q.shape[0]  # bottom-right aligned
         key = torch.cat([torch.arange(start, stop, device=logits.device) for start, stop in row.runs])
