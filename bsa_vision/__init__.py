@@ -44,6 +44,7 @@ from bsa_vision.attention import (
 from bsa_vision.check import CheckReport, Finding, check
 from bsa_vision.errors import BackendUnavailable, PlanError
 from bsa_vision.head_masks import HeadMasks
+from bsa_vision.latency import Latency, latency
 from bsa_vision.model_spec import LayerSpec, ModelSpec
 from bsa_vision.packing import Packed, pack, pack_head_masks, unpack
 from bsa_vision.plan import SparsityPlan
@@ -59,6 +60,7 @@ __all__ = [
     "CheckReport",
     "Finding",
     "HeadMasks",
+    "Latency",
     "LayerReport",
     "LayerSpec",
     "ModelReport",
@@ -74,6 +76,7 @@ __all__ = [
     "dense_plan",
     "describe",
     "inspect",
+    "latency",
     "masks",
     "pack",
     "pack_head_masks",

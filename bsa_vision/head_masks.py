@@ -194,6 +194,16 @@ class HeadMasks(Handled):
         key = ("run_table", num_q, num_k, causal)
         return self._cache.get(key, lambda: self._table(self.block_mask(num_q, num_k, causal=causal), num_q, num_k))
 
+    def kept_pairs(self, num_q: int, num_k: int) -> tuple[int, ...]:
+        """Query-key pairs each head computes, ragged last blocks counted as they are; the mean over mask images."""
+        size, mask = self.block_size, self.block_mask(num_q, num_k)
+        rows, columns = (
+            torch.full((count,), size, device="cpu").clamp(max=total - torch.arange(count, device="cpu") * size)
+            for count, total in zip(mask.shape[2:], (num_q, num_k), strict=True)
+        )
+        pairs = torch.einsum("bhrc,r,c->h", mask.double(), rows.double(), columns.double()) / len(mask)
+        return tuple(round(count) for count in pairs.tolist())
+
     def masks_for(self, grid: tuple[int, int]) -> HeadMasks:
         """Itself: these masks are for one layout. A layer's plan answers the same question for any grid."""
         return self

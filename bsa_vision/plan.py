@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from bsa_vision.head_masks import DENSE, Handled, HeadMasks
 from bsa_vision.model_spec import LayerSpec, ModelSpec
 from bsa_vision.static_mask import Static, static_heads
 from masks import PATTERNS, Pattern, TokenLayout
+
+if TYPE_CHECKING:
+    from bsa_vision.latency import Latency
 
 BlockMaskFn = Callable[[TokenLayout], Tensor]
 
@@ -186,6 +189,29 @@ class SparsityPlan:
                 for head, kind in enumerate(masks.slices)
             )
         return replace(self, patterns={name: static for static, name in named.items()}, layers=layers)
+
+    def prune(
+        self,
+        spec: ModelSpec,
+        *,
+        grid: tuple[int, int] | None = None,
+        images: int = 1,
+        min_gain: float = 0.05,
+        latency: Latency | None = None,
+    ) -> SparsityPlan:
+        """This plan with the heads made dense that save less than `min_gain` of a dense head's time on this machine.
+
+        spec      of the model: `bsa.inspect(model)`
+        grid      (h, w) patches of the inputs to come, None = the model's own; images per call
+        latency   what attention costs here; None = `bsa.latency(head_dim)`: float32 on the CPU, measured once
+
+        A layer whose whole call would save less than that becomes dense altogether. What was made dense, and for which
+        machine, is in the notes.
+        """
+        from bsa_vision.latency import latency as here
+        from bsa_vision.pruning import prune
+
+        return prune(self, spec, latency or here(self.model["head_dim"]), grid, images, min_gain)
 
     def _named(self, pattern: str | PatternLike, params: Mapping[str, Any]) -> tuple[str, PatternLike | None]:
         """The name to write into the layers, and the pattern to declare under it (None: declared already)."""

@@ -27,11 +27,13 @@ TABLE = {
     "attention": {"arguments", "backends", "custom_op", "head_masks", "packing", "rel_pos"},
     "model_spec": {"errors"},
     "static_mask": {"masks", "errors", "head_masks", "model_spec"},
-    "plan": {"masks", "cache", "errors", "head_masks", "model_spec", "plan_file", "static_mask"},
+    "latency": {"masks", "attention", "backends", "head_masks", "timing"},
+    "pruning": {"errors", "head_masks", "latency", "model_spec", "plan"},
+    "plan": {"latency", "pruning", "masks", "cache", "errors", "head_masks", "model_spec", "plan_file", "static_mask"},
     "plan_file": {"masks", "errors", "plan", "static_mask"},
     "check": {"arguments", "backends", "head_masks"},
     "viz": {"masks"},
-    "adapters": {"attention", "backends", "errors", "model_spec", "plan"},
+    "adapters": {"attention", "backends", "errors", "latency", "model_spec", "plan", "pruning"},
 }
 THIRD_PARTY = {"torch", "numpy", "einops"}
 LAZY = {"transformers": "adapters", "matplotlib": "viz"}  # imported inside the functions that need them

@@ -19,6 +19,8 @@ from bsa_vision.adapters.layer import Found, Layer, Tower, layer_of, layers_of
 from bsa_vision.adapters.report import LayerReport, ModelReport, report_layer
 from bsa_vision.backends import BACKENDS, Problem, choose
 from bsa_vision.errors import PlanError
+from bsa_vision.latency import Latency
+from bsa_vision.latency import latency as latency_here
 from bsa_vision.model_spec import ModelSpec
 from bsa_vision.plan import PatternLike, SparsityPlan
 
@@ -158,10 +160,13 @@ def dense(model: Model) -> Iterator[Model]:
             tower.dense -= 1
 
 
-def describe(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> ModelReport:
+def describe(
+    model: nn.Module, image_size: int | tuple[int, int] | None = None, latency: Latency | None = None
+) -> ModelReport:
     """What each attention layer of a swapped model does, on its device and dtype; print it for a table.
 
     image_size  pixels, an int or (height, width); None = the last input's, or the model's own before there was one
+    latency     what attention costs on this machine; None = `bsa.latency(...)`, measured once, which takes a second or two
     """
     layers = layers_of(model)
     if not layers:
@@ -169,9 +174,9 @@ def describe(model: nn.Module, image_size: int | tuple[int, int] | None = None) 
     tower = layers[0].tower
     grid = tower.grid if image_size is None and tower.grid != (0, 0) else _sized(tower.spec, image_size).grid
     like = next(model.parameters())
-    return ModelReport(
-        tower.spec.family, grid, tower.plan.order, tuple(report_layer(layer, grid, like) for layer in layers)
-    )
+    latency = latency or latency_here(tower.spec.layers[0].head_dim, like.dtype, like.device)
+    reports = tuple(report_layer(layer, grid, like, latency) for layer in layers)
+    return ModelReport(tower.spec.family, grid, tower.plan.order, reports, latency.what)
 
 
 def _spec_of(model: nn.Module | ModelSpec) -> ModelSpec:

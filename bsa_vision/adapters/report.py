@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from bsa_vision.adapters.layer import Layer
 from bsa_vision.backends import Problem, choose, reasons
+from bsa_vision.latency import Latency
+from bsa_vision.pruning import better_dense
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,9 @@ class LayerReport:
 
     patterns   one name per head
     sparsity   realised, all heads together, 0 to 1; head_sparsity of each
+    expected   time of its attention over that of dense attention, as `latency` has it; 1 where it runs dense
+    break_even tokens from which this density is faster than dense, None = never; 0 where it runs dense
+    better_dense   the sparse heads that gain nothing on this machine
     backend    what a forward on this device and dtype would take; "original" when the layer runs untouched
     why_not    backend preferred to that one -> why it cannot run here
     fallbacks  reason -> calls that the original attention served so far
@@ -28,6 +34,9 @@ class LayerReport:
     patterns: tuple[str, ...]
     sparsity: float
     head_sparsity: tuple[float, ...]
+    expected: float
+    break_even: int | None
+    better_dense: tuple[int, ...]
     backend: str
     why_not: dict[str, str]
     fallbacks: dict[str, int]
@@ -40,12 +49,16 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ModelReport:
-    """All attention layers of a swapped model; `str()` gives a table."""
+    """All attention layers of a swapped model; `str()` gives a table.
+
+    machine   what `expected`, `break_even` and `better_dense` of the layers hold for
+    """
 
     family: str
     grid: tuple[int, int]
     order: str
     layers: tuple[LayerReport, ...]
+    machine: str
 
     @property
     def sparsity(self) -> float:
@@ -53,12 +66,14 @@ class ModelReport:
         return sum(layer.sparsity for layer in self.layers) / len(self.layers)
 
     def __str__(self) -> str:
-        rows = [("layer", "tokens", "heads x dim", "pattern per head", "sparsity", "backend", "original instead")]
+        titles = ("layer", "tokens", "heads x dim", "pattern per head", "sparsity", "backend", "of dense time")
+        rows = [(*titles, "original instead")]
         for layer in self.layers:
             fallbacks = "; ".join(f"{count} x {reason}" for reason, count in layer.fallbacks.items())
             size = f"{layer.heads} x {layer.head_dim}"
             pattern, sparsity = layer.pattern_summary, f"{layer.sparsity:.1%}"
-            rows.append((layer.name, str(layer.tokens), size, pattern, sparsity, layer.backend, fallbacks))
+            expected = f"{layer.expected:.2f}"
+            rows.append((layer.name, str(layer.tokens), size, pattern, sparsity, layer.backend, expected, fallbacks))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
@@ -66,11 +81,34 @@ class ModelReport:
         summary = f"{self.family}, {height} x {width} patches, order {self.order}: {self.sparsity:.1%} of all blocks are skipped"
         why_not = {(name, reason) for layer in self.layers for name, reason in layer.why_not.items()}
         notes = [f"not {name}: {reason}" for name, reason in sorted(why_not)]
-        return "\n".join([summary, *lines, *notes])
+        return "\n".join([summary, *lines, *self._honesty(), *notes])
+
+    def _honesty(self) -> list[str]:
+        """What is not worth doing, and from where on it is."""
+        sparse = [layer for layer in self.layers if layer.sparsity]
+        lines = [f"of dense time: attention alone, expected on {self.machine}"] if sparse else []
+        if any(layer.break_even is None for layer in sparse):
+            lines.append(
+                "sparsity pays at no number of tokens in layers " + _names(sparse, lambda x: x.break_even is None)
+            )
+        known = [layer.break_even for layer in sparse if layer.break_even is not None]
+        if known:
+            lines.append(f"sparsity pays from {max(known)} tokens on, one image per call")
+        for layer in sparse:
+            if layer.better_dense:
+                heads = ", ".join(map(str, layer.better_dense))
+                lines.append(
+                    f"{layer.name}: heads {heads} gain nothing here and are better dense; plan.prune(...) makes them so"
+                )
+        return lines
 
 
-def report_layer(layer: Layer, grid: tuple[int, int], like: Tensor) -> LayerReport:
-    """The report of one layer at `grid`, for tensors of the device and dtype of `like`."""
+def _names(layers: list[LayerReport], which: Callable[[LayerReport], bool]) -> str:
+    return ", ".join(layer.name for layer in layers if which(layer))
+
+
+def report_layer(layer: Layer, grid: tuple[int, int], like: Tensor, latency: Latency) -> LayerReport:
+    """The report of one layer at `grid`, for tensors of the device and dtype of `like`, one image per call."""
     spec, plan = layer.spec, layer.tower.plan
     masks = layer.masks.masks_for(grid)
     tokens = plan.layout(layer.tower.spec, grid).num_tokens
@@ -85,14 +123,18 @@ def report_layer(layer: Layer, grid: tuple[int, int], like: Tensor) -> LayerRepo
                 break
             if reason is not None:
                 why_not[name] = reason
+    sparsity, is_sparse = sum(sparse) / len(sparse), not masks.all_dense
     return LayerReport(
         name=spec.name,
         tokens=tokens,
         heads=spec.heads,
         head_dim=spec.head_dim,
         patterns=plan.layers[spec.key],
-        sparsity=sum(sparse) / len(sparse),
+        sparsity=sparsity,
         head_sparsity=tuple(sparse),
+        expected=latency.of_masks(masks, tokens) / latency.dense(spec.heads, tokens),
+        break_even=latency.break_even(spec.heads, 1 - sparsity, masks.block_size) if is_sparse else 0,
+        better_dense=better_dense(masks, tokens, latency),
         backend=backend,
         why_not=why_not,
         fallbacks=dict(layer.fallbacks),

@@ -1,0 +1,212 @@
+"""What attention costs on this machine: a model of five constants, measured once and remembered.
+
+    dense call    dense_call + dense_pair * pairs
+    sparse call   sparse_call + sparse_row * rows + sparse_pair * pairs        pairs: query-key pairs, over images and heads
+
+A plan is pruned and described with it; no forward ever looks at it, because speed must not change results.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bsa_vision.attention import sparse_attention
+from bsa_vision.backends import compiled
+from bsa_vision.head_masks import DENSE, HeadMasks
+from bsa_vision.timing import paired
+from masks import TokenLayout, random_blocks, stack_heads
+
+HEADS, FEW, MANY, DENSITY = 8, 128, 2048, 0.25  # what the constants are measured with
+MOST_TOKENS = 2**20  # where the search for a break-even ends
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of one attention call on one machine, for one dtype and head dim.
+
+    what           the machine, and everything else the constants hold for
+    dense_*        torch's dense attention: per call, and per query-key pair of one head
+    sparse_*       `sparse_attention`: per call, per row of blocks of one head, per pair that is kept
+    dense_in_loop  whether dense heads beside sparse ones cost like kept pairs, not like dense attention
+    """
+
+    what: str
+    dense_call: float
+    dense_pair: float
+    sparse_call: float
+    sparse_row: float
+    sparse_pair: float
+    dense_in_loop: bool
+
+    def dense(self, heads: int, tokens: int, images: int = 1) -> float:
+        """Seconds of a dense call."""
+        return self.dense_call + self.dense_pair * images * heads * tokens**2
+
+    def of_heads(self, masks: HeadMasks, tokens: int) -> tuple[float, ...]:
+        """Seconds that each head adds to a call for one image."""
+        rows = -(-tokens // masks.block_size)
+        beside = self.sparse_pair if self.dense_in_loop else self.dense_pair
+        return tuple(
+            beside * pairs if kind == DENSE else self.sparse_row * rows + self.sparse_pair * pairs
+            for kind, pairs in zip(masks.slices, masks.kept_pairs(tokens, tokens), strict=True)
+        )
+
+    def of_masks(self, masks: HeadMasks, tokens: int, images: int = 1) -> float:
+        """Seconds of one call with these masks; of a dense call where no head is sparse."""
+        if masks.all_dense:
+            return self.dense(masks.num_heads, tokens, images)
+        return self.sparse_call + images * sum(self.of_heads(masks, tokens))
+
+    def break_even(self, heads: int, density: float, block_size: int = 128, images: int = 1) -> int | None:
+        """Tokens from which heads of this realised density are faster than dense ones; None = never."""
+
+        def pays(tokens: int) -> bool:
+            head = self.sparse_row * -(-tokens // block_size) + self.sparse_pair * density * tokens**2
+            return self.sparse_call + images * heads * head < self.dense(heads, tokens, images)
+
+        if not pays(MOST_TOKENS):
+            return None
+        low, high = 0, MOST_TOKENS  # pays at `high`, not at `low`
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if pays(middle) else (middle, high)
+        return high
+
+
+def measure(
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Latency:
+    """Measure the constants here and now. `latency` remembers them."""
+    device = torch.device(device)
+    seconds = _seconds(head_dim, dtype, device)
+    rows, pairs = HEADS * MANY // 128, HEADS * MANY**2
+    kept = sum(_masks().kept_pairs(MANY, MANY))
+    sparse_pair = max((seconds["all"] - seconds["kept"]) / (pairs - kept), 0.0)
+    in_rows = max(seconds["kept"] - seconds["few, sparse"] - sparse_pair * kept, 0.0)
+    return Latency(
+        what=describe_machine(head_dim, dtype, device),
+        dense_call=seconds["few, dense"],
+        dense_pair=(seconds["dense"] - seconds["few, dense"]) / pairs,
+        sparse_call=seconds["few, sparse"],
+        sparse_row=in_rows / rows,
+        sparse_pair=sparse_pair,
+        dense_in_loop=device.type == "cpu" and dtype != torch.float64 and compiled.why_not() is None,
+    )
+
+
+def _masks() -> HeadMasks:
+    layout = TokenLayout((MANY, 1))
+    heads = [random_blocks(layout, 1 - DENSITY, seed=0, stream=head) for head in range(HEADS)]
+    return HeadMasks(stack_heads(heads, 1), layout=layout)
+
+
+def _seconds(head_dim: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Medians of the calls the constants are read from, measured in alternation."""
+    many = tuple(torch.randn(1, HEADS, MANY, head_dim, device=device).to(dtype) for _ in range(3))
+    few = tuple(x[:, :, :FEW].contiguous() for x in many)
+    some, every = _masks(), HeadMasks(torch.ones(1, HEADS, MANY // 128, MANY // 128, dtype=torch.bool))
+    one_block = HeadMasks(torch.ones(1, HEADS, 1, 1, dtype=torch.bool))
+
+    def dense(tensors: tuple[Tensor, ...]) -> Callable[[], object]:
+        q, k, v = tensors
+        return lambda: F.scaled_dot_product_attention(q, k, v)
+
+    def sparse(tensors: tuple[Tensor, ...], masks: HeadMasks) -> Callable[[], object]:
+        q, k, v = tensors
+        return lambda: sparse_attention(q, k, v, masks)
+
+    calls = {
+        "dense": dense(many),
+        "all": sparse(many, every),
+        "kept": sparse(many, some),
+        "few, dense": dense(few),
+        "few, sparse": sparse(few, one_block),
+    }
+    with torch.no_grad():
+        return {name: timing.median for name, timing in paired(calls, rounds=7, warmup=2).items()}
+
+
+def describe_machine(head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
+    """What constants hold for, in words; another of any of it is measured anew."""
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    else:
+        loop = "torch" if compiled.why_not() else torch.backends.cpu.get_cpu_capability()
+        where = f"{platform.machine()} {_cpu_name()}, {torch.get_num_threads()} threads, loop {loop}"
+    return f"{where}; torch {torch.__version__}; {str(dtype).removeprefix('torch.')}, head dim {head_dim}"
+
+
+@lru_cache(maxsize=1)
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "CPU"
+
+
+# Remembered in a file, because a second at the start of every process would be felt
+
+
+def cache_file() -> Path:
+    """Where constants are kept: `BSA_VISION_CACHE`, or a folder of the user's cache."""
+    folder = os.environ.get("BSA_VISION_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "bsa-vision"
+    return Path(folder).expanduser() / "latency.json"
+
+
+def latency(
+    head_dim: int = 64, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", *, anew: bool = False
+) -> Latency:
+    """What attention costs on this machine: as remembered, or (`anew`: in any case) measured now and remembered.
+
+    Measuring takes a second or two and wants the machine for itself.
+    """
+    what = describe_machine(head_dim, dtype, torch.device(device))
+    known = _known.get(what) or _read().get(what)
+    if known is None or anew:
+        known = measure(head_dim, dtype, device)
+        _write({**_read(), what: known})
+    _known[what] = known
+    return known
+
+
+_known: dict[str, Latency] = {}
+
+
+def _read() -> dict[str, Latency]:
+    """What the file holds; nothing when there is none, or it is not ours or of another version."""
+    try:
+        entries = json.loads(cache_file().read_text())
+        return {what: Latency(what=what, **entry) for what, entry in entries.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _write(known: dict[str, Latency]) -> None:
+    """Replace the file; where it cannot be written, the next process measures again."""
+    names = [field.name for field in fields(Latency) if field.name != "what"]
+    entries = {what: {name: asdict(one)[name] for name in names} for what, one in sorted(known.items())}
+    path = cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(entries, file, indent=2)
+        os.replace(temporary, path)
+    except OSError:
+        pass

@@ -1,0 +1,13 @@
+"""What all tests share: nothing they measure is remembered beyond them."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_its_own(tmp_path_factory):
+    """`bsa.latency` remembers what it measured on this machine; tests must not leave that to the user, nor take it from them."""
+    os.environ["BSA_VISION_CACHE"] = str(tmp_path_factory.mktemp("cache"))
