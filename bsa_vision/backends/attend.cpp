@@ -1,4 +1,4 @@
-// Block-sparse attention of one head in float32, for x86-64: compiled once per instruction set, chosen by compiled.py.
+// Block-sparse attention in float32, for x86-64: compiled once per instruction set, chosen by compiled.py.
 //
 // Keys and values are read where they lie, at any row stride and in any token order; nothing is copied together first.
 // Logits are kept transposed, (keys, queries): then keys and values are only ever read as scalars, while vectors run along
@@ -8,27 +8,63 @@
 #include <cmath>
 #include <cstdint>
 
-// All strides in elements. A null pointer means: not asked for, or tokens as they come. Mirrored by compiled._Attend.
-struct Attend {
-    const float *q, *k, *v;              // row t of this head at t * stride, elements of a row adjacent
-    float *out;                          // (n_q, dim_v); read for gradients
-    float *lse;                          // (n_q,) or null
-    const float *rel_h, *rel_w;          // (n_q, rel_rows), (n_q, rel_columns): added to the logits; or null
-    const int64_t *key_row, *key_column; // (n_k,) patch coordinates of the keys
-    const int64_t *order_q, *order_k;    // index of each packed token, or null
+// One tensor: element d of a token at data[image * image_stride + head * head_stride + token * stride + d]; strides in elements.
+struct Matrix {
+    float *data;                         // null: not asked for
+    int64_t image_stride, head_stride, stride;
+};
+
+// A batch of images with as many tokens each. Mirrored by compiled._Batch.
+struct Batch {
+    Matrix q, k, v;
+    Matrix out;                          // (n_q, dim_v); read for gradients
+    Matrix lse;                          // (n_q,)
+    Matrix rel_h, rel_w;                 // (n_q, rel_rows), (n_q, rel_columns): added to the logits
+    Matrix grad_out, grad_q, grad_k, grad_v, grad_rel_h, grad_rel_w;  // grad_k, grad_v: added to, rows of whole vectors
+    const int64_t *key_row, *key_column; // (n_k,) patch coordinates of the keys, or null
+    const int64_t *order_q, *order_k;    // index of each packed token; null: tokens as they come
     const int32_t *bounds;               // (rows + 1,) first packed query of each row of blocks
-    const int32_t *run_at;               // (rows + 1,) first run of each row
+    const int32_t *run_at;               // (mask images, heads, rows + 1) first run of each row
     const int32_t *runs;                 // (runs, 2) first and one past the last packed key
     float *scratch;                      // see compiled.py for how much
-    // Gradients only. grad_k and grad_v are added to and have rows of whole vectors; the other three have no gaps.
-    const float *grad_out;
-    float *grad_q, *grad_k, *grad_v, *grad_rel_h, *grad_rel_w;
-    int64_t q_stride, k_stride, v_stride, out_stride, rel_h_stride, rel_w_stride;
-    int64_t grad_out_stride, grad_k_stride, grad_v_stride;
+    int64_t heads, group, rows;          // query heads, query heads per key head, rows of blocks
+    int64_t mask_image_stride;           // of run_at; 0: one mask for all images
     int64_t dim, dim_v, rel_rows, rel_columns;
-    int64_t first, last;                 // rows of blocks to compute
+    int64_t first, last;                 // forward: rows of blocks over images and heads; gradients: key heads over images
     float scale;
 };
+
+// One head of one image: `Batch` with the pointers resolved.
+struct Attend {
+    const float *q, *k, *v;
+    float *out, *lse;
+    const float *rel_h, *rel_w, *grad_out;
+    float *grad_q, *grad_k, *grad_v, *grad_rel_h, *grad_rel_w;
+    int64_t q_stride, k_stride, v_stride, out_stride, lse_stride, rel_h_stride, rel_w_stride, grad_out_stride;
+    int64_t grad_q_stride, grad_k_stride, grad_v_stride, grad_rel_h_stride, grad_rel_w_stride;
+    const int64_t *key_row, *key_column, *order_q, *order_k;
+    const int32_t *bounds, *run_at, *runs;
+    float *scratch;
+    int64_t dim, dim_v, rel_rows, rel_columns;
+    float scale;
+};
+
+static Attend resolve(const Batch &b, int64_t image, int64_t head) {
+    const auto at = [&](const Matrix &m, int64_t h) {
+        return m.data ? m.data + image * m.image_stride + h * m.head_stride : nullptr;
+    };
+    const int64_t key_head = head / b.group;
+    return {
+        at(b.q, head), at(b.k, key_head), at(b.v, key_head), at(b.out, head), at(b.lse, head), at(b.rel_h, head),
+        at(b.rel_w, head), at(b.grad_out, head), at(b.grad_q, head), at(b.grad_k, key_head), at(b.grad_v, key_head),
+        at(b.grad_rel_h, head), at(b.grad_rel_w, head),
+        b.q.stride, b.k.stride, b.v.stride, b.out.stride, b.lse.stride, b.rel_h.stride, b.rel_w.stride, b.grad_out.stride,
+        b.grad_q.stride, b.grad_k.stride, b.grad_v.stride, b.grad_rel_h.stride, b.grad_rel_w.stride,
+        b.key_row, b.key_column, b.order_q, b.order_k,
+        b.bounds, b.run_at + image * b.mask_image_stride + head * (b.rows + 1), b.runs,
+        b.scratch, b.dim, b.dim_v, b.rel_rows, b.rel_columns, b.scale,
+    };
+}
 
 constexpr int CHUNK = 128;               // keys per step of the online softmax
 constexpr float LOG2E = 1.44269504088896341f;
@@ -60,10 +96,10 @@ namespace avx2 {
 }
 
 extern "C" {
-void attend_avx512(const Attend *a) { avx512::attend(*a); }
-void attend_avx2(const Attend *a) { avx2::attend(*a); }
-void attend_gradient_avx512(const Attend *a) { avx512::attend_gradient(*a); }
-void attend_gradient_avx2(const Attend *a) { avx2::attend_gradient(*a); }
+void attend_avx512(const Batch *b) { avx512::attend(*b); }
+void attend_avx2(const Batch *b) { avx2::attend(*b); }
+void attend_gradient_avx512(const Batch *b) { avx512::attend_gradient(*b); }
+void attend_gradient_avx2(const Batch *b) { avx2::attend_gradient(*b); }
 }
 
 #endif

@@ -140,9 +140,10 @@ INLINE void untranspose(const Attend &a, const Row &row, const float *from, int6
         else { constexpr int V = 1; call; i += LANES; }                                              \
     }
 
-TARGET static void attend_gradient(const Attend &a) {
+// All rows of blocks of one head.
+TARGET static void attend_gradient(const Attend &a, int64_t rows) {
     Chunk chunk;
-    for (int64_t number = a.first; number < a.last; number++) {
+    for (int64_t number = 0; number < rows; number++) {
         const int64_t end = a.run_at[number + 1];
         int64_t run = a.run_at[number], key = run < end ? a.runs[2 * run] : 0;
         if (run == end) continue;
@@ -160,12 +161,20 @@ TARGET static void attend_gradient(const Attend &a) {
             collect(chunk.tokens, chunk.count, g.grad_logits, row, g.q_rows, a.dim, a.grad_k, a.grad_k_stride);
             if (a.rel_h) collect_rel(a, chunk.tokens, chunk.count, row, g);
         }
-        untranspose(a, row, g.grad_q, a.dim, a.scale, a.grad_q, a.dim);
+        untranspose(a, row, g.grad_q, a.dim, a.scale, a.grad_q, a.grad_q_stride);
         if (a.rel_h) {
-            untranspose(a, row, g.grad_rel_h, a.rel_rows, 1, a.grad_rel_h, a.rel_rows);
-            untranspose(a, row, g.grad_rel_w, a.rel_columns, 1, a.grad_rel_w, a.rel_columns);
+            untranspose(a, row, g.grad_rel_h, a.rel_rows, 1, a.grad_rel_h, a.grad_rel_h_stride);
+            untranspose(a, row, g.grad_rel_w, a.rel_columns, 1, a.grad_rel_w, a.grad_rel_w_stride);
         }
     }
 }
 
 #undef BY_WIDTH
+
+// The query heads of one group add to the same keys: they are computed in turn.
+static void attend_gradient(const Batch &b) {
+    const int64_t key_heads = b.heads / b.group;
+    for (int64_t place = b.first; place < b.last; place++)
+        for (int64_t member = 0; member < b.group; member++)
+            attend_gradient(resolve(b, place / key_heads, place % key_heads * b.group + member), b.rows);
+}

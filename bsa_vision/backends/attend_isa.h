@@ -166,23 +166,29 @@ INLINE void finish(const Attend &a, const Row &row) {
         const int64_t t = token(a.order_q, row.start + i);
         const float sum = row.sum[i], inverse = sum == 0 ? 0 : 1 / sum;
         for (int64_t d = 0; d < a.dim_v; d++) a.out[t * a.out_stride + d] = row.out[d * row.width + i] * inverse;
-        if (a.lse) a.lse[t] = sum == 0 ? INFINITY : row.top[i] + std::log(sum);
+        if (a.lse) a.lse[t * a.lse_stride] = sum == 0 ? INFINITY : row.top[i] + std::log(sum);
     }
 }
 
-TARGET static void attend(const Attend &a) {
+// One row of blocks of one head.
+TARGET static void attend_row(const Attend &a, int64_t number) {
     Chunk chunk;
-    for (int64_t number = a.first; number < a.last; number++) {
-        const Row row = begin(a, number);
-        const int64_t end = a.run_at[number + 1];
-        int64_t run = a.run_at[number], key = run < end ? a.runs[2 * run] : 0;
-        while (run < end) {
-            take(a, row, run, end, key, chunk);
-            int64_t i = 0;
-            for (; i + VECTORS * LANES <= row.width; i += VECTORS * LANES) see<VECTORS>(a, chunk, row, i);
-            for (; i + 2 * LANES <= row.width; i += 2 * LANES) see<2>(a, chunk, row, i);
-            for (; i < row.width; i += LANES) see<1>(a, chunk, row, i);
-        }
-        finish(a, row);
+    const Row row = begin(a, number);
+    const int64_t end = a.run_at[number + 1];
+    int64_t run = a.run_at[number], key = run < end ? a.runs[2 * run] : 0;
+    while (run < end) {
+        take(a, row, run, end, key, chunk);
+        int64_t i = 0;
+        for (; i + VECTORS * LANES <= row.width; i += VECTORS * LANES) see<VECTORS>(a, chunk, row, i);
+        for (; i + 2 * LANES <= row.width; i += 2 * LANES) see<2>(a, chunk, row, i);
+        for (; i < row.width; i += LANES) see<1>(a, chunk, row, i);
+    }
+    finish(a, row);
+}
+
+static void attend(const Batch &b) {
+    for (int64_t place = b.first; place < b.last; place++) {
+        const int64_t head = place / b.rows;
+        attend_row(resolve(b, head / b.heads, head % b.heads), place % b.rows);
     }
 }

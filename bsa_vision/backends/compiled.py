@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,20 +20,28 @@ from bsa_vision.backends.workers import run_tasks, scratch
 
 TASKS_PER_THREAD = 8  # rows of blocks cost unequal amounts; several tasks a thread even that out
 CHUNK, LANES, VECTORS = 128, 16, 4  # the widest that attend.cpp uses
+KEY_SIDE = {"k", "v", "grad_k", "grad_v"}  # tensors with one row per key
 # torch's name of what the machine can do -> the suffix of the functions made for it. ATEN_CPU_CAPABILITY lowers it, as for torch's own.
 VARIANTS = {"AVX512": "avx512", "AVX2": "avx2"}
 
-POINTERS = "q k v out lse rel_h rel_w key_row key_column order_q order_k bounds run_at runs scratch"
-POINTERS += " grad_out grad_q grad_k grad_v grad_rel_h grad_rel_w"
-NUMBERS = "q_stride k_stride v_stride out_stride rel_h_stride rel_w_stride grad_out_stride grad_k_stride grad_v_stride"
-NUMBERS += " dim dim_v rel_rows rel_columns first last"
+MATRICES = ("q", "k", "v", "out", "lse", "rel_h", "rel_w")
+GRADIENTS = ("grad_out", "grad_q", "grad_k", "grad_v", "grad_rel_h", "grad_rel_w")
+POINTERS = ("key_row", "key_column", "order_q", "order_k", "bounds", "run_at", "runs", "scratch")
+NUMBERS = ("heads", "group", "rows", "mask_image_stride", "dim", "dim_v", "rel_rows", "rel_columns", "first", "last")
 
 
-class _Attend(ctypes.Structure):
-    """`struct Attend` of attend.cpp."""
+class _Matrix(ctypes.Structure):
+    """`struct Matrix` of attend.cpp."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS.split()]
-    _fields_ += [(name, ctypes.c_int64) for name in NUMBERS.split()]
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("image", "head", "token"))]
+
+
+class _Batch(ctypes.Structure):
+    """`struct Batch` of attend.cpp."""
+
+    _fields_ = [(name, _Matrix) for name in (*MATRICES, *GRADIENTS)]
+    _fields_ += [(name, ctypes.c_void_p) for name in POINTERS]
+    _fields_ += [(name, ctypes.c_int64) for name in NUMBERS]
     _fields_ += [("scale", ctypes.c_float)]
 
 
@@ -59,7 +67,7 @@ def variant(capability: str) -> tuple[Callable[[Any], None], Callable[[Any], Non
         return f"the compiled loop is for x86-64 with AVX2 or AVX-512, this machine's capability is {capability}"
     functions = [getattr(loaded, f"{name}_{VARIANTS[capability]}") for name in ("attend", "attend_gradient")]
     for function in functions:
-        function.argtypes, function.restype = [ctypes.POINTER(_Attend)], None
+        function.argtypes, function.restype = [ctypes.POINTER(_Batch)], None
     return functions[0], functions[1]
 
 
@@ -82,41 +90,61 @@ def outruns_dense(problem: Problem) -> bool:
 
 
 def run(problem: Problem) -> Result:
-    inputs = _inputs(problem)
-    inputs["out"] = out = torch.empty_like(problem.empty_out(), dtype=torch.float32)
+    tensors = _inputs(problem)
+    tensors["out"] = out = torch.empty_like(problem.empty_out(), dtype=torch.float32)
     lse = problem.empty_lse() if problem.return_lse else None
-    chunks = -(-TASKS_PER_THREAD * torch.get_num_threads() // (problem.num_heads * problem.num_images))
     tasks = []
-    for span in problem.spans():
-        num_rows = -(-(span.q.stop - span.q.start) // problem.masks.block_size)
-        step = max(1, -(-num_rows // chunks))
-        for head in range(problem.num_heads):
-            tasks += [
-                partial(_forward, problem, inputs, lse, span, head, first, min(first + step, num_rows))
-                for first in range(0, num_rows, step)
-            ]
+    for images in _batches(problem):
+        batch = _describe(problem, tensors, images)
+        if lse is not None:
+            batch.lse = _matrix(lse[images.first : images.last, :, :, None])
+        floats = batch.dim + batch.dim_v + 2 + batch.rel_rows + batch.rel_columns
+        tasks += _deal(batch, 0, len(images) * batch.heads * batch.rows, images.width * floats)
     run_tasks(tasks, out.device)
     return Result(out.to(problem.q.dtype), lse)
 
 
 def gradients(problem: Problem, out: Tensor, grad_out: Tensor) -> list[Tensor]:
     """The gradients of q, k, v and, where there are any, rel_h and rel_w; each shaped like its tensor."""
-    inputs = _inputs(problem)
-    inputs |= {"out": _rows_adjacent(out), "grad_out": _rows_adjacent(grad_out)}
-    names = [name for name in ("q", "k", "v", "rel_h", "rel_w") if name in inputs]
+    tensors = _inputs(problem)
+    tensors |= {"out": _rows_adjacent(out), "grad_out": _rows_adjacent(grad_out)}
+    names = [name for name in ("q", "k", "v", "rel_h", "rel_w") if name in tensors]
     for name in names:
-        *shape, dim = inputs[name].shape
+        *shape, dim = tensors[name].shape
         # Keys collect whole vectors from many queries; queries get theirs once.
-        inputs[f"grad_{name}"] = torch.zeros(*shape, _whole_vectors(dim) if name in "kv" else dim)
-    # Query heads of one group add to the same keys, so a group is one task: no two tasks write to the same place.
-    tasks = [
-        partial(_backward, problem, inputs, span, range(head, head + problem.group))
-        for span in problem.spans()
-        for head in range(0, problem.num_heads, problem.group)
-    ]
+        tensors[f"grad_{name}"] = torch.zeros(*shape, _whole_vectors(dim) if name in "kv" else dim)
+    tasks = []
+    for images in _batches(problem):
+        batch = _describe(problem, tensors, images)
+        floats = 2 * (batch.dim + batch.dim_v + batch.rel_rows + batch.rel_columns) + 3 + 2 * CHUNK
+        floats += _whole_vectors(batch.dim) + _whole_vectors(batch.dim_v)
+        # Query heads of one group add to the same keys, so a key head is one unit: no two tasks write to the same place.
+        tasks += _deal(batch, 1, len(images) * batch.heads // batch.group, images.width * floats)
     run_tasks(tasks, out.device)
-    grads = [inputs[f"grad_{name}"][..., : inputs[name].shape[-1]] for name in names]
+    grads = [tensors[f"grad_{name}"][..., : tensors[name].shape[-1]] for name in names]
     return [grad.to(problem.q.dtype).contiguous() for grad in grads]
+
+
+class _Images(NamedTuple):
+    """Images `first` to `last` of the batch, with as many tokens each; `span` is that of the first."""
+
+    first: int
+    last: int
+    span: Span
+    width: int  # queries of one block, rounded up to whole vectors
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+
+def _batches(problem: Problem) -> Iterator[_Images]:
+    """The batch as a whole, or image by image where lengths differ."""
+    for span in problem.spans():
+        width = _whole_vectors(min(problem.masks.block_size, span.q.stop - span.q.start))
+        if not problem.ragged:
+            yield _Images(0, problem.num_images, span, width)
+            return
+        yield _Images(span.image, span.image + 1, span, width)
 
 
 def _inputs(problem: Problem) -> dict[str, Tensor]:
@@ -136,57 +164,47 @@ def _whole_vectors(dim: int) -> int:
     return -(-dim // LANES) * LANES
 
 
-def _forward(
-    problem: Problem, inputs: dict[str, Tensor], lse: Tensor | None, span: Span, head: int, first: int, last: int
-) -> None:
-    """Compute rows of blocks `first` to `last` of one head of one image."""
-    call = _call(problem, inputs, span, head)
-    call.first, call.last = first, last
-    call.lse = None if lse is None else lse[span.image, head].data_ptr()
-    width = _whole_vectors(min(problem.masks.block_size, span.q.stop - span.q.start))
-    _run(call, 0, width * (call.dim + call.dim_v + 2 + call.rel_rows + call.rel_columns) + CHUNK * VECTORS * LANES)
-
-
-def _backward(problem: Problem, inputs: dict[str, Tensor], span: Span, heads: range) -> None:
-    """Add the gradients of the query heads of one group."""
-    size, tokens = problem.masks.block_size, span.q.stop - span.q.start
-    for head in heads:
-        call = _call(problem, inputs, span, head)
-        call.first, call.last = 0, -(-tokens // size)
-        width = _whole_vectors(min(size, tokens))
-        columns = 2 * (call.dim + call.dim_v + call.rel_rows + call.rel_columns) + 3 + 2 * CHUNK
-        columns += _whole_vectors(call.dim) + _whole_vectors(call.dim_v)
-        _run(call, 1, width * columns + CHUNK * VECTORS * LANES)
-
-
-def _call(problem: Problem, inputs: dict[str, Tensor], span: Span, head: int) -> _Attend:
-    """Everything about one head of one image but its rows and scratch memory."""
-    of_keys, at_q = head // problem.group, (span.row, head, span.q)
-    places = {name: (span.row, of_keys, span.k) if name in ("k", "v", "grad_k", "grad_v") else at_q for name in inputs}
-    tensors = {name: x[places[name]] for name, x in inputs.items()}
+def _describe(problem: Problem, tensors: dict[str, Tensor], images: _Images) -> _Batch:
+    """Everything but who computes what, with which scratch memory."""
+    span = images.span
+    rows = slice(span.row, span.row + len(images))
+    parts = {name: x[rows, :, span.k if name in KEY_SIDE else span.q] for name, x in tensors.items()}
     table = problem.masks.run_table(span.q.stop - span.q.start, span.k.stop - span.k.start)
-    fields: dict[str, Any] = {name: x.data_ptr() for name, x in tensors.items()}
-    strides = {f"{name}_stride": x.stride(0) for name, x in tensors.items()}
-    fields |= {name: stride for name, stride in strides.items() if name in NUMBERS.split()}
-    for name in ("key_row", "key_column", "order_q", "order_k"):
-        given = getattr(problem, name)
-        fields[name] = None if given is None else given.data_ptr()
-    rel_h, rel_w = tensors.get("rel_h"), tensors.get("rel_w")
-    return _Attend(
-        **fields,
+    places = {name: getattr(problem, name) for name in ("key_row", "key_column", "order_q", "order_k")}
+    return _Batch(
+        **{name: _matrix(x) for name, x in parts.items()},
+        **{name: None if x is None else x.data_ptr() for name, x in places.items()},
         bounds=table.bounds.data_ptr(),
-        run_at=table.run_at[problem.mask_image(span.image), head].data_ptr(),  # a view
+        run_at=table.run_at[problem.mask_image(span.image)].data_ptr(),
         runs=table.runs.data_ptr(),
-        dim=tensors["q"].shape[1],
-        dim_v=tensors["v"].shape[1],
-        rel_rows=0 if rel_h is None else rel_h.shape[1],
-        rel_columns=0 if rel_w is None else rel_w.shape[1],
+        heads=problem.num_heads,
+        group=problem.group,
+        rows=len(table.bounds) - 1,
+        mask_image_stride=table.run_at.stride(0) if len(table.run_at) > 1 else 0,
+        dim=problem.q.shape[-1],
+        dim_v=problem.v.shape[-1],
+        rel_rows=0 if problem.rel_pos is None else problem.rel_pos.rel_h.shape[-1],
+        rel_columns=0 if problem.rel_pos is None else problem.rel_pos.rel_w.shape[-1],
         scale=problem.scale,
     )
 
 
-def _run(call: _Attend, direction: int, floats: int) -> None:
+def _matrix(x: Tensor) -> _Matrix:
+    """(images, heads, tokens, dim)"""
+    return _Matrix(x.data_ptr(), *x.stride()[:3])
+
+
+def _deal(batch: _Batch, direction: int, units: int, floats: int) -> list[Callable[[], None]]:
+    """The `units` of work of a batch in tasks of about equal size; each needs `floats` of scratch memory and some."""
+    step = max(1, -(-units // (TASKS_PER_THREAD * torch.get_num_threads())))
     functions = variant(torch.backends.cpu.get_cpu_capability())
     assert not isinstance(functions, str), functions
-    call.scratch = scratch("attend", (floats,), torch.float32, torch.device("cpu")).data_ptr()
-    functions[direction](ctypes.byref(call))
+
+    def task(first: int) -> None:
+        own = _Batch.from_buffer_copy(batch)
+        own.first, own.last = first, min(first + step, units)
+        size = floats + CHUNK * VECTORS * LANES
+        own.scratch = scratch("attend", (size,), torch.float32, torch.device("cpu")).data_ptr()
+        functions[direction](ctypes.byref(own))
+
+    return [partial(task, first) for first in range(0, units, step)]
