@@ -59,4 +59,3 @@ def better_dense(
     rest = latency.sparse_call + images * sum(alone[h] if h in slow else seconds[h] for h in range(masks.num_heads))
     pays = len(slow) < len(sparse) and rest < (1 - min_gain) * latency.dense(masks.num_heads, tokens, images)
     return tuple(slow if pays else sparse)
-

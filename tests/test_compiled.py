@@ -368,6 +368,15 @@ class TestWhyNot:
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
         assert not torch.equal(out, expected)  # the twin: it was another way
 
+    def test_a_library_of_another_version_is_refused(self, monkeypatch):
+        """Python that was updated without building again must not hand pointers to a loop that reads them otherwise."""
+        compiled.library.cache_clear()
+        monkeypatch.setattr(compiled, "INTERFACE", compiled.INTERFACE + 1)
+        try:
+            assert "another version of its source: install bsa-vision again" in compiled.library()
+        finally:
+            compiled.library.cache_clear()
+
     def test_another_processor_is_named(self):
         assert "capability is DEFAULT" in compiled.variant("DEFAULT")
 

@@ -66,6 +66,7 @@ static Attend resolve(const Batch &b, int64_t image, int64_t head) {
     };
 }
 
+constexpr int64_t INTERFACE = 1;
 constexpr int CHUNK = 128;               // keys per step of the online softmax
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr float LOWEST = -3e38f;         // finite: a maximum of -inf would make NaN of its differences
@@ -96,6 +97,8 @@ namespace avx2 {
 }
 
 extern "C" {
+// compiled.py refuses a library that was built for another `Batch`: raise INTERFACE whenever its meaning changes.
+int64_t attend_interface() { return INTERFACE * 10000 + int64_t(sizeof(Batch)); }
 void attend_avx512(const Batch *b) { avx512::attend(*b); }
 void attend_avx2(const Batch *b) { avx2::attend(*b); }
 void attend_gradient_avx512(const Batch *b) { avx512::attend_gradient(*b); }

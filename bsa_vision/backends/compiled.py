@@ -18,6 +18,7 @@ from torch import Tensor
 from bsa_vision.backends.problem import Problem, Result, Span
 from bsa_vision.backends.workers import run_tasks, scratch
 
+INTERFACE = 1  # of attend.cpp
 TASKS_PER_THREAD = 8  # rows of blocks cost unequal amounts; several tasks a thread even that out
 CHUNK, LANES, VECTORS = 128, 16, 4  # the widest that attend.cpp uses
 KEY_SIDE = {"k", "v", "grad_k", "grad_v"}  # tensors with one row per key
@@ -52,9 +53,16 @@ def library() -> ctypes.CDLL | str:
     if found is None or found.origin is None:
         return "the compiled loop was not built: no C++ compiler was at hand when bsa-vision was installed"
     try:
-        return ctypes.CDLL(found.origin)
+        loaded = ctypes.CDLL(found.origin)
+        loaded.attend_interface.restype = ctypes.c_int64
+        built_for = loaded.attend_interface()
     except OSError as error:
         return f"the compiled loop does not load: {error}"
+    except AttributeError:  # another processor, for which nothing is compiled, or a very old build
+        return "the compiled loop is for x86-64 with AVX2 or AVX-512, and was built without"
+    if built_for != INTERFACE * 10000 + ctypes.sizeof(_Batch):
+        return "the compiled loop was built from another version of its source: install bsa-vision again"
+    return loaded
 
 
 @lru_cache(maxsize=4)
@@ -82,6 +90,11 @@ def why_not(problem: Problem | None = None) -> str | None:
             return "the compiled loop knows neither causality nor dropout"
     functions = variant(torch.backends.cpu.get_cpu_capability())
     return functions if isinstance(functions, str) else None
+
+
+def flavour(problem: Problem) -> str:
+    """How `gather` runs `problem`, in two or three words."""
+    return "in torch" if why_not(problem) else f"compiled for {torch.backends.cpu.get_cpu_capability()}"
 
 
 def outruns_dense(problem: Problem) -> bool:
