@@ -368,6 +368,14 @@ class TestWhyNot:
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
         assert not torch.equal(out, expected)  # the twin: it was another way
 
+    def test_switched_off(self, monkeypatch):
+        compiled.library.cache_clear()
+        monkeypatch.setenv("BSA_VISION_COMPILED", "0")
+        try:
+            assert "switched off by BSA_VISION_COMPILED=0" in compiled.library()
+        finally:
+            compiled.library.cache_clear()
+
     def test_a_library_of_another_version_is_refused(self, monkeypatch):
         """Python that was updated without building again must not hand pointers to a loop that reads them otherwise."""
         compiled.library.cache_clear()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -48,7 +49,9 @@ class _Batch(ctypes.Structure):
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
+    """The library, or why there is none. BSA_VISION_COMPILED=0 in the environment does without, to compare."""
+    if os.environ.get("BSA_VISION_COMPILED") == "0":
+        return "the compiled loop is switched off by BSA_VISION_COMPILED=0"
     found = importlib.util.find_spec("bsa_vision.backends._attend")
     if found is None or found.origin is None:
         return "the compiled loop was not built: no C++ compiler was at hand when bsa-vision was installed"

@@ -1,0 +1,49 @@
+"""Is a fixed window per token linear in the number of tokens? Local masks, 4096 to 65,536 tokens, one run.
+
+python examples/linear_time.py [--rounds 7]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import bsa_vision as bsa
+from bsa_vision import masks
+from bsa_vision.timing import paired
+
+HEADS, RADIUS = 12, 8
+GRIDS = ((64, 64), (64, 256), (64, 1024), (256, 256))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    runs, pairs = {}, {}
+    for grid in GRIDS:
+        layout = masks.TokenLayout(grid, order="tile")
+        hm = bsa.HeadMasks(masks.stack_heads([masks.local_window(layout, RADIUS)] * HEADS, 1), layout=layout)
+        tensors = [torch.randn(1, HEADS, layout.num_tokens, 64) for _ in range(3)]
+        runs[grid] = lambda tensors=tensors, hm=hm: bsa.sparse_attention(*tensors, hm)
+        pairs[grid] = sum(hm.kept_pairs(layout.num_tokens, layout.num_tokens))
+    with torch.no_grad():
+        timings = paired(runs, arguments.rounds, warmup=2)
+    first = GRIDS[0]
+    table = Table("grid", "tokens", "kept blocks per row", "ms", "per token", "per kept pair")
+    for grid in GRIDS:
+        tokens, times = grid[0] * grid[1], timings[grid]
+        per_token = times.ratio * first[0] * first[1] / tokens
+        per_pair = times.ratio * pairs[first] / pairs[grid]
+        kept = pairs[grid] / tokens / HEADS / 128
+        cells = (f"{tokens:,}", f"{kept:.2f}", f"{times.median * 1e3:.0f}", f"{per_token:.2f}", f"{per_pair:.2f}")
+        table.add_row(f"{grid[0]} x {grid[1]}", *cells)
+    Console().print(table)
+    Console().print(f"local_window(radius={RADIUS}), tile order; the last two columns relative to the first row")
+
+
+if __name__ == "__main__":
+    main()
