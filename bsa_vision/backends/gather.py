@@ -19,7 +19,8 @@ from torch import Tensor
 from bsa_vision.backends import compiled
 from bsa_vision.backends.problem import Problem, Result, Span
 from bsa_vision.backends.workers import run_tasks, scratch
-from bsa_vision.head_masks import DENSE, BlockRow
+from bsa_vision.block_rows import BlockRow
+from bsa_vision.head_masks import DENSE
 
 TASKS_PER_THREAD = 4  # rows of blocks cost unequal amounts; several tasks a thread even that out
 
