@@ -13,6 +13,8 @@ class LayerSpec:
     """One attention layer: its module path, its place among its kind, and its heads.
 
     role "self" for attention among the tokens of one image; `key` names the layer in plans, whatever library holds it.
+    window   patches per side of the windows that attention stays within; 0 = none, attention is global
+    rel_pos  whether it adds a relative position
     """
 
     name: str
@@ -20,6 +22,8 @@ class LayerSpec:
     heads: int
     head_dim: int
     role: str = "self"
+    window: int = 0
+    rel_pos: bool = False
 
     @property
     def key(self) -> str:

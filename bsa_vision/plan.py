@@ -107,7 +107,7 @@ class SparsityPlan:
         block_size: int = 128,
         **params: Any,
     ) -> SparsityPlan:
-        """The same pattern for all heads but the first `dense_heads`, in all layers or the named ones."""
+        """The same pattern for all heads but the first `dense_heads`, in all global layers or the named ones."""
         dense = {layer.key: ("dense",) * layer.heads for layer in spec.layers}
         plan = cls(spec.fingerprint, {}, dense, order, tile, block_size)
         heads = spec.layers[0].heads
@@ -117,7 +117,11 @@ class SparsityPlan:
             )
         if dense_heads == heads:
             pattern, params, dense_heads = "dense", {}, 0
-        return plan.replace(layers=layers, heads=range(dense_heads, heads), pattern=pattern, **params)
+        if layers is None and pattern != "dense":
+            layers = [layer.key for layer in spec.layers if not layer.window]
+        plan = plan.replace(layers=layers, heads=range(dense_heads, heads), pattern=pattern, **params)
+        plan.check(spec)
+        return plan
 
     @classmethod
     def from_head_masks(cls, spec: ModelSpec, head_masks: Mapping[str, HeadMasks]) -> SparsityPlan:
@@ -303,6 +307,14 @@ class SparsityPlan:
         unknown = [key for key in self.layers if key not in keys]
         if unknown:
             raise PlanError(f"the plan names layers {unknown}, the model has {sorted(keys)}: remove or rename them.")
+        for layer in spec.layers:
+            sparse = sorted({name for name in self.layers.get(layer.key, ()) if name != "dense"})
+            if layer.window and sparse:
+                raise PlanError(
+                    f"layer {layer.key!r} attends within windows of {layer.window} x {layer.window} patches, the plan gives it "
+                    f"{', '.join(sparse)}: windowed layers stay dense; leave them out, or name only global layers: "
+                    f"{', '.join(other.key for other in spec.layers if not other.window)}."
+                )
 
     def save(self, path: Any) -> None:
         """Write the plan as JSON; an existing file is replaced only once the new one is complete."""

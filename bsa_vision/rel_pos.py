@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -45,6 +46,14 @@ def decompose(q: Tensor, table_h: Tensor, table_w: Tensor, grid: tuple[int, int]
     rel_h = torch.einsum("bnyxd,ykd->bnyxk", by_patch, table_h[_distances(height, q.device)])
     rel_w = torch.einsum("bnyxd,xkd->bnyxk", by_patch, table_w[_distances(width, q.device)])
     return RelPos(rel_h.flatten(2, 3), rel_w.flatten(2, 3))  # (B, H, N, h), (B, H, N, w)
+
+
+def resize_table(table: Tensor, side: int) -> Tensor:
+    """(L, D) -> (2 * side - 1, D), linearly interpolated as segment_anything's `get_rel_pos` does it; itself where it fits."""
+    length = 2 * side - 1
+    if len(table) == length:
+        return table
+    return F.interpolate(table.T[None].float(), size=length, mode="linear")[0].T.to(table.dtype)
 
 
 def _distances(side: int, device: torch.device) -> Tensor:

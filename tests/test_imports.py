@@ -34,7 +34,10 @@ TABLE = {
     "plan_file": {"masks", "errors", "plan", "static_mask"},
     "check": {"arguments", "backends", "head_masks"},
     "viz": {"masks"},
-    "adapters": {"attention", "backends", "errors", "latency", "model_spec", "plan", "pruning"},
+    "adapters": {
+        *("attention", "backends", "errors", "head_masks", "latency"),
+        *("model_spec", "plan", "pruning", "rel_pos"),
+    },
     "bench": {
         *("masks", "adapters", "attention", "backends", "errors"),
         *("head_masks", "model_spec", "plan", "rel_pos", "timing"),

@@ -1,7 +1,8 @@
 """Sparse heads inside the models people load: find the attention layers, swap them for a plan, put them back.
 
 One file per family. An adapter is a module with `find(model) -> list[Found]`, which imports no model library, and `serves`,
-`original_of`, `swap`, `unswap` for one attention module, and `prepare`, which makes a process ready to run swapped ones.
+`original_of`, `swap`, `unswap` for one attention module, `prepare`, which makes a process ready to run swapped ones, and
+`EXACT`: whether layers without a sparse head run here too, because that is faster than the original.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from bsa_vision.adapters import transformers_vit
+from bsa_vision.adapters import transformers_sam, transformers_vit
 from bsa_vision.adapters.layer import Found, Layer, Tower, layer_of, layers_of
-from bsa_vision.adapters.report import LayerReport, ModelReport, report_layer
-from bsa_vision.backends import BACKENDS, Problem, choose
+from bsa_vision.adapters.report import LayerReport, ModelReport, probe_problem, report_layer
+from bsa_vision.backends import BACKENDS, choose
 from bsa_vision.errors import PlanError
 from bsa_vision.latency import Latency
 from bsa_vision.latency import latency as latency_here
 from bsa_vision.model_spec import ModelSpec
 from bsa_vision.plan import PatternLike, SparsityPlan
 
-ADAPTERS: tuple[ModuleType, ...] = (transformers_vit,)
-SUPPORTED = "transformers ViT, DINOv2 (with and without registers) and DINOv3"
+ADAPTERS: tuple[ModuleType, ...] = (transformers_vit, transformers_sam)
+SUPPORTED = "transformers ViT, DINOv2 (with and without registers), DINOv3, and the image encoders of SAM, SAM-HQ and DeepSeek-OCR 2"
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,7 +43,7 @@ def uniform_plan(model: nn.Module | ModelSpec, pattern: str | PatternLike, **opt
     """The same pattern for all heads of `model` but the first `dense_heads`.
 
     pattern  a name of `masks.PATTERNS`, a `masks.Pattern`, or your own function layout -> (R, C) bool
-    options  dense_heads=0, layers=None (all; indices or keys), order="tile", tile=(8, 16), block_size=128, and the
+    options  dense_heads=0, layers=None (all that are not windowed; indices or keys), order="tile", tile=(8, 16), block_size=128, and the
              parameters of the pattern
 
         >>> plan = bsa.uniform_plan(model, "local_window", radius=8, dense_heads=4)
@@ -83,7 +84,7 @@ def sparsify_(model: Model, plan: SparsityPlan, backend: str = "auto", on_unsupp
         )
     tower = Tower(found.spec, plan, backend, on_unsupported)
     chosen = [
-        (module, Layer(tower, spec, adapter.original_of(module), adapter.prepare))
+        (module, Layer(tower, spec, adapter.original_of(module), adapter.prepare, adapter.EXACT))
         for module, spec in zip(found.modules, found.spec.layers, strict=True)
     ]
     for module, layer in chosen:
@@ -106,9 +107,8 @@ def _rehearse(module: nn.Module, layer: Layer) -> None:
     """Everything about a swap that can fail: lay the masks out for the model's own grid, and choose the backend."""
     if layer.untouched:
         return
-    masks = layer.masks.masks_for(_rehearsal_grid(layer))
-    probe = next(module.parameters()).detach().new_empty(1, layer.spec.heads, 1, layer.spec.head_dim)
-    choose(Problem(probe, probe, probe, masks, scale=1.0), layer.tower.backend)
+    masks = layer.masks.masks_for(layer.grid_of(_rehearsal_grid(layer)))
+    choose(probe_problem(layer, masks, next(module.parameters())), layer.tower.backend)
 
 
 def _rehearsal_grid(layer: Layer) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from bsa_vision.attention import attend_masks
 from bsa_vision.errors import BackendUnavailable
 from bsa_vision.model_spec import LayerSpec, ModelSpec
 from bsa_vision.plan import LayerMasks, SparsityPlan
+from bsa_vision.rel_pos import RelPos
 
 # On an attention module: a plain attribute, so neither a parameter, a buffer nor a state_dict key.
 ATTRIBUTE = "_bsa_layer"
@@ -87,13 +88,16 @@ class Tower:
 class Layer:
     """One swapped attention module: its masks, and the calls that went to the original instead, by reason."""
 
-    def __init__(self, tower: Tower, spec: LayerSpec, original: Any, prepare: Callable[[], None]) -> None:
+    def __init__(
+        self, tower: Tower, spec: LayerSpec, original: Any, prepare: Callable[[], None], exact: bool = False
+    ) -> None:
         self.tower, self.spec = tower, spec
         self.prepare = prepare  # what a process must do once before it can run such layers
         self.masks = LayerMasks(tower.plan, tower.spec, spec)
         self.original = original  # what the adapter needs to put back
-        # A layer without a sparse head has nothing to skip: unless a backend was named, the original runs as it is.
-        self.untouched = self.masks.all_dense and tower.backend == "auto"
+        # A layer without a sparse head has nothing to skip: unless a backend was named, or we are faster (`exact`), the original
+        # runs as it is.
+        self.untouched = self.masks.all_dense and tower.backend == "auto" and not exact
         self.fallbacks: Counter[str] = Counter()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -129,12 +133,24 @@ class Layer:
             warnings.warn(f"bsa_vision: {self.spec.name} runs its original, dense attention: {reason}", stacklevel=3)
         self.fallbacks[reason] += 1
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout_p: float) -> Tensor:
-        """(B, H, N, D) in model order -> (B, H, N, D) with this layer's masks."""
-        grid = self.tower.current_grid(q.shape[2])
-        return attend_masks(
-            self.masks, q, k, v, grid=grid, scale=scale, dropout_p=dropout_p, backend=self.tower.backend
-        )
+    def grid_of(self, image_grid: tuple[int, int]) -> tuple[int, int]:
+        """The grid this layer's attention sees of an image: all of it, or one window."""
+        return (self.spec.window, self.spec.window) if self.spec.window else image_grid
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        dropout_p: float,
+        grid: tuple[int, int] | None = None,
+        rel_pos: RelPos | None = None,
+    ) -> Tensor:
+        """(B, H, N, D) in model order -> (B, H, N, D) with this layer's masks. grid None = that of the last image."""
+        grid = self.tower.current_grid(q.shape[2]) if grid is None else grid
+        options = dict(scale=scale, dropout_p=dropout_p, backend=self.tower.backend)
+        return attend_masks(self.masks, q, k, v, grid=grid, rel_pos=rel_pos, **options)  # type: ignore[arg-type]
 
 
 def layer_of(module: nn.Module) -> Layer | None:

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from bsa_vision.adapters.layer import Layer
 from bsa_vision.backends import Problem, choose, reasons
+from bsa_vision.head_masks import HeadMasks
 from bsa_vision.latency import Latency
 from bsa_vision.pruning import better_dense
+from bsa_vision.rel_pos import RelPos
 
 
 @dataclass(frozen=True)
@@ -107,14 +109,21 @@ def _names(layers: list[LayerReport], which: Callable[[LayerReport], bool]) -> s
     return ", ".join(layer.name for layer in layers if which(layer))
 
 
+def probe_problem(layer: Layer, masks: HeadMasks, like: Tensor) -> Problem:
+    """A problem of this layer's kind for choosing a backend: backends look at metadata only."""
+    probe = like.detach().new_empty(1, layer.spec.heads, 1, layer.spec.head_dim)
+    rel_pos = RelPos(probe, probe) if layer.spec.rel_pos else None
+    return Problem(probe, probe, probe, masks, scale=1.0, rel_pos=rel_pos)
+
+
 def report_layer(layer: Layer, grid: tuple[int, int], like: Tensor, latency: Latency) -> LayerReport:
     """The report of one layer at `grid`, for tensors of the device and dtype of `like`, one image per call."""
     spec, plan = layer.spec, layer.tower.plan
+    grid = layer.grid_of(grid)
     masks = layer.masks.masks_for(grid)
     tokens = plan.layout(layer.tower.spec, grid).num_tokens
     sparse = masks.head_sparsity if masks.num_blocks is not None else (0.0,) * spec.heads
-    probe = like.detach().new_empty(1, spec.heads, 1, spec.head_dim)  # backends look at metadata only
-    problem = Problem(probe, probe, probe, masks, scale=1.0)
+    problem = probe_problem(layer, masks, like)
     backend = "original" if layer.untouched else choose(problem, layer.tower.backend)
     why_not = {}
     if backend != "original" and not masks.all_dense:

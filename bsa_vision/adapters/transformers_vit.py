@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bsa_vision.adapters.layer import ATTRIBUTE, Found, Layer, layer_of
 from bsa_vision.model_spec import LayerSpec, ModelSpec
 
+EXACT = False  # a layer without sparse heads runs its original attention
 NAME = "bsa_vision"  # transformers reads meaning into names that contain "sdpa" or "flash"
 IMPLEMENTATION = "_attn_implementation_internal"
 
