@@ -397,8 +397,21 @@ class TestModels:
         assert not row.ok
 
     def test_a_dense_plan_that_changes_something_is_caught(self, monkeypatch):
-        monkeypatch.setattr(models, "_dense_plan", lambda model, pixels, original: (1e-7, 0.0))
+        monkeypatch.setattr(models, "_dense_plan", lambda model, pixels, original: (1e-7, 0.0, True))
         assert "a plan of dense heads changed the features" in run_model_case(self.case, rounds=1).reason
+
+    def test_sam(self, monkeypatch):
+        """Its dense layers run here, so a dense plan is as exact as arithmetic is, not equal to the bit."""
+        small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_dim=48, window_size=5)
+        small |= dict(global_attn_indexes=[1], output_channels=16)
+        monkeypatch.setitem(models.BUILT_IN, "sam", ("SamVisionConfig", "SamVisionModel", 8, small))
+        case = ModelCase("sam", (96, 96), NEAR, block_size=16)
+        row = run_model_case(case, rounds=1)
+        assert (row.status, row.reason) == ("ok", "")
+        assert 0 < row.dense_plan < 1e-4
+        assert row.difference > 10 * row.error.allowed
+        with pytest.raises(ValueError, match="96x64 with --model sam: allowed are square images"):
+            run_model_case(replace(case, image_size=(96, 64)), rounds=1)
 
     def test_what_does_not_fit_is_said(self, monkeypatch):
         monkeypatch.setattr(models, "free_memory", lambda device: 4 * 97 * 97 * 8 * 5)
@@ -425,7 +438,7 @@ class TestModels:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("vitt", "allowed are vit, dinov2, dinov3 and package.module:factory; choose"),
+        ("vitt", "allowed are vit, dinov2, dinov3, sam and package.module:factory; choose"),
         ("tests.models:nothing", "gave AttributeError"),
         ("no_such_package.module:factory", "gave ModuleNotFoundError"),
         ("builtins:dict", "returned a dict: allowed is a torch.nn.Module"),

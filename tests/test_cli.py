@@ -164,7 +164,7 @@ class TestModel:
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            ("--model resnet", "--model 'resnet': allowed are vit, dinov2, dinov3 and package.module:factory"),
+            ("--model resnet", "--model 'resnet': allowed are vit, dinov2, dinov3, sam and package.module:factory"),
             ("--model tests.models:dinov3 --image-size 65", "both sides must be whole numbers of (8, 8) pixel patches"),
             ("--model tests.models:dinov3 --dense-heads 9", "dense_heads=9: the model has 4 heads"),
             ("--model torch.nn:Identity --image-size 64", "no attention layer of Identity"),
