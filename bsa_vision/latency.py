@@ -137,7 +137,7 @@ def _seconds(head_dim: int, dtype: torch.dtype, device: torch.device) -> dict[st
         "few, dense": dense(few),
         "few, sparse": sparse(few, one_block),
     }
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         return {name: timing.median for name, timing in paired(calls, rounds=7, warmup=2).items()}
 
 
@@ -165,10 +165,13 @@ def _cpu_name() -> str:
 # Remembered in a file, because a second at the start of every process would be felt
 
 
-def cache_file() -> Path:
-    """Where constants are kept: `BSA_VISION_CACHE`, or a folder of the user's cache."""
+def cache_file() -> Path | None:
+    """Where constants are kept: `BSA_VISION_CACHE`, or a folder of the user's cache; None for a user without a home."""
     folder = os.environ.get("BSA_VISION_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "bsa-vision"
-    return Path(folder).expanduser() / "latency.json"
+    try:
+        return Path(folder).expanduser() / "latency.json"
+    except RuntimeError:
+        return None
 
 
 def latency(
@@ -191,12 +194,18 @@ _known: dict[str, Latency] = {}
 
 
 def _read() -> dict[str, Latency]:
-    """What the file holds; nothing when there is none, or it is not ours or of another version."""
+    """What the file holds; without entries that are not ours or of another version."""
+    path = cache_file()
     try:
-        entries = json.loads(cache_file().read_text())
-        return {what: Latency(what=what, **entry) for what, entry in entries.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        entries = json.loads(path.read_text()) if path else {}
+    except (OSError, ValueError):
         return {}
+    names = {field.name for field in fields(Latency)} - {"what"}
+    return {
+        what: Latency(what=what, **entry)
+        for what, entry in (entries.items() if isinstance(entries, dict) else ())
+        if isinstance(entry, dict) and set(entry) == names and all(isinstance(x, (int, float)) for x in entry.values())
+    }
 
 
 def _write(known: dict[str, Latency]) -> None:
@@ -204,6 +213,8 @@ def _write(known: dict[str, Latency]) -> None:
     names = [field.name for field in fields(Latency) if field.name != "what"]
     entries = {what: {name: asdict(one)[name] for name in names} for what, one in sorted(known.items())}
     path = cache_file()
+    if path is None:
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")

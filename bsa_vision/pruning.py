@@ -26,6 +26,8 @@ def prune(
         raise ValueError(
             f"min_gain={min_gain!r}: expected a fraction of the dense time, from 0 to below 1; give e.g. 0.05."
         )
+    if isinstance(images, bool) or not isinstance(images, int) or images < 1:
+        raise ValueError(f"images={images!r}: expected the number of images per call, at least 1; give e.g. 1.")
     plan.check(spec)
     layout = plan.layout(spec, grid)
     layers, made_dense = {}, {}

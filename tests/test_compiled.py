@@ -202,7 +202,7 @@ class TestForward:
             out = bsa.sparse_attention(*views, masks, backend="gather")
             assert torch.equal(out, bsa.sparse_attention(q, k, v, masks, backend="gather"))
         start, end = packed.data_ptr(), packed.data_ptr() + packed.numel() * 4
-        strided, contiguous = ([getattr(batch, name).data for name in "qkv"] for batch in batches)
+        strided, contiguous = ([getattr(batch, name).data for name in "qkv"] for batch, _ in batches)
         assert all(start <= pointer < end for pointer in strided)
         assert not any(start <= pointer < end for pointer in contiguous)  # the twin
 
@@ -342,6 +342,59 @@ def test_a_warm_forward_builds_no_index_tensor(way, rel_pos):
     assert warm.names == []
     assert cold.names  # the twin: making masks ready is seen
     assert torch.equal(out, expected)
+
+
+def test_many_lengths_in_one_batch(way):
+    """More tables of runs than the masks remember: those in use must outlive being forgotten."""
+    lengths = [100 + 13 * i for i in range(45)]
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(2, n, 16, generator=generator) for n in lengths]
+    masks = [
+        HeadMasks(
+            torch.rand(1, 2, -(-n // 16), -(-n // 16), generator=generator) < 0.5, block_size=16, allow_empty_rows=True
+        )
+        for n in lengths
+    ]
+    together = bsa.sparse_attention(images, images, images, masks, backend="gather")
+    for out, image, hm in zip(together, images, masks, strict=True):
+        alone = bsa.sparse_attention(image[None], image[None], image[None], hm, backend="gather")[0]
+        torch.testing.assert_close(out, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(way, default):
+    masks, *tensors = small()
+
+    def gradients():
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        bsa.sparse_attention(*leaves, masks, backend="gather").square().sum().backward()
+        return [x.grad for x in leaves]
+
+    expected = gradients()
+    torch.set_default_dtype(default)
+    try:
+        got = gradients()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_without_a_query(way, dtype):
+    q, k = (torch.randn(1, 1, n, 8, dtype=dtype, requires_grad=True) for n in (0, 128))
+    bsa.sparse_attention(q, k, k, HeadMasks(None, [0]), backend="gather").sum().backward()
+    assert q.grad.shape == q.shape
+    assert not k.grad.any()
+
+
+def test_any_nan_is_nan(way):
+    """A NaN may carry bits of its own."""
+    masks, q, k, v = small()
+    k.view(torch.int32)[0, 0, 3] = -1
+    a, b = (bsa.sparse_attention(q, k, v, masks, backend=name).isnan() for name in ("gather", "sdpa"))
+    assert a.any()
+    assert torch.equal(a & b, a)
 
 
 class TestWhyNot:

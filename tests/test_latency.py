@@ -122,6 +122,19 @@ class TestMeasured:
         monkeypatch.setattr(MODULE, "measure", lambda *a: ROUND)
         assert bsa.latency() == ROUND
 
+    def test_a_user_without_a_home(self, monkeypatch):
+        monkeypatch.delenv("BSA_VISION_CACHE")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+        def no_home(path):
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(MODULE.Path, "expanduser", no_home)
+        monkeypatch.setattr(MODULE, "_known", {})
+        monkeypatch.setattr(MODULE, "measure", lambda *a: ROUND)
+        assert cache_file() is None
+        assert bsa.latency() == ROUND
+
     def test_where_it_is_kept(self, monkeypatch):
         monkeypatch.delenv("BSA_VISION_CACHE")
         monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
@@ -187,6 +200,9 @@ class TestPrune:
         for wrong in (-0.1, 1, "much", True):
             with pytest.raises(ValueError, match=r"min_gain=.*expected a fraction.*give e.g. 0.05"):
                 plan.prune(spec, latency=ROUND, min_gain=wrong)
+        for wrong in (0, -1, 1.5):
+            with pytest.raises(ValueError, match=r"images=.*number of images per call.*give e.g. 1"):
+                plan.prune(spec, latency=ROUND, images=wrong)
         with pytest.raises(bsa.PlanError, match="another model"):
             plan.prune(replace(spec, family="other"), latency=ROUND)
 

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -306,6 +307,20 @@ class TestOutsideTheContract:
 
 
 class TestErrors:
+    def test_a_class_that_something_else_changed_since(self):
+        """Parametrizations change classes as well; restoring must not undo theirs in silence, nor half of ours."""
+        model = make()
+        bsa.sparsify_(model, bsa.dense_plan(model))
+        attention = next(module for module in model.modules() if hasattr(module, "rel_pos_h"))
+        nn.utils.parametrize.register_parametrization(attention, "rel_pos_h", nn.Identity())
+        classes = [type(module) for module in model.modules()]
+        with pytest.raises(ValueError, match=r"became a Parametrized.* since sparsify_.*remove it first"):
+            bsa.restore_(model)
+        assert [type(module) for module in model.modules()] == classes
+        nn.utils.parametrize.remove_parametrizations(attention, "rel_pos_h")
+        bsa.restore_(model)
+        assert not layers_of(model)
+
     @pytest.mark.parametrize("layers", [0, ["self.2"], [0, 1]])
     def test_a_windowed_layer_asked_for(self, layers):
         with pytest.raises(

@@ -1,7 +1,7 @@
 """Sparse heads inside the models people load: find the attention layers, swap them for a plan, put them back.
 
 One file per family. An adapter is a module with `find(model) -> list[Found]`, which imports no model library, and `serves`,
-`original_of`, `swap`, `unswap` for one attention module, `prepare`, which makes a process ready to run swapped ones, and
+`original_of`, `swap`, `check_swapped`, `unswap` for one attention module, `prepare`, which makes a process ready to run swapped ones, and
 `EXACT`: whether layers without a sparse head run here too, because that is faster than the original.
 """
 
@@ -132,6 +132,8 @@ def restore_(model: Model) -> Model:
             f"{type(model).__name__} holds {len(swapped)} of {total} swapped layers: an encoder is restored as a whole; pass the "
             "model that sparsify_ was given."
         )
+    for module in swapped:
+        _adapter_of(module).check_swapped(module)
     for module in swapped:
         _adapter_of(module).unswap(module)
     for tower in towers.values():

@@ -82,7 +82,9 @@ class SparseAttention(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         function, arguments, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
-        return _new, (type(self).__mro__[2], function, arguments[1:]), *state
+        layer = layer_of(self)
+        assert layer is not None
+        return _new, (layer.original, function, arguments[1:]), *state
 
 
 def _attention(module: Any, layer: Layer, hidden_states: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ def _attention(module: Any, layer: Layer, hidden_states: Tensor) -> Tensor:
         tables = (resize_table(module.rel_pos_h, height), resize_table(module.rel_pos_w, width))
         rel_pos = RelPos(*(term.to(q.dtype) for term in decompose(q, *tables, (height, width))))
     # Only the eager class drops attention weights while training; the SDPA class ignores its own setting.
-    drops = module.training and "Sdpa" not in type(module).__mro__[2].__name__
+    drops = module.training and "Sdpa" not in layer.original.__name__
     out = layer.attend(
         q, k, v, module.scale, module.dropout if drops else 0.0, grid=(height, width), rel_pos=rel_pos
     )  # (B, H, N, D)
@@ -131,6 +133,17 @@ def original_of(module: Any) -> Any:
 def swap(module: Any, layer: Layer) -> None:
     setattr(module, ATTRIBUTE, layer)
     module.__class__ = _swapped(layer.original)
+
+
+def check_swapped(module: Any) -> None:
+    """Raise ValueError where something else changed the module's class since: putting back the original would undo that too."""
+    layer = layer_of(module)
+    assert layer is not None
+    if type(module) is not _swapped(layer.original):
+        raise ValueError(
+            f"{layer.spec.name} became a {type(module).__name__} since sparsify_ (a parametrization, a wrapper): restore_ would undo "
+            "that as well; remove it first, then restore_."
+        )
 
 
 def unswap(module: Any) -> None:

@@ -91,6 +91,10 @@ def swap(module: Any, layer: Layer) -> None:
     setattr(module, ATTRIBUTE, layer)
 
 
+def check_swapped(module: Any) -> None:
+    """Nothing: what `unswap` puts back is a config that only a swap replaces."""
+
+
 def unswap(module: Any) -> None:
     layer = layer_of(module)
     assert layer is not None

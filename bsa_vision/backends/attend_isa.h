@@ -12,13 +12,14 @@ INLINE void store(float *p, Vec x) { *(Unaligned *)p = x; }
 INLINE Vec splat(float x) { return Vec{} + x; }
 INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
-// e^x for x <= 0 as 2^n * 2^f with n whole and |f| <= 1/2; 2e-38 below x = -86.6. NaN stays NaN.
+// e^x for x <= 0 as 2^n * 2^f with n whole and |f| <= 1/2; 2e-38, not 0, below x = -86.6. NaN stays NaN, whatever its bits.
 INLINE Vec exp(Vec x) {
     const Vec low = splat(-86.6f), round = splat(12582912.f);  // adding 1.5 * 2^23 leaves the integer part in the low bits
+    const Vec given = x;
     x = x < low ? low : x;
     const Vec shifted = x * LOG2E + round, f = x * LOG2E - (shifted - round);
     const Vec power = ((((C5 * f + C4) * f + C3) * f + C2) * f + C1) * f + 1.f;
-    return (Vec)((IntVec)power + ((IntVec)shifted << 23));
+    return given == given ? (Vec)((IntVec)power + ((IntVec)shifted << 23)) : given;
 }
 
 // One chunk of kept keys, as pointers: tokens lie anywhere.

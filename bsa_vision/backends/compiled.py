@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bsa_vision.backends.problem import Problem, Result, Span
 from bsa_vision.backends.workers import run_tasks, scratch
+from bsa_vision.block_rows import RunTable
 
 INTERFACE = 1  # of attend.cpp
 TASKS_PER_THREAD = 8  # rows of blocks cost unequal amounts; several tasks a thread even that out
@@ -111,11 +112,12 @@ def run(problem: Problem) -> Result:
     lse = problem.empty_lse() if problem.return_lse else None
     tasks = []
     for images in _batches(problem):
-        batch = _describe(problem, tensors, images)
+        batch, table = _describe(problem, tensors, images)
         if lse is not None:
             batch.lse = _matrix(lse[images.first : images.last, :, :, None])
         floats = batch.dim + batch.dim_v + 2 + batch.rel_rows + batch.rel_columns
-        tasks += _deal(batch, 0, len(images) * batch.heads * batch.rows, images.width * floats)
+        alive = (tensors, lse, table, problem)
+        tasks += _deal(batch, 0, len(images) * batch.heads * batch.rows, images.width * floats, alive)
     run_tasks(tasks, out.device)
     return Result(out.to(problem.q.dtype), lse)
 
@@ -128,14 +130,16 @@ def gradients(problem: Problem, out: Tensor, grad_out: Tensor) -> list[Tensor]:
     for name in names:
         *shape, dim = tensors[name].shape
         # Keys collect whole vectors from many queries; queries get theirs once.
-        tensors[f"grad_{name}"] = torch.zeros(*shape, _whole_vectors(dim) if name in "kv" else dim)
+        padded = _whole_vectors(dim) if name in KEY_SIDE else dim
+        tensors[f"grad_{name}"] = torch.zeros(*shape, padded, dtype=torch.float32, device=out.device)
     tasks = []
     for images in _batches(problem):
-        batch = _describe(problem, tensors, images)
+        batch, table = _describe(problem, tensors, images)
         floats = 2 * (batch.dim + batch.dim_v + batch.rel_rows + batch.rel_columns) + 3 + 2 * CHUNK
         floats += _whole_vectors(batch.dim) + _whole_vectors(batch.dim_v)
         # Query heads of one group add to the same keys, so a key head is one unit: no two tasks write to the same place.
-        tasks += _deal(batch, 1, len(images) * batch.heads // batch.group, images.width * floats)
+        alive = (tensors, table, problem)
+        tasks += _deal(batch, 1, len(images) * batch.heads // batch.group, images.width * floats, alive)
     run_tasks(tasks, out.device)
     grads = [tensors[f"grad_{name}"][..., : tensors[name].shape[-1]] for name in names]
     return [grad.to(problem.q.dtype).contiguous() for grad in grads]
@@ -180,14 +184,14 @@ def _whole_vectors(dim: int) -> int:
     return -(-dim // LANES) * LANES
 
 
-def _describe(problem: Problem, tensors: dict[str, Tensor], images: _Images) -> _Batch:
-    """Everything but who computes what, with which scratch memory."""
+def _describe(problem: Problem, tensors: dict[str, Tensor], images: _Images) -> tuple[_Batch, RunTable]:
+    """Everything but who computes what, with which scratch memory; and the table it points into."""
     span = images.span
     rows = slice(span.row, span.row + len(images))
     parts = {name: x[rows, :, span.k if name in KEY_SIDE else span.q] for name, x in tensors.items()}
     table = problem.masks.run_table(span.q.stop - span.q.start, span.k.stop - span.k.start)
     places = {name: getattr(problem, name) for name in ("key_row", "key_column", "order_q", "order_k")}
-    return _Batch(
+    batch = _Batch(
         **{name: _matrix(x) for name, x in parts.items()},
         **{name: None if x is None else x.data_ptr() for name, x in places.items()},
         bounds=table.bounds.data_ptr(),
@@ -203,6 +207,7 @@ def _describe(problem: Problem, tensors: dict[str, Tensor], images: _Images) -> 
         rel_columns=0 if problem.rel_pos is None else problem.rel_pos.rel_w.shape[-1],
         scale=problem.scale,
     )
+    return batch, table
 
 
 def _matrix(x: Tensor) -> _Matrix:
@@ -210,17 +215,21 @@ def _matrix(x: Tensor) -> _Matrix:
     return _Matrix(x.data_ptr(), *x.stride()[:3])
 
 
-def _deal(batch: _Batch, direction: int, units: int, floats: int) -> list[Callable[[], None]]:
-    """The `units` of work of a batch in tasks of about equal size; each needs `floats` of scratch memory and some."""
+def _deal(batch: _Batch, direction: int, units: int, floats: int, alive: tuple[Any, ...]) -> list[Callable[[], None]]:
+    """The `units` of work of a batch in tasks of about equal size; each needs `floats` of scratch memory and some.
+
+    alive   what the batch points into. Tasks hold on to it: caches may drop their tables meanwhile, and an interrupted caller
+            leaves while its last tasks still run.
+    """
     step = max(1, -(-units // (TASKS_PER_THREAD * torch.get_num_threads())))
     functions = variant(torch.backends.cpu.get_cpu_capability())
     assert not isinstance(functions, str), functions
 
-    def task(first: int) -> None:
+    def task(first: int, alive: tuple[Any, ...]) -> None:
         own = _Batch.from_buffer_copy(batch)
         own.first, own.last = first, min(first + step, units)
         size = floats + CHUNK * VECTORS * LANES
         own.scratch = scratch("attend", (size,), torch.float32, torch.device("cpu")).data_ptr()
         functions[direction](ctypes.byref(own))
 
-    return [partial(task, first) for first in range(0, units, step)]
+    return [partial(task, first, alive) for first in range(0, units, step)]

@@ -188,7 +188,7 @@ def _heads(problem: Problem, heads: range | list[int]) -> Iterator[_Head]:
 
 def _with_keys(problem: Problem, head: _Head, rows: list[BlockRow]) -> Iterator[tuple[BlockRow, Tensor, Tensor]]:
     """Each row with its keys and values: where they lie when they are one run, else gathered, once for neighbours alike."""
-    size, largest = problem.masks.block_size, max(row.kept for row in rows)
+    size, largest = problem.masks.block_size, max((row.kept for row in rows), default=0)
     blocks = [x.split(size) for x in (head.k, head.v)]
     keys, values = (
         scratch(name, (largest, x.shape[1]), x.dtype, x.device) for name, x in (("keys", head.k), ("values", head.v))
