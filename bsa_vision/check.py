@@ -171,6 +171,6 @@ def _gain_findings(masks: HeadMasks, longest: tuple[int | None, int | None], rig
             yield Finding(
                 "slow",
                 "little-sparsity",
-                f"{1 - kept:.0%} of the blocks are skipped: below about {LITTLE_SPARSITY:.0%} a fused dense kernel is at least as "
-                "fast; use sparser patterns or dense heads.",
+                f"{1 - kept:.0%} of the blocks are skipped: below about {LITTLE_SPARSITY:.0%} little is gained, and fused dense GPU "
+                "kernels are at least as fast; use sparser patterns or dense heads.",
             )
