@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+LIBRARIES := .venv/.model-libraries
 
 .PHONY: demo test check format lint types clean
 
 demo: $(INSTALLED)  ## run the usage example: masks, the kernel's function, a model with sparse heads on a photograph
 	$(BIN)/python examples/usage_example.py
 
-test: $(INSTALLED)  ## run the tests
+test: $(INSTALLED) $(LIBRARIES)  ## run the tests
 	$(BIN)/python -m pytest
 
 check: format lint types test  ## what a change must pass
@@ -25,6 +26,12 @@ types: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt $(wildcard bsa_vision/backends/attend*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# Tests only, and out of the way of everything else: see tests/neighbours.py. What they depend on is in the environment already.
+$(LIBRARIES): $(INSTALLED) Makefile
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .venv/model-libraries \
+		timm segment-anything torchvision
 	touch $@
 
 clean:

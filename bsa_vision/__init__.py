@@ -42,6 +42,7 @@ from bsa_vision.attention import (
     token_streaming_attn_func,
 )
 from bsa_vision.check import CheckReport, Finding, check
+from bsa_vision.encoder import create_encoder
 from bsa_vision.errors import BackendUnavailable, PlanError
 from bsa_vision.head_masks import HeadMasks
 from bsa_vision.latency import Latency, latency
@@ -72,6 +73,7 @@ __all__ = [
     "block_sparse_attn_func",
     "block_streaming_attn_func",
     "check",
+    "create_encoder",
     "dense",
     "dense_plan",
     "describe",

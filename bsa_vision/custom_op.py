@@ -66,8 +66,10 @@ def _ordered(problem: Problem) -> Problem:
 def _key_places(problem: Problem, ordered: bool) -> tuple[Optional[Tensor], Optional[Tensor]]:
     """Patch row and column of every key, (Nk,) each, in packed or model order; needed by relative position only."""
     layout = problem.masks.kv_layout
-    if problem.rel_pos is None or layout is None:
+    if problem.rel_pos is None:
         return None, None
+    if layout is None:
+        raise ValueError("rel_pos with masks that have no layout: it says which patch each key is; make them for one.")
     return key_places(layout, ordered, problem.k.device)
 
 

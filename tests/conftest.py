@@ -1,10 +1,14 @@
-"""What all tests share: nothing they measure is remembered beyond them."""
+"""What all tests share: the model libraries, and nothing they measure is remembered beyond them."""
 
 from __future__ import annotations
 
 import os
 
 import pytest
+
+from tests import neighbours
+
+neighbours.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")

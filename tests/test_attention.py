@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import bsa_vision as bsa
 from bsa_vision import masks
-from bsa_vision.attention import _run
+from bsa_vision.attention import _run, attend_masks
 from bsa_vision.backends import BACKENDS
 from bsa_vision.rel_pos import decompose
 from masks import TokenLayout, local_window, random_blocks, stack_heads
@@ -681,3 +681,11 @@ def test_lists_of_unequal_length():
 def test_backend_table_is_what_the_docs_say():
     assert list(BACKENDS) == ["kernel", "gather", "sdpa", "reference"]
     assert masks is bsa.masks
+
+
+def test_rel_pos_without_a_layout_is_refused_below_the_checks_as_well():
+    """`attend_masks` checks nothing; the compiled loop would read the places of keys through a null pointer."""
+    q = torch.randn(1, 2, 16, 8)
+    term = torch.randn(1, 2, 16, 4)
+    with pytest.raises(ValueError, match="rel_pos with masks that have no layout"):
+        attend_masks(bsa.HeadMasks(None, [0, 0]), q, q, q, rel_pos=bsa.RelPos(term, term), backend="gather")

@@ -38,6 +38,7 @@ TABLE = {
         *("attention", "backends", "errors", "head_masks", "latency"),
         *("model_spec", "plan", "pruning", "rel_pos"),
     },
+    "encoder": {"masks", "adapters", "attention", "head_masks", "plan", "rel_pos"},
     "bench": {
         *("masks", "adapters", "attention", "backends", "errors"),
         *("head_masks", "model_spec", "plan", "rel_pos", "timing"),
@@ -48,6 +49,8 @@ TABLE = {
 THIRD_PARTY = {"torch", "numpy", "einops"}
 LAZY = {  # imported inside the functions that need them, or by modules that only those import
     "transformers": {"adapters", "bench"},
+    "timm": {"adapters"},
+    "safetensors": {"encoder"},
     "matplotlib": {"viz", "bench"},
     "rich": {"bench", "cli"},
     "typer": {"bench", "cli"},

@@ -1,4 +1,4 @@
-"""SAM's image encoder in transformers: exact with a dense plan, sparse in its global layers, in every class that shares it."""
+"""SAM's image encoder in every code base: exact with a dense plan, sparse in its global layers; the table in docs/models.md."""
 
 from __future__ import annotations
 
@@ -15,93 +15,53 @@ from torch.utils._pytree import tree_leaves
 
 import bsa_vision as bsa
 from bsa_vision.adapters.layer import layers_of
-from bsa_vision.rel_pos import resize_table
-
-# 12 x 12 patches: windows of 5 need padding. Layers 1 and 3 are global.
-SMALL = dict(
-    hidden_size=32,
-    num_hidden_layers=4,
-    num_attention_heads=2,
-    image_size=96,
-    patch_size=8,
-    window_size=5,
-    global_attn_indexes=[1, 3],
-    output_channels=16,
-    mlp_dim=48,
+from bsa_vision.rel_pos import decompose, resize_table
+from tests.sam_models import (
+    ANY_SIZE,
+    MODELS,
+    attention_of,
+    features,
+    from_segment_anything,
+    image,
+    make,
 )
-
-
-def sam(**changes):
-    from transformers import SamVisionConfig, SamVisionModel
-
-    return SamVisionModel(SamVisionConfig(**{**SMALL, **changes}))
-
-
-def sam_hq(**changes):
-    from transformers import SamHQVisionConfig, SamHQVisionModel
-
-    return SamHQVisionModel(SamHQVisionConfig(**{**SMALL, **changes}))
-
-
-def deepseek_ocr2(**changes):
-    from transformers.models.deepseek_ocr2 import modeling_deepseek_ocr2 as module
-    from transformers.models.deepseek_ocr2.configuration_deepseek_ocr2 import DeepseekOcr2SamVisionConfig
-
-    return module.DeepseekOcr2SamVisionEncoder(DeepseekOcr2SamVisionConfig(**{**SMALL, **changes}))
-
-
-MODELS = {"sam": sam, "sam_hq": sam_hq, "deepseek_ocr2": deepseek_ocr2}
-
-
-def make(name="sam", attention="sdpa", seed=0, **changes) -> nn.Module:
-    """In eval mode, every weight redrawn: fresh relative tables are zero, and everything else nearly so."""
-    torch.manual_seed(seed)
-    model = MODELS[name](attn_implementation=attention, **changes).eval()
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "rel_pos" in key or "pos_embed" in key:
-                parameter.copy_(torch.randn_like(parameter) * 0.5)
-            elif parameter.dim() >= 2:
-                gain = 1.6 if "qkv" in key else 0.7
-                parameter.copy_(torch.randn_like(parameter) * gain * parameter[0].numel() ** -0.5)
-            elif "bias" in key:
-                parameter.copy_(torch.randn_like(parameter) * 0.1)
-    return model
-
-
-def image(height=96, width=96, batch=2):
-    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
-
-
-def features(model, pixels, **options):
-    return model(pixels, **options).last_hidden_state
 
 
 def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.fixture(params=[(name, attention) for name in MODELS for attention in ("sdpa", "eager")], ids="-".join)
-def model(request):
-    return make(*request.param)
+@pytest.fixture(params=MODELS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def model(name):
+    return make(name)
 
 
 class TestExact:
-    def test_terms_are_wide(self, model):
+    def test_terms_are_wide(self, name):
         """What the other tests rest on: logits and relative terms of standard deviation 1 and more, in every layer."""
-        seen = []
-        for module in model.modules():
-            if hasattr(module, "get_decomposed_rel_pos"):
-                original = module.get_decomposed_rel_pos
+        model, seen = make(name), []
 
-                def record(query, *args, original=original):
-                    seen.append((query.std(), original(query, *args).std()))
-                    return original(query, *args)
+        def record(attention, args, out):
+            tokens = out.flatten(1, -2)  # (B, N, 3 * C)
+            q, k, _ = tokens.unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)  # (B, H, N, D)
+            if "qk-norm" in name:
+                q, k = attention.q_norm(q), attention.k_norm(k)
+            seen.append((q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).std())
+            if attention.use_rel_pos:
+                side = (len(attention.rel_pos_h) + 1) // 2
+                rel = decompose(q, attention.rel_pos_h, attention.rel_pos_w, (side, side))
+                seen.extend(term.std() for term in rel)
 
-                module.get_decomposed_rel_pos = record
+        for attention in attention_of(model):
+            attention.qkv.register_forward_hook(lambda _, args, out, attention=attention: record(attention, args, out))
         features(model, image())
-        assert len(seen) == 4
-        assert all(min(q, rel) > 1 for q, rel in seen)
+        assert len(seen) == (4 if "rope" in name else 12)
+        assert min(seen) > 1
 
     def test_dense_plan_changes_nothing(self, model):
         with torch.no_grad():
@@ -125,13 +85,14 @@ class TestExact:
             assert relative(features(model, image()), expected) < 1e-5
 
     @pytest.mark.parametrize("layer", ["windowed", "global"])
-    def test_twin_without_the_relative_term(self, layer):
-        model = make()
+    def test_twin_without_the_relative_term(self, name, layer):
+        model = make(name)
         with torch.no_grad():
             expected = features(model, image())
             bsa.sparsify_(model, bsa.dense_plan(model))
-            block = model.get_submodule("layers" if hasattr(model, "layers") else "vision_encoder.layers")
-            block[0 if layer == "windowed" else 1].attn.use_rel_pos = False
+            attention = attention_of(model)[0 if layer == "windowed" else 1]
+            attention.use_rel_pos = False
+            attention.rope = None
             assert relative(features(model, image()), expected) > 1e-2
 
     def test_restore_is_bit_exact(self, model):
@@ -144,25 +105,52 @@ class TestExact:
         assert [type(module) for module in model.modules()] == classes
         assert [set(module.__dict__) for module in model.modules()] == dicts
 
-    def test_without_relative_position(self):
-        model = make(use_rel_pos=False)
+    @pytest.mark.parametrize(
+        "name", ["transformers sam", "segment_anything", "timm", "deepseek-ocr", "bsa_vision.encoder"]
+    )
+    def test_without_relative_position(self, name):
+        model = make(name, use_rel_pos=False)
         with torch.no_grad():
             expected = features(model, image())
             assert relative(features(bsa.sparsify_(model, bsa.dense_plan(model)), image()), expected) < 1e-5
 
-    @pytest.mark.parametrize("size", [(64, 64), (128, 128)])
-    def test_other_resolutions(self, size):
-        """DeepSeek-OCR 2 takes other square sizes: relative tables are interpolated as the original does it."""
-        model = make("deepseek_ocr2")
+    @pytest.mark.parametrize("size", [(64, 64), (128, 128), (120, 56)])
+    @pytest.mark.parametrize("name", sorted(ANY_SIZE - {"timm, rope"}))
+    def test_other_resolutions(self, name, size):
+        """Relative tables and positions are interpolated as the original does it; rectangles where the model takes them."""
+        if name == "deepseek-ocr" and size[0] != size[1]:
+            with pytest.raises(RuntimeError):
+                features(make(name), image(*size))
+            return
+        model = make(name)
         with torch.no_grad():
             expected = features(model, image(*size))
             bsa.sparsify_(model, bsa.dense_plan(model))
             assert relative(features(model, image(*size)), expected) < 1e-5
+            bsa.restore_(model)
+            plan = bsa.uniform_plan(model, "local_window", radius=0, tile=(4, 4), block_size=16)
+            sparse = features(bsa.sparsify_(model, plan), image(*size))
+            bsa.restore_(model)
+            masked = features(bsa.sparsify_(model, plan, backend="reference"), image(*size))
+        assert relative(sparse, masked) < 1e-5
+        assert relative(sparse, expected) > 1e-2
 
-    def test_a_size_the_model_cannot_take_is_its_own_error(self):
-        model = bsa.sparsify_(make(), bsa.dense_plan(make()))
-        with pytest.raises(ValueError, match=r"doesn't match model"):
-            model(image(64, 64))
+    @pytest.mark.parametrize("name", ["timm", "bsa_vision.encoder"])
+    def test_rectangular_construction(self, name):
+        model = make(name, size=(64, 120))
+        assert bsa.inspect(model).grid == (8, 15)
+        with torch.no_grad():
+            expected = features(model, image(64, 120))
+            assert relative(features(bsa.sparsify_(model, bsa.dense_plan(model)), image(64, 120)), expected) < 1e-5
+
+    @pytest.mark.parametrize("name", sorted(set(MODELS) - ANY_SIZE))
+    def test_a_size_the_model_cannot_take_is_its_own_error(self, name):
+        errors = []
+        for model in (make(name), bsa.sparsify_(make(name), bsa.dense_plan(make(name)))):
+            with pytest.raises((ValueError, RuntimeError)) as info:
+                features(model, image(64, 64))
+            errors.append(str(info.value))
+        assert errors[0] == errors[1]
 
     def test_nothing_is_tokens_by_tokens(self):
         """No operation of a swapped forward makes a tensor of B x H x N x N elements; of the original, one does."""
@@ -183,26 +171,36 @@ class TestExact:
             features(model, image(batch=1))
         assert max(largest) < matrix
 
-    def test_gradients(self):
-        model, twin = make(), make()
+    def test_gradients(self, name):
+        """Of one training step, relative tables included."""
+        model, twin = make(name).train(), make(name).train()
         bsa.sparsify_(twin, bsa.dense_plan(twin))
         for each in (model, twin):
             features(each, image()).square().mean().backward()
-        for (name, a), b in zip(model.named_parameters(), twin.parameters()):
-            assert relative(b.grad, a.grad) < 1e-4, name
-            if "rel_pos" in name:
+        largest = max(parameter.grad.norm() for parameter in model.parameters())
+        for (key, a), b in zip(model.named_parameters(), twin.parameters()):
+            if key.endswith("k_norm.bias"):  # the same for every key of a query, so zero but for rounding
+                assert max(a.grad.norm(), b.grad.norm()) < 1e-6 * largest
+                continue
+            assert relative(b.grad, a.grad) < 1e-4, key
+            if "rel_pos" in key:
                 assert a.grad.norm() > 0
 
-    def test_compile_fullgraph(self):
-        model = make()
+    @pytest.mark.parametrize("kind", ["dense", "sparse"])
+    def test_compile_fullgraph(self, name, kind):
+        """The whole encoder as one graph; and what was compiled is what runs: restored, it is the original again."""
+        model = make(name)
         with torch.no_grad():
-            bsa.sparsify_(model, bsa.uniform_plan(model, "local_window", radius=2, order="raster", block_size=16))
+            original = features(model, image())
+            plan = bsa.uniform_plan(model, "local_window", radius=2, order="raster", block_size=16)
+            bsa.sparsify_(model, bsa.dense_plan(model) if kind == "dense" else plan)
             expected = features(model, image())
-            encoder = getattr(model, "vision_encoder", model)
-            compiled = torch.compile(lambda x: encoder.layers[1](x), fullgraph=True, backend="aot_eager")
-            x = torch.randn(2, 12, 12, 32)
-            assert relative(compiled(x), encoder.layers[1](x)) < 1e-6
-            assert torch.equal(features(model, image()), expected)
+            torch.compiler.reset()
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+            assert relative(features(compiled, image()), expected) < 1e-5
+            assert (relative(expected, original) > 1e-2) == (kind == "sparse")
+            bsa.restore_(model)
+            assert relative(features(compiled, image()), original) < 1e-5
 
 
 class TestSparse:
@@ -227,17 +225,31 @@ class TestSparse:
         assert relative(outs["auto"], outs["reference"]) < 1e-5
         assert relative(outs["auto"], dense) > 1e-2
 
-    def test_one_plan_for_every_code_base(self, tmp_path):
-        self.plan(make()).save(tmp_path / "plan.json")
+    def test_one_plan_and_one_checkpoint_for_every_code_base(self, name, tmp_path):
+        """segment_anything's weights under other names: the same output, dense and with the same plan file."""
+        source = make("segment_anything")
+        self.plan(source).save(tmp_path / "plan.json")
         plan = bsa.SparsityPlan.load(tmp_path / "plan.json")
-        outs = []
-        for name in ("sam", "sam_hq"):
-            model = make(name)
-            encoder, own = getattr(model, "vision_encoder", model), make("sam")
-            encoder.load_state_dict(getattr(own, "vision_encoder", own).state_dict())
-            with torch.no_grad():
-                outs.append(features(bsa.sparsify_(model, plan), image()))
-        assert relative(outs[1], outs[0]) < 1e-6
+        model = make(name, seed=1)
+        if "rope" in name or "qk-norm" in name:  # these have no such weights; their plan is the same all the same
+            assert bsa.sparsify_(model, plan) is model
+            return
+        missing, unexpected = model.load_state_dict(from_segment_anything(source.state_dict(), name), strict=False)
+        assert not unexpected
+        assert {key.partition(".")[0] for key in missing} <= {
+            "net_2",
+            "net_3",
+            "proj",
+        }  # what comes after, in DeepSeek-OCR
+        outs, neck = [], getattr(model, "vision_encoder", model).neck
+        neck.register_forward_hook(lambda module, args, out: outs.append(out))
+        with torch.no_grad():
+            expected = [source(image()), bsa.sparsify_(source, plan)(image())]
+            features(model, image())
+            features(bsa.sparsify_(model, plan), image())
+        assert relative(outs[0], expected[0]) < 1e-5
+        assert relative(outs[1], expected[1]) < 1e-5
+        assert relative(outs[1], expected[0]) > 1e-2
 
     def test_copies_and_pickles(self, model):
         with torch.no_grad():
@@ -254,12 +266,12 @@ class TestSparse:
             assert torch.equal(features(model, image()), expected)
 
     def test_a_whole_sam_has_its_decoder_left_alone(self):
-        from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
+        from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig
 
         prompts = SamPromptEncoderConfig(hidden_size=16, image_size=96, patch_size=8)
         decoder = SamMaskDecoderConfig(hidden_size=16, mlp_dim=16, num_hidden_layers=1, num_attention_heads=2, iou_head_hidden_dim=16)  # fmt: skip
         config = SamConfig(
-            vision_config=SamVisionConfig(**SMALL, num_pos_feats=8),
+            vision_config=make("transformers sam", num_pos_feats=8).config,
             prompt_encoder_config=prompts,
             mask_decoder_config=decoder,
         )
@@ -283,7 +295,7 @@ class TestSparse:
 
 class TestOutsideTheContract:
     def test_attention_weights(self):
-        model = make(attention="eager")
+        model = make("transformers sam, eager")
         with torch.no_grad():
             expected = model(image(), output_attentions=True).attentions
             bsa.sparsify_(model, bsa.dense_plan(model))
@@ -300,7 +312,7 @@ class TestOutsideTheContract:
     @pytest.mark.parametrize("attention", ["eager", "sdpa"])
     def test_dropout_of_weights_as_the_class_does_it(self, attention):
         """The eager class drops attention weights while training, the SDPA class ignores the setting; so do we."""
-        model = make(attention=attention, attention_dropout=0.5).train()
+        model = make("transformers sam", attention=attention, attention_dropout=0.5).train()
         bsa.sparsify_(model, bsa.dense_plan(model))
         with torch.no_grad():
             assert torch.equal(features(model, image()), features(model, image())) == (attention == "sdpa")
@@ -338,7 +350,7 @@ class TestErrors:
         assert [type(module) for module in model.modules()] == classes
 
     def test_a_plan_for_another_size(self):
-        other = make(num_hidden_layers=6, global_attn_indexes=[2, 5])
+        other = make(depth=6)
         with pytest.raises(bsa.PlanError, match="depth: plan 6, model 4"):
             bsa.sparsify_(make(), bsa.dense_plan(other))
 

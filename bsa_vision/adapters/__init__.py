@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from bsa_vision.adapters import transformers_sam, transformers_vit
+from bsa_vision.adapters import sam, transformers_vit
 from bsa_vision.adapters.layer import Found, Layer, Tower, layer_of, layers_of
 from bsa_vision.adapters.report import LayerReport, ModelReport, probe_problem, report_layer
 from bsa_vision.backends import BACKENDS, choose
@@ -25,8 +25,11 @@ from bsa_vision.latency import latency as latency_here
 from bsa_vision.model_spec import ModelSpec
 from bsa_vision.plan import PatternLike, SparsityPlan
 
-ADAPTERS: tuple[ModuleType, ...] = (transformers_vit, transformers_sam)
-SUPPORTED = "transformers ViT, DINOv2 (with and without registers), DINOv3, and the image encoders of SAM, SAM-HQ and DeepSeek-OCR 2"
+ADAPTERS: tuple[ModuleType, ...] = (transformers_vit, sam)
+SUPPORTED = (
+    "transformers ViT, DINOv2 (with and without registers) and DINOv3; SAM's image encoder in segment_anything, timm, transformers (SAM, "
+    "SAM-HQ, DeepSeek-OCR 2), DeepSeek-OCR's own code and bsa_vision.encoder"
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -1,0 +1,76 @@
+"""Swapping a module's class: the seam into models whose attention no registry reaches.
+
+A swapped module becomes an instance of a subclass of its own class, made at run time: parameters, keys, hooks and `isinstance` stay.
+Pickles and copies name the original class. The adapters of such families bring a mixin with a `forward`; this is everything else.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, cast
+
+from torch import nn
+
+from bsa_vision.adapters.layer import ATTRIBUTE, Layer, layer_of
+
+
+class Swapped(nn.Module):
+    """What a swapped attention module is as well as its own class; the mixins of adapters derive from this."""
+
+    @property
+    def _layer(self) -> Layer:
+        layer = layer_of(self)
+        assert layer is not None
+        return layer
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        function, arguments, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
+        return _new, (mixin_of(self), self._layer.original, function, arguments[1:]), *state
+
+
+@cache
+def _swapped(mixin: type, original: type) -> type:
+    """The subclass whose instances run our attention."""
+    return type(f"Sparse{original.__name__}", (mixin, original), {"__module__": mixin.__module__})
+
+
+def _new(mixin: type, original: type, function: Any, arguments: tuple[Any, ...]) -> Any:
+    """Unpickling and copying: subclasses are made at run time, so pickles name the two classes they are made of."""
+    return function(_swapped(mixin, original), *arguments)
+
+
+def mixin_of(module: Any) -> type:
+    """The adapter's class in a swapped module."""
+    return next(base for base in type(module).__mro__ if Swapped in base.__bases__ and base is not Swapped)
+
+
+def original_of(module: Any) -> Any:
+    """What `unswap` puts back: the module's own class."""
+    return type(module)
+
+
+def swap(module: Any, layer: Layer, mixin: type) -> None:
+    setattr(module, ATTRIBUTE, layer)
+    module.__class__ = _swapped(mixin, layer.original)
+
+
+def check_swapped(module: Any) -> None:
+    """Raise ValueError where something else changed the module's class since: putting back the original would undo that too."""
+    layer = layer_of(module)
+    assert layer is not None
+    if type(module) is not _swapped(mixin_of(module), layer.original):
+        raise ValueError(
+            f"{layer.spec.name} became a {type(module).__name__} since sparsify_ (a parametrization, a wrapper): restore_ would undo "
+            "that as well; remove it first, then restore_."
+        )
+
+
+def unswap(module: Any) -> None:
+    layer = layer_of(module)
+    assert layer is not None
+    module.__class__ = layer.original
+    delattr(module, ATTRIBUTE)
+
+
+def prepare() -> None:
+    """Nothing: the subclass is all there is."""
