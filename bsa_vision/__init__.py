@@ -26,6 +26,7 @@ if getattr(masks, "__distribution__", None) != "bsa-vision":
 
 from bsa_vision.adapters import (
     LayerReport,
+    LeftDense,
     ModelReport,
     dense,
     dense_plan,
@@ -42,6 +43,7 @@ from bsa_vision.attention import (
     token_streaming_attn_func,
 )
 from bsa_vision.check import CheckReport, Finding, check
+from bsa_vision.cost import LayerCost, ModelCost, cost
 from bsa_vision.encoder import create_encoder
 from bsa_vision.errors import BackendUnavailable, PlanError
 from bsa_vision.head_masks import HeadMasks
@@ -62,8 +64,11 @@ __all__ = [
     "Finding",
     "HeadMasks",
     "Latency",
+    "LayerCost",
     "LayerReport",
     "LayerSpec",
+    "LeftDense",
+    "ModelCost",
     "ModelReport",
     "ModelSpec",
     "Packed",
@@ -73,6 +78,7 @@ __all__ = [
     "block_sparse_attn_func",
     "block_streaming_attn_func",
     "check",
+    "cost",
     "create_encoder",
     "dense",
     "dense_plan",

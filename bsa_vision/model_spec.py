@@ -15,6 +15,8 @@ class LayerSpec:
     role "self" for attention among the tokens of one image; `key` names the layer in plans, whatever library holds it.
     window   patches per side of the windows that attention stays within; 0 = none, attention is global
     rel_pos  whether it adds a relative position
+    attention_weights, mlp_weights   elements of the linear layers applied to every token: in attention (to padding as well), and in
+             the rest of the block; what `bsa.cost` counts
     """
 
     name: str
@@ -24,6 +26,8 @@ class LayerSpec:
     role: str = "self"
     window: int = 0
     rel_pos: bool = False
+    attention_weights: int = 0
+    mlp_weights: int = 0
 
     @property
     def key(self) -> str:
@@ -38,6 +42,8 @@ class ModelSpec:
     grid         (h, w) patches at the model's own image size
     start, end   special tokens before and after the patches
     patch_size   (h, w) pixels
+    patch_weights, image_weights   elements of the layers outside of blocks: applied to every patch (patch embedding, neck; those on a
+                 coarser grid count by its share), and once per image (pooler, head)
     """
 
     family: str
@@ -46,6 +52,8 @@ class ModelSpec:
     patch_size: tuple[int, int]
     start: int = 0
     end: int = 0
+    patch_weights: float = 0
+    image_weights: int = 0
 
     @property
     def fingerprint(self) -> dict[str, Any]:

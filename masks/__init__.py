@@ -18,6 +18,7 @@ from masks.patterns import (
     stack_heads,
     strided,
     window,
+    window_is_exact,
 )
 from masks.sam_masks import (
     generate_sam_cross_attention_mask,
@@ -62,4 +63,5 @@ __all__ = [
     "stack_heads",
     "strided",
     "window",
+    "window_is_exact",
 ]

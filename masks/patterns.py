@@ -103,8 +103,25 @@ def region(layout: TokenLayout, centers: Sequence[tuple[int, int]], radius: int 
 def window(layout: TokenLayout, size: int = 14, shift: int = 0) -> Tensor:
     """Blocks that share a window of size x size patches, the windows moved by `shift` patches (any-rule).
 
-    Swin's two layouts are shift 0 and shift size // 2. Exact when every block is one window, a cover of it otherwise.
+    Swin's two layouts are shift 0 and shift size // 2, which moves the borders by half a window; at the rim the windows are cut off,
+    as Swin's masks cut them. Exact when every block lies in one window (say `tile=(size, size), block_size=size * size`, shift 0),
+    a cover of it otherwise: `window_is_exact` tells.
     """
+    holds = _windows_of_blocks(layout, size, shift)
+    return _keep_special(layout, holds @ holds.T > 0)
+
+
+def window_is_exact(layout: TokenLayout, size: int = 14, shift: int = 0) -> bool:
+    """Whether `window` keeps exactly the pairs of patches that share a window: no block holds two windows' patches, or special tokens too."""
+    holds = _windows_of_blocks(layout, size, shift)
+    if int(holds.any(0).sum()) == 1:  # all of the image
+        return True
+    windows = holds.sum(1)
+    return bool((windows <= 1).all()) and not bool((layout.special_blocks & (windows > 0)).any())
+
+
+def _windows_of_blocks(layout: TokenLayout, size: int, shift: int) -> Tensor:
+    """(R, windows) float32: 1 where a block holds a patch of a window."""
     size, shift = whole_number("size", size, 1), whole_number("shift", shift, 0)
     row, column = layout.coordinates
     patches = row >= 0
@@ -112,7 +129,7 @@ def window(layout: TokenLayout, size: int = 14, shift: int = 0) -> Tensor:
     index = ((row[patches] + size - shift % size) // size) * across + (column[patches] + size - shift % size) // size
     holds = torch.zeros(layout.num_blocks, int(index.max()) + 1, device="cpu", dtype=torch.float32)
     holds[layout.block_of[patches], index] = 1
-    return _keep_special(layout, holds @ holds.T > 0)
+    return holds
 
 
 PATTERNS: dict[str, Callable[..., Tensor]] = {
@@ -188,6 +205,18 @@ class Pattern:
             return reduce(JOINTS[self._name], (part(layout, stream) for part in self._parts))
         draw = {"stream": stream} if self._name == "random_blocks" else {}
         return PATTERNS[self._name](layout, **self._params, **draw)
+
+    def labels(self, layout: TokenLayout) -> list[str]:
+        """What to know of this pattern on `layout`, in words: whether its windows hold exactly, or as a cover."""
+        if self._parts:
+            return [label for part in self._parts for label in part.labels(layout)]
+        if self._name != "window":
+            return []
+        if window_is_exact(layout, **self._params):
+            return [f"{self!r} is exact: every block lies in one window"]
+        return [
+            f"{self!r} is a cover (any-rule): blocks hold patches of several windows, so queries see beyond their own"
+        ]
 
     @property
     def is_random(self) -> bool:

@@ -27,6 +27,7 @@ TABLE = {
     "custom_op": {"masks", "errors", "backends", "head_masks", "packing", "rel_pos"},
     "attention": {"arguments", "backends", "custom_op", "head_masks", "packing", "rel_pos"},
     "model_spec": {"errors"},
+    "cost": {"model_spec"},
     "static_mask": {"masks", "errors", "head_masks", "model_spec"},
     "latency": {"masks", "attention", "backends", "head_masks", "timing"},
     "pruning": {"errors", "head_masks", "latency", "model_spec", "plan"},
@@ -35,7 +36,7 @@ TABLE = {
     "check": {"arguments", "backends", "head_masks"},
     "viz": {"masks"},
     "adapters": {
-        *("attention", "backends", "errors", "head_masks", "latency"),
+        *("masks", "attention", "backends", "cost", "errors", "head_masks", "latency"),
         *("model_spec", "plan", "pruning", "rel_pos"),
     },
     "encoder": {"masks", "adapters", "attention", "head_masks", "plan", "rel_pos"},

@@ -24,6 +24,7 @@ from masks import (
     stack_heads,
     strided,
     window,
+    window_is_exact,
 )
 from tests.oracles_masks import Blocks, kept, layouts
 
@@ -175,6 +176,26 @@ class TestAgainstBruteForce:
     def test_window(self, layout, size, shift):
         blocks = Blocks.of(layout)
         assert same(window(layout, size, shift), blocks.any_rule(shares_window(blocks, size, shift)))
+
+    @property_test
+    @given(layout=layouts(), size=st.integers(1, 20), shift=st.integers(0, 25))
+    def test_windows_say_whether_they_are_exact(self, layout, size, shift):
+        """Pair of patches by pair of patches."""
+        blocks = Blocks.of(layout)
+        of_block = layout.block_of.numpy()
+        computed = window(layout, size, shift).numpy()[of_block][:, of_block]
+        patches = ~blocks.special_tokens
+        pairs = patches[:, None] & patches
+        wanted = shares_window(blocks, size, shift)
+        assert not (wanted & pairs & ~computed).any()
+        assert window_is_exact(layout, size, shift) == np.array_equal(computed[pairs], wanted[pairs])
+
+    def test_labels_name_windows_and_nothing_else(self):
+        swin = Pattern("window", size=4) | Pattern("window", size=4, shift=2) | Pattern("strided", stride=3)
+        exact, cover = swin.labels(TokenLayout((8, 12), order="tile", tile=(4, 4), block_size=16))
+        assert exact == "window(size=4) is exact: every block lies in one window"
+        assert cover.startswith("window(size=4, shift=2) is a cover (any-rule)")
+        assert Pattern("local_window").labels(PLAIN) == []
 
     def test_windows_are_exact_where_each_is_a_block(self):
         layout = TokenLayout((8, 12), order="tile", tile=(4, 4), block_size=16)

@@ -31,6 +31,20 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+def whole_sam():
+    """With its prompt encoder and mask decoder."""
+    from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig
+
+    prompts = SamPromptEncoderConfig(hidden_size=16, image_size=96, patch_size=8)
+    decoder = SamMaskDecoderConfig(hidden_size=16, mlp_dim=16, num_hidden_layers=1, num_attention_heads=2, iou_head_hidden_dim=16)  # fmt: skip
+    config = SamConfig(
+        vision_config=make("transformers sam", num_pos_feats=8).config,
+        prompt_encoder_config=prompts,
+        mask_decoder_config=decoder,
+    )
+    return SamModel(config).eval()
+
+
 @pytest.fixture(params=MODELS)
 def name(request):
     return request.param
@@ -266,16 +280,7 @@ class TestSparse:
             assert torch.equal(features(model, image()), expected)
 
     def test_a_whole_sam_has_its_decoder_left_alone(self):
-        from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig
-
-        prompts = SamPromptEncoderConfig(hidden_size=16, image_size=96, patch_size=8)
-        decoder = SamMaskDecoderConfig(hidden_size=16, mlp_dim=16, num_hidden_layers=1, num_attention_heads=2, iou_head_hidden_dim=16)  # fmt: skip
-        config = SamConfig(
-            vision_config=make("transformers sam", num_pos_feats=8).config,
-            prompt_encoder_config=prompts,
-            mask_decoder_config=decoder,
-        )
-        model = SamModel(config).eval()
+        model = whole_sam()
         decoder_classes = [type(module) for module in model.mask_decoder.modules()]
         points = torch.tensor([[[[40.0, 50.0]]]])
         with torch.no_grad():
@@ -291,6 +296,48 @@ class TestSparse:
         assert [layer.tokens for layer in report.layers] == [25, 144, 25, 144]
         assert [bool(layer.sparsity) for layer in report.layers] == [False, True, False, True]
         assert {layer.backend for layer in report.layers} == {"gather"}
+
+    def test_describe_says_what_sparsity_can_gain_and_what_stays_dense(self):
+        model = whole_sam()
+        report = bsa.describe(bsa.sparsify_(model, self.plan(model)))
+        text = str(report)
+        assert "sparsity in the global layers can gain at most" in text
+        assert f"this plan's sparsity gains {report.gain:.2f}x at most" in text
+        assert 1 < report.gain < report.cost.ceiling()
+        assert report.layers[1].share == report.cost.share(["self.1"]) > 0
+        (left,) = report.left
+        assert (left.where, left.kind, left.count) == ("mask_decoder.transformer", "SamAttention", 4)
+        assert "about 7 tokens, less than one block" in left.reason
+        assert str(left) in text
+
+    def test_describe_says_why_deepseeks_clip_tower_stays_dense(self):
+        from tests.deepencoder import NoTPAttention
+
+        model = nn.ModuleDict({"sam_model": make("deepseek-ocr"), "vision_model": nn.Sequential(NoTPAttention())})
+        (left,) = bsa.describe(bsa.sparsify_(model, bsa.dense_plan(model))).left
+        assert str(left) == (
+            "left dense: vision_model.0, 1 x NoTPAttention: DeepSeek-OCR's CLIP tower has at most 401 tokens: too few to gain anything"
+        )
+        unknown = nn.ModuleDict({"sam_model": make("deepseek-ocr"), "text": nn.MultiheadAttention(8, 2)})
+        (left,) = bsa.describe(bsa.sparsify_(unknown, bsa.dense_plan(unknown))).left
+        assert (left.kind, left.reason) == ("MultiheadAttention", "not a class this version serves")
+
+    def test_segment_anythings_decoder_stays_dense(self):
+        from segment_anything.build_sam import _build_sam
+
+        with torch.device("meta"):
+            model = _build_sam(32, 4, 2, [1, 3])
+        model.image_encoder = make("segment_anything")
+        (left,) = bsa.describe(bsa.sparsify_(model, bsa.dense_plan(model))).left
+        assert (left.where, left.kind, left.count) == ("mask_decoder.transformer", "Attention", 7)
+        assert "about 7 tokens" in left.reason
+
+    def test_describe_labels_windows(self):
+        model = make()
+        for tile, label in (((4, 4), "is exact: every block lies in one window"), ((2, 8), "is a cover (any-rule)")):
+            plan = bsa.uniform_plan(model, "window", size=4, tile=tile, block_size=16)
+            assert f"window(size=4) {label}" in str(bsa.describe(bsa.sparsify_(model, plan)))
+            bsa.restore_(model)
 
 
 class TestOutsideTheContract:

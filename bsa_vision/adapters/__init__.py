@@ -17,13 +17,16 @@ from torch import nn
 
 from bsa_vision.adapters import sam, transformers_vit
 from bsa_vision.adapters.layer import Found, Layer, Tower, layer_of, layers_of
+from bsa_vision.adapters.left_dense import LeftDense, left_dense
 from bsa_vision.adapters.report import LayerReport, ModelReport, probe_problem, report_layer
 from bsa_vision.backends import BACKENDS, choose
+from bsa_vision.cost import cost
 from bsa_vision.errors import PlanError
 from bsa_vision.latency import Latency
 from bsa_vision.latency import latency as latency_here
 from bsa_vision.model_spec import ModelSpec
 from bsa_vision.plan import PatternLike, SparsityPlan
+from masks import Pattern
 
 ADAPTERS: tuple[ModuleType, ...] = (transformers_vit, sam)
 SUPPORTED = (
@@ -180,8 +183,18 @@ def describe(
     grid = tower.grid if image_size is None and tower.grid != (0, 0) else _sized(tower.spec, image_size).grid
     like = next(model.parameters())
     latency = latency or latency_here(tower.spec.layers[0].head_dim, like.dtype, like.device)
-    reports = tuple(report_layer(layer, grid, like, latency) for layer in layers)
-    return ModelReport(tower.spec.family, grid, tower.plan.order, reports, latency.what)
+    spec = replace(tower.spec, grid=grid)
+    model_cost = cost(spec, element_size=like.element_size())
+    reports = tuple(report_layer(layer, grid, like, latency, model_cost) for layer in layers)
+    used = {name for names in tower.plan.layers.values() for name in names if name != "dense"}
+    labels = tuple(f"{name}: {label}" for name in sorted(used) for label in _labels(tower.plan, name, spec))
+    left = left_dense(model)
+    return ModelReport(spec.family, grid, tower.plan.order, reports, latency.what, model_cost, left, labels)
+
+
+def _labels(plan: SparsityPlan, name: str, spec: ModelSpec) -> list[str]:
+    pattern = plan.patterns[name]
+    return pattern.labels(plan.layout(spec)) if isinstance(pattern, Pattern) else []
 
 
 def _spec_of(model: nn.Module | ModelSpec) -> ModelSpec:
@@ -225,6 +238,7 @@ def _adapter_of(module: nn.Module) -> ModuleType:
 __all__ = [
     "ADAPTERS",
     "LayerReport",
+    "LeftDense",
     "ModelReport",
     "dense",
     "dense_plan",

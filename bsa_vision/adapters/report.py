@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bsa_vision.adapters.layer import Layer
+from bsa_vision.adapters.left_dense import LeftDense
 from bsa_vision.backends import Problem, choose, reasons
+from bsa_vision.cost import ModelCost
 from bsa_vision.head_masks import HeadMasks
 from bsa_vision.latency import Latency
 from bsa_vision.pruning import better_dense
@@ -26,6 +28,7 @@ class LayerReport:
     better_dense   the sparse heads that gain nothing on this machine
     backend    what a forward on this device and dtype would take; "original" when the layer runs untouched
     why_not    backend preferred to that one -> why it cannot run here
+    share      of the encoder's FLOPs that are this layer's products, 0 to 1: what full sparsity would save
     fallbacks  reason -> calls that the original attention served so far
     """
 
@@ -41,6 +44,7 @@ class LayerReport:
     better_dense: tuple[int, ...]
     backend: str
     why_not: dict[str, str]
+    share: float
     fallbacks: dict[str, int]
 
     @property
@@ -54,6 +58,10 @@ class ModelReport:
     """All attention layers of a swapped model; `str()` gives a table.
 
     machine   what `expected`, `break_even` and `better_dense` of the layers hold for
+    cost      FLOPs of the encoder at this grid, and its ceiling
+    gain      how many times fewer FLOPs the encoder needs with the plan's sparsity
+    left      attention of the model that is not swapped, and why
+    labels    what to know of the plan's patterns at this grid
     """
 
     family: str
@@ -61,21 +69,37 @@ class ModelReport:
     order: str
     layers: tuple[LayerReport, ...]
     machine: str
+    cost: ModelCost
+    left: tuple[LeftDense, ...] = ()
+    labels: tuple[str, ...] = ()
 
     @property
     def sparsity(self) -> float:
         """Realised sparsity over all layers and heads, dense ones included, 0 to 1."""
         return sum(layer.sparsity for layer in self.layers) / len(self.layers)
 
+    @property
+    def gain(self) -> float:
+        return self.cost.gain({x.key: layer.sparsity for x, layer in zip(self.cost.layers, self.layers, strict=True)})
+
     def __str__(self) -> str:
-        titles = ("layer", "tokens", "heads x dim", "pattern per head", "sparsity", "backend", "of dense time")
+        titles = (
+            "layer",
+            "tokens",
+            "heads x dim",
+            "pattern per head",
+            "sparsity",
+            "of FLOPs",
+            "backend",
+            "of dense time",
+        )
         rows = [(*titles, "original instead")]
         for layer in self.layers:
             fallbacks = "; ".join(f"{count} x {reason}" for reason, count in layer.fallbacks.items())
             size = f"{layer.heads} x {layer.head_dim}"
-            pattern, sparsity = layer.pattern_summary, f"{layer.sparsity:.1%}"
-            expected = f"{layer.expected:.2f}"
-            rows.append((layer.name, str(layer.tokens), size, pattern, sparsity, layer.backend, expected, fallbacks))
+            pattern, sparsity, share = layer.pattern_summary, f"{layer.sparsity:.1%}", f"{layer.share:.1%}"
+            numbers = (sparsity, share, layer.backend, f"{layer.expected:.2f}")
+            rows.append((layer.name, str(layer.tokens), size, pattern, *numbers, fallbacks))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
@@ -83,12 +107,14 @@ class ModelReport:
         summary = f"{self.family}, {height} x {width} patches, order {self.order}: {self.sparsity:.1%} of all blocks are skipped"
         why_not = {(name, reason) for layer in self.layers for name, reason in layer.why_not.items()}
         notes = [f"not {name}: {reason}" for name, reason in sorted(why_not)]
-        return "\n".join([summary, *lines, *self._honesty(), *notes])
+        return "\n".join([summary, *lines, *self._honesty(), *self.labels, *map(str, self.left), *notes])
 
     def _honesty(self) -> list[str]:
         """What is not worth doing, and from where on it is."""
         sparse = [layer for layer in self.layers if layer.sparsity]
-        lines = [f"of dense time: attention alone, expected on {self.machine}"] if sparse else []
+        plan = f"; this plan's sparsity gains {self.gain:.2f}x at most" if sparse else ""
+        lines = [self.cost.sentence + plan]
+        lines += [f"of dense time: attention alone, expected on {self.machine}"] if sparse else []
         if any(layer.break_even is None for layer in sparse):
             lines.append(
                 "sparsity pays at no number of tokens in layers " + _names(sparse, lambda x: x.break_even is None)
@@ -116,7 +142,7 @@ def probe_problem(layer: Layer, masks: HeadMasks, like: Tensor) -> Problem:
     return Problem(probe, probe, probe, masks, scale=1.0, rel_pos=rel_pos)
 
 
-def report_layer(layer: Layer, grid: tuple[int, int], like: Tensor, latency: Latency) -> LayerReport:
+def report_layer(layer: Layer, grid: tuple[int, int], like: Tensor, latency: Latency, cost: ModelCost) -> LayerReport:
     """The report of one layer at `grid`, for tensors of the device and dtype of `like`, one image per call."""
     spec, plan = layer.spec, layer.tower.plan
     grid = layer.grid_of(grid)
@@ -146,5 +172,6 @@ def report_layer(layer: Layer, grid: tuple[int, int], like: Tensor, latency: Lat
         better_dense=better_dense(masks, tokens, latency),
         backend=backend,
         why_not=why_not,
+        share=cost.share([spec.key]),
         fallbacks=dict(layer.fallbacks),
     )

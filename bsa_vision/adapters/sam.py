@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bsa_vision.adapters import class_swap
 from bsa_vision.adapters.class_swap import Swapped, check_swapped, original_of, prepare, unswap
 from bsa_vision.adapters.layer import Found, Layer, layer_of
+from bsa_vision.adapters.weights import block_weights, outside_weights
 from bsa_vision.model_spec import LayerSpec, ModelSpec
 from bsa_vision.rel_pos import RelPos, decompose, resize_table
 
@@ -122,15 +123,23 @@ def find(model: nn.Module) -> list[Found]:
 
 def _found(model: nn.Module, root: str, attention: list[tuple[str, nn.Module]]) -> Found:
     encoder: Any = model.get_submodule(root)
-    layers = []
+    layers, blocks = [], []
     for index, (name, module) in enumerate(attention):
         attn, block = cast(Any, module), cast(Any, model.get_submodule(name.rpartition(".")[0]))
+        blocks.append(block)
         heads = getattr(attn, "num_attention_heads", None) or attn.num_heads
         head_dim = attn.qkv.out_features // 3 // heads
-        layers.append(LayerSpec(name, index, heads, head_dim, window=block.window_size, rel_pos=bool(attn.use_rel_pos)))
+        options = dict(window=block.window_size, rel_pos=bool(attn.use_rel_pos), **block_weights(block, attn))
+        layers.append(LayerSpec(name, index, heads, head_dim, **options))
     grid, patch = _grid_and_patch(encoder)
-    special = int(getattr(encoder, "num_special", 0))
-    spec = ModelSpec(getattr(encoder, "family", "sam"), tuple(layers), grid, patch, start=special)
+    spec = ModelSpec(
+        getattr(encoder, "family", "sam"),
+        tuple(layers),
+        grid,
+        patch,
+        start=int(getattr(encoder, "num_special", 0)),
+        **outside_weights(encoder, blocks),  # type: ignore[arg-type]
+    )
     return Found(spec, tuple(module for _, module in attention), encoder.patch_embed)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bsa_vision.adapters.layer import ATTRIBUTE, Found, Layer, layer_of
+from bsa_vision.adapters.weights import block_weights, outside_weights
 from bsa_vision.model_spec import LayerSpec, ModelSpec
 
 EXACT = False  # a layer without sparse heads runs its original attention
@@ -46,7 +47,7 @@ def find(model: nn.Module) -> list[Found]:
         root = path.rpartition(".")[0]
         inside = [(name, module) for name, module in attention if not root or name.startswith(root + ".")]
         if inside:
-            found.append(Found(_spec(inside), tuple(module for _, module in inside), embedding))
+            found.append(Found(_spec(model, root, inside), tuple(module for _, module in inside), embedding))
     return found
 
 
@@ -59,13 +60,14 @@ def _kind(module: nn.Module) -> tuple[str, str]:
     return type(module).__module__, type(module).__name__
 
 
-def _spec(attention: list[tuple[str, nn.Module]]) -> ModelSpec:
+def _spec(model: nn.Module, root: str, attention: list[tuple[str, nn.Module]]) -> ModelSpec:
     config: Any = attention[0][1].config
     patch_size, image_size = _pair(config.patch_size), _pair(config.image_size)
     heads = config.num_attention_heads
+    blocks = [model.get_submodule(name.rpartition(".")[0]) for name, _ in attention]
     layers = [
-        LayerSpec(name, index, heads, int(module.head_dim))  # type: ignore[arg-type]
-        for index, (name, module) in enumerate(attention)
+        LayerSpec(name, index, heads, int(module.head_dim), **block_weights(block, module))  # type: ignore[arg-type]
+        for index, ((name, module), block) in enumerate(zip(attention, blocks, strict=True))
     ]
     return ModelSpec(
         family=ATTENTION[_kind(attention[0][1])],
@@ -73,6 +75,7 @@ def _spec(attention: list[tuple[str, nn.Module]]) -> ModelSpec:
         grid=(image_size[0] // patch_size[0], image_size[1] // patch_size[1]),
         patch_size=patch_size,
         start=1 + getattr(config, "num_register_tokens", 0),
+        **outside_weights(model.get_submodule(root), blocks),  # type: ignore[arg-type]
     )
 
 

@@ -1,0 +1,65 @@
+"""Attention that stays as it is in a swapped model, and why: what `describe` says of it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import takewhile
+
+from torch import nn
+
+from bsa_vision.adapters.layer import layer_of
+
+DECODER = "one side of it has about 7 tokens, less than one block: nothing could be skipped"
+CLIP = "DeepSeek-OCR's CLIP tower has at most 401 tokens: too few to gain anything"
+UNKNOWN = "not a class this version serves"
+
+# Module and class, as regular expressions -> why.
+REASONS: tuple[tuple[str, str, str], ...] = (
+    (r"^(segment_anything|sam2)\..*\.transformer$", r"Attention$", DECODER),
+    (r"^transformers\.models\.(sam|sam_hq|sam2)\.", r"^Sam(HQ|2)?Attention$", DECODER),
+    (r"(^|\.)(deepencoder|clip_sdpa)$", r"^NoTPAttention$", CLIP),
+)
+
+
+@dataclass(frozen=True)
+class LeftDense:
+    """Attention modules of one class that keep their own, dense attention."""
+
+    where: str
+    kind: str
+    count: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"left dense: {self.where or 'model'}, {self.count} x {self.kind}: {self.reason}"
+
+
+def left_dense(model: nn.Module) -> tuple[LeftDense, ...]:
+    """Every attention module of `model` that is not swapped, by class."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for name, module in model.named_modules():
+        # A block or wrapper that holds attention is none itself.
+        if _is_attention(module) and not any(_is_attention(inner) for inner in module.modules() if inner is not module):
+            names.setdefault((type(module).__module__, type(module).__name__), []).append(name)
+    return tuple(
+        LeftDense(_common(where), kind, len(where), _reason(library, kind)) for (library, kind), where in names.items()
+    )
+
+
+def _is_attention(module: nn.Module) -> bool:
+    kind = type(module).__name__
+    return layer_of(module) is None and "attention" in kind.lower() and "block" not in kind.lower()
+
+
+def _reason(library: str, kind: str) -> str:
+    for modules, kinds, reason in REASONS:
+        if re.search(modules, library) and re.search(kinds, kind):
+            return reason
+    return UNKNOWN
+
+
+def _common(names: list[str]) -> str:
+    """The module path that all `names` lie in."""
+    first, last = min(names).split("."), max(names).split(".")
+    return ".".join(part for part, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last)))
