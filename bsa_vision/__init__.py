@@ -28,6 +28,7 @@ from bsa_vision.adapters import (
     LayerReport,
     LeftDense,
     ModelReport,
+    context,
     dense,
     dense_plan,
     describe,
@@ -51,6 +52,7 @@ from bsa_vision.latency import Latency, latency
 from bsa_vision.model_spec import LayerSpec, ModelSpec
 from bsa_vision.packing import Packed, pack, pack_head_masks, unpack
 from bsa_vision.plan import SparsityPlan
+from bsa_vision.prompts import Prompts
 from bsa_vision.rel_pos import RelPos
 
 try:
@@ -73,11 +75,13 @@ __all__ = [
     "ModelSpec",
     "Packed",
     "PlanError",
+    "Prompts",
     "RelPos",
     "SparsityPlan",
     "block_sparse_attn_func",
     "block_streaming_attn_func",
     "check",
+    "context",
     "cost",
     "create_encoder",
     "dense",

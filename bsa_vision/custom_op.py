@@ -21,6 +21,12 @@ from masks import TokenLayout
 
 def attend(problem: Problem, backend: str) -> Result:
     """Run `problem`, whose tokens are in model order, on the named backend; results come back in model order."""
+    blocks = problem.masks.base_blockmask
+    if blocks is not None and blocks.shape[0] not in (1, problem.num_images):
+        raise ValueError(
+            f"the masks are for {blocks.shape[0]} images, the batch has {problem.num_images}: one for all, or one for each image, is "
+            "needed; give as many prompts as images."
+        )
     # Autocast has done its work on what made q, k and v; inside, precision is the backend's own business.
     with torch.autocast(problem.q.device.type, enabled=False):
         if backend == "gather" and compiled.why_not(problem) is None:

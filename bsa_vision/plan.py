@@ -5,7 +5,7 @@ Knows no model: an adapter describes one as a `ModelSpec`, and a plan says what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from bsa_vision.cache import Cache
 from bsa_vision.errors import PlanError
-from bsa_vision.head_masks import DENSE, Handled, HeadMasks
-from bsa_vision.model_spec import LayerSpec, ModelSpec
+from bsa_vision.head_masks import DENSE, HeadMasks
+from bsa_vision.model_spec import ModelSpec
 from bsa_vision.static_mask import Static, static_heads
 from masks import PATTERNS, Pattern, TokenLayout
+from masks.patterns import Box
 
 if TYPE_CHECKING:
     from bsa_vision.latency import Latency
@@ -186,6 +187,10 @@ class SparsityPlan:
         named: dict[Static, str] = {}
         layers = {}
         for key in self.layers:
+            if self.is_dynamic(key):
+                raise PlanError(
+                    f"layer {key!r} has a pattern that follows prompts: only what is the same for every image can be frozen; replace it."
+                )
             masks = self.compile(key, layout)
             blocks = masks.block_mask(layout.num_tokens, layout.num_tokens)[0]
             layers[key] = tuple(
@@ -274,14 +279,24 @@ class SparsityPlan:
             block_size=self.block_size,
         )
 
-    def compile(self, layer: str, layout: TokenLayout) -> HeadMasks:
-        """The masks of one layer (its key) for one layout; cached. Special rows and columns are always kept.
+    def compile(self, layer: str, layout: TokenLayout, prompts: Sequence[Sequence[Box]] = ((),)) -> HeadMasks:
+        """The masks of one layer (its key) for one layout. Special rows and columns are always kept.
 
-        A head whose pattern keeps every block becomes dense, which is the same function.
+        prompts  where the prompts of each image are, boxes in patches; looked at by dynamic patterns only. The default is one image
+                 without any. A model gets them from `bsa.context`
+
+        Cached, unless the layer is dynamic. A head whose pattern keeps every block becomes dense, which is the same function.
         """
         if layer not in self.layers:
             raise PlanError(f"no layer {layer!r} in this plan: it has {', '.join(self.layers)}; use one of these keys.")
-        return self._masks.get((layer, layout), lambda: self._compile(layer, layout))
+        if self.is_dynamic(layer):
+            return self._compile(layer, layout, prompts)
+        return self._masks.get((layer, layout), lambda: self._compile(layer, layout, ((),)))
+
+    def is_dynamic(self, layer: str) -> bool:
+        """Whether a head of this layer (its key) has a pattern that follows prompts."""
+        patterns = {self.patterns.get(name) for name in self.layers.get(layer, ())}
+        return any(isinstance(pattern, Pattern) and pattern.is_dynamic for pattern in patterns)
 
     def sparsity(self, layout: TokenLayout) -> float:
         """Realised sparsity over all heads and layers, dense ones included, 0 to 1."""
@@ -329,26 +344,26 @@ class SparsityPlan:
 
         return load(path)
 
-    def _compile(self, layer: str, layout: TokenLayout) -> HeadMasks:
+    def _compile(self, layer: str, layout: TokenLayout, prompts: Sequence[Sequence[Box]]) -> HeadMasks:
         masks = [
-            None if name == "dense" else self._lay_out(layer, head, layout)
+            None if name == "dense" else torch.stack([self._lay_out(layer, head, layout, boxes) for boxes in prompts])
             for head, name in enumerate(self.layers[layer])
-        ]
+        ]  # (images, R, C) each
         sparse = [mask for mask in masks if mask is not None and not mask.all()]
         types = [int(mask is not None and not mask.all()) for mask in masks]
         try:
-            return HeadMasks(torch.stack(sparse)[None] if sparse else None, types, layout=layout)
+            return HeadMasks(torch.stack(sparse, dim=1) if sparse else None, types, layout=layout)
         except ValueError as error:
             raise PlanError(f"layer {layer!r} of the plan: {error}") from None
 
-    def _lay_out(self, layer: str, head: int, layout: TokenLayout) -> Tensor:
+    def _lay_out(self, layer: str, head: int, layout: TokenLayout, boxes: Sequence[Box]) -> Tensor:
         name = self.layers[layer][head]
         pattern = self.patterns[name]
         try:
             if isinstance(pattern, Static):
                 return pattern(layout)
             if isinstance(pattern, Pattern):
-                return pattern(layout, stream=int(layer.rpartition(".")[2]) * self.model["heads"] + head)
+                return pattern(layout, int(layer.rpartition(".")[2]) * self.model["heads"] + head, boxes)
             mask = pattern(layout)
         except PlanError:
             raise
@@ -374,20 +389,3 @@ class SparsityPlan:
             counts = {name: names.count(name) for name in dict.fromkeys(names)}
             lines.append(f"  {key:<9}" + ", ".join(f"{count} x {name}" for name, count in counts.items()))
         return "\n".join(lines)
-
-
-class LayerMasks(Handled):
-    """The masks of one layer of one model under a plan, for whatever grid the model is given."""
-
-    def __init__(self, plan: SparsityPlan, spec: ModelSpec, layer: LayerSpec) -> None:
-        self.plan, self.spec, self.layer = plan, spec, layer
-        self._new_handle()
-
-    @property
-    def all_dense(self) -> bool:
-        """Whether the plan leaves every head of this layer dense, whatever the grid."""
-        return all(name == "dense" for name in self.plan.layers.get(self.layer.key, ()))
-
-    def masks_for(self, grid: tuple[int, int]) -> HeadMasks:
-        """The HeadMasks of this layer at `grid`; PlanError where a static mask does not fit it."""
-        return self.plan.compile(self.layer.key, self.plan.layout(self.spec, tuple(grid)))  # type: ignore[arg-type]

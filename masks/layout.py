@@ -125,16 +125,29 @@ class TokenLayout:
 
     def distance_to_patch(self, row: int, column: int, metric: str = "l1") -> Tensor:
         """(R,) int64: the smallest distance from the patch (row, column) to any patch of each block."""
-        _check_metric(metric)
         row, column = whole_number("row", row, 0), whole_number("column", column, 0)
-        if row >= self.grid[0] or column >= self.grid[1]:
+        return self.distance_to_box(row, column, row, column, metric)
+
+    def distance_to_box(self, top: int, left: int, bottom: int, right: int, metric: str = "l1") -> Tensor:
+        """(R,) int64: the smallest distance from any patch of rows top to bottom, columns left to right, both included, to each block."""
+        _check_metric(metric)
+        names = ("top", "left", "bottom", "right")
+        top, left, bottom, right = (
+            whole_number(n, v, 0) for n, v in zip(names, (top, left, bottom, right), strict=True)
+        )
+        for row, column in ((top, left), (bottom, right)):
+            if row >= self.grid[0] or column >= self.grid[1]:
+                raise ValueError(
+                    f"patch ({row}, {column}) lies outside the grid of {self.grid[0]} x {self.grid[1]} patches: rows are 0 to "
+                    f"{self.grid[0] - 1}, columns 0 to {self.grid[1] - 1}; divide pixels by the patch size first."
+                )
+        if top > bottom or left > right:
             raise ValueError(
-                f"patch ({row}, {column}) lies outside the grid of {self.grid[0]} x {self.grid[1]} patches: rows are 0 to "
-                f"{self.grid[0] - 1}, columns 0 to {self.grid[1] - 1}; divide pixels by the patch size first."
+                f"box of patches ({top}, {left}) to ({bottom}, {right}) is empty: top <= bottom and left <= right are needed; swap them."
             )
-        point = Rectangles(*(torch.tensor([value], device="cpu") for value in (0, row, row, column, column)))
+        box = Rectangles(*(torch.tensor([value], device="cpu") for value in (0, top, bottom, left, right)))
         rectangles = _rectangles(self)
-        return _smallest(_gap(point, rectangles, metric), rectangles.block, self)[0]
+        return _smallest(_gap(box, rectangles, metric), rectangles.block, self)[0]
 
 
 def _check_metric(metric: str) -> str:

@@ -100,6 +100,24 @@ def region(layout: TokenLayout, centers: Sequence[tuple[int, int]], radius: int 
     return _keep_special(layout, focus[:, None] & focus[None])
 
 
+Box = tuple[int, int, int, int]
+
+
+def prompt_region(layout: TokenLayout, radius: int = 8, near: int = 2, boxes: Sequence[Box] = ()) -> Tensor:
+    """Patches within `radius` of a prompt see each other; beyond that, every patch sees those within `near` (both L1, any-rule).
+
+    boxes  (top, left, bottom, right) in patches, both ends included: where the prompts are; a click is a box of one patch
+
+    A dynamic pattern: in a plan, `boxes` come with the images (`bsa.context`). With clicks, the masks are those of
+    `generate_sam_region_focused_mask`.
+    """
+    radius = whole_number("radius", radius, 0)
+    focus = torch.zeros(layout.num_blocks, dtype=torch.bool, device="cpu")
+    for box in boxes:
+        focus |= layout.distance_to_box(*box) <= radius
+    return _keep_special(layout, (focus[:, None] & focus[None])) | local_window(layout, near, "l1")
+
+
 def window(layout: TokenLayout, size: int = 14, shift: int = 0) -> Tensor:
     """Blocks that share a window of size x size patches, the windows moved by `shift` patches (any-rule).
 
@@ -141,8 +159,10 @@ PATTERNS: dict[str, Callable[..., Tensor]] = {
     "strided": strided,
     "random_blocks": random_blocks,
     "region": region,
+    "prompt_region": prompt_region,
     "window": window,
 }
+GIVEN = ("layout", "stream", "boxes")  # what a pattern gets when it is laid out; everything else are its parameters
 
 Spec = dict[str, Any]
 JOINTS = {"any": torch.logical_or, "all": torch.logical_and}
@@ -161,7 +181,7 @@ class Pattern:
     def __init__(self, name: str, /, **params: Any) -> None:
         if not isinstance(name, str) or name not in PATTERNS:
             raise ValueError(f"pattern {name!r} is unknown: allowed are {', '.join(PATTERNS)}; choose one of them.")
-        allowed = [p for p in inspect.signature(PATTERNS[name]).parameters if p not in ("layout", "stream")]
+        allowed = [p for p in inspect.signature(PATTERNS[name]).parameters if p not in GIVEN]
         for param in params:
             if param not in allowed:
                 raise ValueError(
@@ -199,15 +219,20 @@ class Pattern:
             return {self._name: [part.spec for part in self._parts]}
         return {"pattern": self._name, **copy.deepcopy(self._params)}
 
-    def __call__(self, layout: TokenLayout, stream: int = 0) -> Tensor:
-        """The (R, C) bool block mask on `layout`; `stream` tells random patterns which of their draws to use."""
+    def __call__(self, layout: TokenLayout, stream: int = 0, boxes: Sequence[Box] = ()) -> Tensor:
+        """The (R, C) bool block mask on `layout`.
+
+        stream  tells random patterns which of their draws to use; boxes tell dynamic ones where the prompts are, in patches
+        """
         if self._parts:
-            return reduce(JOINTS[self._name], (part(layout, stream) for part in self._parts))
-        draw = {"stream": stream} if self._name == "random_blocks" else {}
-        return PATTERNS[self._name](layout, **self._params, **draw)
+            return reduce(JOINTS[self._name], (part(layout, stream, boxes) for part in self._parts))
+        given: dict[str, dict[str, Any]] = {"random_blocks": {"stream": stream}, "prompt_region": {"boxes": boxes}}
+        return PATTERNS[self._name](layout, **self._params, **given.get(self._name, {}))
 
     def labels(self, layout: TokenLayout) -> list[str]:
-        """What to know of this pattern on `layout`, in words: whether its windows hold exactly, or as a cover."""
+        """What to know of this pattern on `layout`, in words: that it follows prompts; whether its windows hold exactly, or as a cover."""
+        if self._name == "prompt_region":
+            return [f"{self!r} follows the prompts of `bsa.context`: features made this way belong to their prompts"]
         if self._parts:
             return [label for part in self._parts for label in part.labels(layout)]
         if self._name != "window":
@@ -222,6 +247,11 @@ class Pattern:
     def is_random(self) -> bool:
         """Whether `stream` makes a difference."""
         return self._name == "random_blocks" or any(part.is_random for part in self._parts)
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether it follows the prompts of an image."""
+        return self._name == "prompt_region" or any(part.is_dynamic for part in self._parts)
 
     def __or__(self, other: object) -> Pattern:
         return self._join("any", [self, other]) if isinstance(other, Pattern) else NotImplemented

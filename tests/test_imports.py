@@ -32,12 +32,14 @@ TABLE = {
     "latency": {"masks", "attention", "backends", "head_masks", "timing"},
     "pruning": {"errors", "head_masks", "latency", "model_spec", "plan"},
     "plan": {"latency", "pruning", "masks", "cache", "errors", "head_masks", "model_spec", "plan_file", "static_mask"},
+    "prompts": {"masks"},
+    "layer_masks": {"cache", "head_masks", "model_spec", "plan", "prompts"},
     "plan_file": {"masks", "errors", "plan", "static_mask"},
     "check": {"arguments", "backends", "head_masks"},
     "viz": {"masks"},
     "adapters": {
         *("masks", "attention", "backends", "cost", "errors", "head_masks", "latency"),
-        *("model_spec", "plan", "pruning", "rel_pos"),
+        *("layer_masks", "model_spec", "plan", "prompts", "pruning", "rel_pos"),
     },
     "encoder": {"masks", "adapters", "attention", "head_masks", "plan", "rel_pos"},
     "bench": {

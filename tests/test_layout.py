@@ -201,6 +201,25 @@ class TestBlockDistance:
         expected = np.minimum.reduceat(to_token, np.arange(0, layout.num_tokens, layout.block_size))
         assert layout.distance_to_patch(row, column, metric).tolist() == expected.tolist()
 
+    @pytest.mark.parametrize("metric", METRICS)
+    @property_test
+    @given(layout=layouts(), data=st.data())
+    def test_distance_to_box(self, metric, layout, data):
+        """The nearest of its patches."""
+        (top, bottom), (left, right) = (
+            sorted(data.draw(st.lists(st.integers(0, side - 1), min_size=2, max_size=2))) for side in layout.grid
+        )
+        patches = [(row, column) for row in range(top, bottom + 1) for column in range(left, right + 1)]
+        expected = torch.stack([layout.distance_to_patch(*patch, metric) for patch in patches]).amin(0)
+        assert torch.equal(layout.distance_to_box(top, left, bottom, right, metric), expected)
+
+    def test_boxes_that_are_none(self):
+        layout = TokenLayout((6, 8))
+        with pytest.raises(ValueError, match=r"patch \(6, 2\) lies outside the grid of 6 x 8 patches"):
+            layout.distance_to_box(1, 1, 6, 2)
+        with pytest.raises(ValueError, match=r"box of patches \(3, 1\) to \(2, 2\) is empty: .*swap them"):
+            layout.distance_to_box(3, 1, 2, 2)
+
     def test_distance_to_patch_default_is_l1(self):
         layout = TokenLayout((6, 6), block_size=1)
         assert layout.distance_to_patch(1, 2)[layout.inverse[5 * 6 + 5]] == 4 + 3

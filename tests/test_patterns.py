@@ -45,6 +45,7 @@ EXAMPLES = {
     "strided": {"stride": 3},
     "random_blocks": {"sparsity": 0.6, "seed": 4},
     "region": {"centers": [[1, 2], [7, 11]], "radius": 3},
+    "prompt_region": {"radius": 3, "near": 1},
     "window": {"size": 4, "shift": 2},
 }
 

@@ -7,7 +7,7 @@ One file per family. An adapter is a module with `find(model) -> list[Found]`, w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
@@ -26,6 +26,7 @@ from bsa_vision.latency import Latency
 from bsa_vision.latency import latency as latency_here
 from bsa_vision.model_spec import ModelSpec
 from bsa_vision.plan import PatternLike, SparsityPlan
+from bsa_vision.prompts import Prompts
 from masks import Pattern
 
 ADAPTERS: tuple[ModuleType, ...] = (transformers_vit, sam)
@@ -113,7 +114,7 @@ def _rehearse(module: nn.Module, layer: Layer) -> None:
     """Everything about a swap that can fail: lay the masks out for the model's own grid, and choose the backend."""
     if layer.untouched:
         return
-    masks = layer.masks.masks_for(layer.grid_of(_rehearsal_grid(layer)))
+    masks = layer.masks.without_prompts(layer.grid_of(_rehearsal_grid(layer)))
     choose(probe_problem(layer, masks, next(module.parameters())), layer.tower.backend)
 
 
@@ -166,6 +167,38 @@ def dense(model: Model) -> Iterator[Model]:
     finally:
         for tower in towers.values():
             tower.dense -= 1
+
+
+@contextmanager
+def context(model: Model, *, prompts: Prompts | Sequence[Prompts]) -> Iterator[Model]:
+    """Inside, patterns that follow prompts (`prompt_region`) follow these: `with bsa.context(model, prompts=...): model(x)`.
+
+    prompts  of the image, or a list, one `Prompts` for each image of the batch
+
+    **An embedding made this way belongs to its prompts**: another click needs another embedding. Holds for every thread that uses the
+    model; backward may run outside. Not with gradient checkpointing. ValueError for prompts outside the image, and for a model without
+    such a pattern.
+    """
+    given = [prompts] if isinstance(prompts, Prompts) else list(prompts)
+    if not given or not all(isinstance(one, Prompts) for one in given):
+        raise TypeError(
+            f"prompts={prompts!r}: expected bsa.Prompts, or a list with one for each image; make them with "
+            "bsa.Prompts(points=[(x, y)], image_size=(height, width))."
+        )
+    towers = {id(layer.tower): layer.tower for layer in layers_of(model) if layer.masks.is_dynamic}
+    if not towers:
+        raise ValueError(
+            "no layer of this model has a pattern that follows prompts: sparsify_ it with one, say "
+            'bsa.uniform_plan(model, "prompt_region", radius=8).'
+        )
+    before = [(tower, tower.context.prompts) for tower in towers.values()]
+    try:
+        for tower in towers.values():
+            tower.context.set(given)
+        yield model
+    finally:
+        for tower, earlier in before:
+            tower.context.set(earlier)
 
 
 def describe(
@@ -240,6 +273,7 @@ __all__ = [
     "LayerReport",
     "LeftDense",
     "ModelReport",
+    "context",
     "dense",
     "dense_plan",
     "describe",

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from bsa_vision.attention import attend_masks
 from bsa_vision.errors import BackendUnavailable
+from bsa_vision.layer_masks import Context, LayerMasks
 from bsa_vision.model_spec import LayerSpec, ModelSpec
-from bsa_vision.plan import LayerMasks, SparsityPlan
+from bsa_vision.plan import SparsityPlan
 from bsa_vision.rel_pos import RelPos
 
 # On an attention module: a plain attribute, so neither a parameter, a buffer nor a state_dict key.
@@ -42,6 +43,7 @@ class Tower:
         self.seen: dict[int, set[tuple[int, int]]] = {}
         self.recomputed = False
         self.dense = 0  # how many `dense(model)` blocks are open
+        self.context = Context()
         self.hook: Any = None
         self._local = threading.local()
 
@@ -93,7 +95,7 @@ class Layer:
     ) -> None:
         self.tower, self.spec = tower, spec
         self.prepare = prepare  # what a process must do once before it can run such layers
-        self.masks = LayerMasks(tower.plan, tower.spec, spec)
+        self.masks = LayerMasks(tower.plan, tower.spec, spec, tower.context)
         self.original = original  # what the adapter needs to put back
         # A layer without a sparse head has nothing to skip: unless a backend was named, or we are faster (`exact`), the original
         # runs as it is.
@@ -148,9 +150,26 @@ class Layer:
         rel_pos: RelPos | None = None,
     ) -> Tensor:
         """(B, H, N, D) in model order -> (B, H, N, D) with this layer's masks. grid None = that of the last image."""
+        if self.masks.is_dynamic:
+            self._check_prompts(q)
         grid = self.tower.current_grid(q.shape[2]) if grid is None else grid
         options = dict(scale=scale, dropout_p=dropout_p, backend=self.tower.backend)
         return attend_masks(self.masks, q, k, v, grid=grid, rel_pos=rel_pos, **options)  # type: ignore[arg-type]
+
+    def _check_prompts(self, q: Tensor) -> None:
+        """Prompts belong to the moment of the call: refuse what would look for them later, when there may be others."""
+        if torch.compiler.is_compiling():
+            if torch.is_grad_enabled() and q.requires_grad:
+                raise RuntimeError(
+                    f"layer {self.spec.name!r} follows prompts: a compiled model would look them up again in backward, when there may be "
+                    "others; train without torch.compile, or run under torch.no_grad()."
+                )
+            return
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                f"layer {self.spec.name!r} follows prompts, and gradient checkpointing runs it again in backward, when there may be others: "
+                "turn checkpointing off."
+            )
 
 
 def layer_of(module: nn.Module) -> Layer | None:

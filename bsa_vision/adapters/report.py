@@ -146,7 +146,7 @@ def report_layer(layer: Layer, grid: tuple[int, int], like: Tensor, latency: Lat
     """The report of one layer at `grid`, for tensors of the device and dtype of `like`, one image per call."""
     spec, plan = layer.spec, layer.tower.plan
     grid = layer.grid_of(grid)
-    masks = layer.masks.masks_for(grid)
+    masks = layer.masks.without_prompts(grid)
     tokens = plan.layout(layer.tower.spec, grid).num_tokens
     sparse = masks.head_sparsity if masks.num_blocks is not None else (0.0,) * spec.heads
     problem = probe_problem(layer, masks, like)
