@@ -5,11 +5,13 @@
 (a) the kernel's own function on ViT-B/16 and SAM-B shapes, with generated block masks
 (b) dense against 50 % and 75 % sparsity at 4096 tokens, timed here
 (c) a DINO-type ViT-B with sparse heads on a photograph; random weights, so the error says nothing about a trained model
+(d) SAM's ViT-B image encoder on it: as transformers runs it, exact without N x N, and with sparse global layers; random weights
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,7 @@ def main() -> None:
         kernel_function(device, dtype)
         sparsity_levels(device, dtype, arguments.rounds)
         model_on_photograph(device, arguments.rounds, arguments.out)
+        sam_on_photograph(device, arguments.rounds)
 
 
 # (a) The kernel's own function
@@ -146,6 +149,13 @@ def photograph(size: int) -> Image.Image:
     return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
 
 
+def normalised(image: Image.Image, device: torch.device) -> Tensor:
+    """(1, 3, H, W), with the mean and deviation that DINO and SAM are trained with."""
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 255
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return ((pixels - mean) / std).to(device)
+
+
 def build_model(device: torch.device) -> torch.nn.Module:
     """A DINOv3-type ViT-B for 64 x 64 patches. Random weights, drawn wide enough that attention is not uniform."""
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
@@ -165,10 +175,7 @@ def build_model(device: torch.device) -> torch.nn.Module:
 
 def model_on_photograph(device: torch.device, rounds: int, out: Path) -> None:
     image = photograph(1024)
-    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W)
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    pixels = ((pixels - mean) / std).to(device)
-
+    pixels = normalised(image, device)
     model = build_model(device)
     plan = bsa.uniform_plan(model, "local_window", radius=8, dense_heads=3)
     bsa.sparsify_(model, plan)
@@ -209,6 +216,59 @@ def picture(image: Image.Image, out: Path) -> None:
         mask = masks.local_window(layout, radius=8)
         views.append(View(f"{order} order, local_window(radius=8)", layout, mask, block_at(layout, 26, 34)))
     plot_views(image.resize((512, 512)), views).savefig(out, dpi=110)
+
+
+# (d) Segment Anything
+
+
+def build_sam(device: torch.device) -> torch.nn.Module:
+    """The ViT-B image encoder for 1024 px. Random weights, drawn wide; fresh relative tables would be zero."""
+    from transformers import SamVisionConfig, SamVisionModel
+
+    model = SamVisionModel(SamVisionConfig(attn_implementation="sdpa")).eval()
+    for name, parameter in model.named_parameters():
+        if "rel_pos" in name or "pos_embed" in name:
+            parameter.normal_(0, 0.2)
+        elif parameter.dim() >= 2:
+            parameter.normal_(0, (1.3 if "qkv" in name else 0.7) * parameter[0].numel() ** -0.5)
+    return model.to(device)
+
+
+def sam_on_photograph(device: torch.device, rounds: int) -> None:
+    pixels = normalised(photograph(1024), device)
+    upstream = build_sam(device)
+    exact, sparse = copy.deepcopy(upstream), copy.deepcopy(upstream)
+    bsa.sparsify_(exact, bsa.dense_plan(exact))
+    bsa.sparsify_(sparse, bsa.uniform_plan(sparse, "local_window", radius=12))
+    models = {"transformers, N x N bias": upstream, "exact: a dense plan": exact, "sparse global layers": sparse}
+    results: dict[str, Tensor] = {}
+
+    def run(name: str) -> None:
+        results[name] = models[name](pixels).last_hidden_state
+
+    rounds = max(1, rounds // 2)  # these take long
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("(d) SAM's encoder", total=rounds)
+        runs = {name: lambda name=name: run(name) for name in models}
+        timings = paired(runs, rounds, warmup=0, on_round=lambda: progress.advance(task))
+    dense = next(iter(results.values()))
+    table = Table(
+        "SAM ViT-B encoder, 1024 px",
+        "median",
+        "of transformers'",
+        "difference of the features",
+        title="(d) RANDOM WEIGHTS, the photograph, timed here",
+        title_justify="left",
+    )
+    for name, timing in timings.items():
+        difference = ((results[name] - dense).norm() / dense.norm()).item()
+        table.add_row(name, f"{timing.median:.1f} s", f"{timing.ratio:.2f}", f"{difference:.0e}" if difference else "")
+    console.print("", table)
+    report = bsa.describe(sparse)
+    console.print(
+        f"sparse: {report.layers[2].sparsity:.0%} of the global layers' blocks skipped; {report.cost.sentence}",
+        soft_wrap=True,
+    )
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "bsa_vision.encoder": own,
 }
 # Other sizes than their own: these interpolate, the others refuse.
-ANY_SIZE = {name for name in MODELS if "deepseek" in name or "timm" in name} | {"bsa_vision.encoder"}
+ANY_SIZE = {name for name in MODELS if "deepseek" in name or "timm" in name} - {"timm, rope"} | {"bsa_vision.encoder"}
 
 
 def redraw(model: nn.Module) -> nn.Module:

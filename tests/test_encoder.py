@@ -144,6 +144,17 @@ class TestPatterns:
 
 
 class TestTraining:
+    def test_gradients_are_segment_anythings(self):
+        """One step of the same weights on the same images; every parameter, relative tables included."""
+        theirs, ours = make("segment_anything").train(), make("bsa_vision.encoder", seed=1).train()
+        ours.load_checkpoint(theirs.state_dict())
+        for encoder in (theirs, ours):
+            encoder(image()).square().mean().backward()
+        wanted = dict(theirs.named_parameters())
+        for key, parameter in ours.named_parameters():
+            assert relative(parameter.grad, wanted[key].grad) < 1e-4, key
+            assert parameter.grad.norm() > 0
+
     @pytest.mark.parametrize("patterns", [None, "local_window"])
     def test_gradient_checkpointing_changes_nothing_but_memory(self, patterns):
         torch.manual_seed(0)
