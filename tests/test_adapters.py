@@ -472,7 +472,7 @@ class TestErrors:
     def test_unsupported_models(self):
         with pytest.raises(bsa.PlanError, match=r"of Linear.*it has none.*transformers ViT"):
             bsa.inspect(torch.nn.Linear(2, 2))
-        with pytest.raises(bsa.PlanError, match="it has MultiheadAttention"):
+        with pytest.raises(bsa.PlanError, match="it has 1 x MultiheadAttention"):
             bsa.inspect(torch.nn.TransformerEncoderLayer(8, 2))
         with pytest.raises(TypeError, match=r"model is a str: expected a torch.nn.Module"):
             bsa.inspect("dinov3")

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from bsa_vision.adapters import sam, transformers_vit
+from bsa_vision.adapters import sam, timm_vit, transformers_vit
 from bsa_vision.adapters.layer import Found, Layer, Tower, layer_of, layers_of
 from bsa_vision.adapters.left_dense import LeftDense, left_dense
 from bsa_vision.adapters.report import LayerReport, ModelReport, probe_problem, report_layer
@@ -29,9 +29,9 @@ from bsa_vision.plan import PatternLike, SparsityPlan
 from bsa_vision.prompts import Prompts
 from masks import Pattern
 
-ADAPTERS: tuple[ModuleType, ...] = (transformers_vit, sam)
+ADAPTERS: tuple[ModuleType, ...] = (transformers_vit, timm_vit, sam)
 SUPPORTED = (
-    "transformers ViT, DINOv2 (with and without registers) and DINOv3; SAM's image encoder in segment_anything, timm, transformers (SAM, "
+    "timm's ViTs (Attention, AttentionRope, EvaAttention); transformers ViT, DINOv2 (with and without registers) and DINOv3; SAM's image encoder in segment_anything, timm, transformers (SAM, "
     "SAM-HQ, DeepSeek-OCR 2), DeepSeek-OCR's own code and bsa_vision.encoder"
 )
 
@@ -89,7 +89,7 @@ def sparsify_(model: Model, plan: SparsityPlan, backend: str = "auto", on_unsupp
         raise ValueError(
             f"backend={backend!r}: allowed are 'auto', {', '.join(map(repr, BACKENDS))}; choose one of them."
         )
-    tower = Tower(found.spec, plan, backend, on_unsupported)
+    tower = Tower(found.spec, plan, backend, on_unsupported, found.grid_of)
     chosen = [
         (module, Layer(tower, spec, adapter.original_of(module), adapter.prepare, adapter.EXACT))
         for module, spec in zip(found.modules, found.spec.layers, strict=True)
@@ -252,9 +252,9 @@ def _find(model: nn.Module) -> tuple[ModuleType, Found]:
         raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module; pass the model itself.")
     found = [(adapter, encoder) for adapter in ADAPTERS for encoder in adapter.find(model)]
     if not found:
-        kinds = sorted({type(module).__name__ for module in model.modules() if "ttention" in type(module).__name__})
+        has = [f"{left.count} x {left.kind} ({left.reason})" for left in left_dense(model)]
         raise PlanError(
-            f"no attention layer of {type(model).__name__} is one this version serves; it has {', '.join(kinds) or 'none'}. "
+            f"no attention layer of {type(model).__name__} is one this version serves; it has {', '.join(has) or 'none'}. "
             f"Served are {SUPPORTED}; for other models call bsa_vision.sparse_attention from their attention."
         )
     if len(found) > 1:

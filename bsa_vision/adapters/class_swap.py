@@ -28,10 +28,15 @@ class Swapped(nn.Module):
         return _new, (mixin_of(self), self._layer.original, function, arguments[1:]), *state
 
 
+_made: set[type] = set()
+
+
 @cache
 def _swapped(mixin: type, original: type) -> type:
     """The subclass whose instances run our attention."""
-    return type(f"Sparse{original.__name__}", (mixin, original), {"__module__": mixin.__module__})
+    made = type(f"Sparse{original.__name__}", (mixin, original), {"__module__": mixin.__module__})
+    _made.add(made)
+    return made
 
 
 def _new(mixin: type, original: type, function: Any, arguments: tuple[Any, ...]) -> Any:
@@ -40,8 +45,9 @@ def _new(mixin: type, original: type, function: Any, arguments: tuple[Any, ...])
 
 
 def mixin_of(module: Any) -> type:
-    """The adapter's class in a swapped module."""
-    return next(base for base in type(module).__mro__ if Swapped in base.__bases__ and base is not Swapped)
+    """The adapter's class in a swapped module: the one that the run-time subclass of both was made with."""
+    made = next(kind for kind in type(module).__mro__ if kind in _made)
+    return made.__bases__[0]
 
 
 def original_of(module: Any) -> Any:

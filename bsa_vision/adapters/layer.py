@@ -22,21 +22,29 @@ from bsa_vision.rel_pos import RelPos
 # On an attention module: a plain attribute, so neither a parameter, a buffer nor a state_dict key.
 ATTRIBUTE = "_bsa_layer"
 
+GridOf = Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[int, int] | None]
+
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """A vision encoder inside a model: what it is, its attention modules in the order of `spec.layers`, where pixels enter."""
+    """A vision encoder inside a model: what it is, its attention modules in the order of `spec.layers`, where pixels enter.
+
+    grid_of  (embeddings, args, kwargs) -> (h, w) of what enters, None = cannot be told; a function of a module, for pickles
+    """
 
     spec: ModelSpec
     modules: tuple[nn.Module, ...]
     embeddings: nn.Module
+    grid_of: GridOf | None = None
 
 
 class Tower:
     """What the swapped layers of one encoder share: the plan, the grid of the current input, whether to run dense."""
 
-    def __init__(self, spec: ModelSpec, plan: SparsityPlan, backend: str, on_unsupported: str) -> None:
-        self.spec, self.plan = spec, plan
+    def __init__(
+        self, spec: ModelSpec, plan: SparsityPlan, backend: str, on_unsupported: str, grid_of: GridOf | None = None
+    ) -> None:
+        self.spec, self.plan, self.grid_of = spec, plan, grid_of
         self.backend, self.on_unsupported = backend, on_unsupported
         self.grid: tuple[int, int] = (0, 0)  # of the last input; (0, 0) until there was one
         # For recomputation: tokens -> grids of that many tokens, of the inputs since backward ran last.
@@ -49,10 +57,10 @@ class Tower:
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the patch embedding: remember the grid of the image that comes in."""
-        pixels = args[0] if args else kwargs.get("pixel_values")
-        if not isinstance(pixels, Tensor):
+        grid = self.grid_of(module, args, kwargs) if self.grid_of else self._grid_of_pixels(args, kwargs)
+        if grid is None:
             return
-        height, width = pixels.shape[-2] // self.spec.patch_size[0], pixels.shape[-1] // self.spec.patch_size[1]
+        height, width = grid
         if torch.compiler.is_compiling():
             self.grid = (height, width)
             return
@@ -61,6 +69,12 @@ class Tower:
         if self.recomputed:
             self.seen, self.recomputed = {}, False
         self.seen.setdefault(self.spec.start + self.grid[0] * self.grid[1] + self.spec.end, set()).add(self.grid)
+
+    def _grid_of_pixels(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+        pixels = args[0] if args else kwargs.get("pixel_values")
+        if not isinstance(pixels, Tensor):
+            return None
+        return pixels.shape[-2] // self.spec.patch_size[0], pixels.shape[-1] // self.spec.patch_size[1]
 
     def current_grid(self, tokens: int) -> tuple[int, int]:
         """The grid of the image that these tokens come from."""

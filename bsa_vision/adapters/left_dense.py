@@ -12,6 +12,11 @@ from bsa_vision.adapters.layer import layer_of
 
 DECODER = "one side of it has about 7 tokens, less than one block: nothing could be skipped"
 CLIP = "DeepSeek-OCR's CLIP tower has at most 401 tokens: too few to gain anything"
+POOL = "a pooling head has one query: nothing could be skipped"
+INSIDE = "its attention is not a module of its own"
+DIFFERENTIAL = "it subtracts one softmax from another"
+BIASED = "it adds a bias for every pair of tokens"
+WINDOWS = "it attends within windows, which are too small to skip anything in"
 UNKNOWN = "not a class this version serves"
 
 # Module and class, as regular expressions -> why.
@@ -19,6 +24,11 @@ REASONS: tuple[tuple[str, str, str], ...] = (
     (r"^(segment_anything|sam2)\..*\.transformer$", r"Attention$", DECODER),
     (r"^transformers\.models\.(sam|sam_hq|sam2)\.", r"^Sam(HQ|2)?Attention$", DECODER),
     (r"(^|\.)(deepencoder|clip_sdpa)$", r"^NoTPAttention$", CLIP),
+    (r"^timm\.", r"^AttentionPool", POOL),
+    (r"^timm\.", r"^(ParallelScaling|DiffParallelScaling|ParallelThings)Block$", INSIDE),
+    (r"^timm\.", r"^DiffAttention$", DIFFERENTIAL),
+    (r"^timm\.models\.(beit|vision_transformer_relpos)$", r"Attention$", BIASED),
+    (r"^timm\.models\.swin", r"^WindowAttention$", WINDOWS),
 )
 
 
@@ -39,8 +49,10 @@ def left_dense(model: nn.Module) -> tuple[LeftDense, ...]:
     """Every attention module of `model` that is not swapped, by class."""
     names: dict[tuple[str, str], list[str]] = {}
     for name, module in model.named_modules():
-        # A block or wrapper that holds attention is none itself.
-        if _is_attention(module) and not any(_is_attention(inner) for inner in module.modules() if inner is not module):
+        if not _is_attention(module):
+            continue
+        # A wrapper that holds attention is none itself.
+        if layer_of(module) is None and not any(_is_attention(x) for x in module.modules() if x is not module):
             names.setdefault((type(module).__module__, type(module).__name__), []).append(name)
     return tuple(
         LeftDense(_common(where), kind, len(where), _reason(library, kind)) for (library, kind), where in names.items()
@@ -48,8 +60,8 @@ def left_dense(model: nn.Module) -> tuple[LeftDense, ...]:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    kind = type(module).__name__
-    return layer_of(module) is None and "attention" in kind.lower() and "block" not in kind.lower()
+    library, kind = type(module).__module__, type(module).__name__
+    return _reason(library, kind) != UNKNOWN or ("attention" in kind.lower() and "block" not in kind.lower())
 
 
 def _reason(library: str, kind: str) -> str:

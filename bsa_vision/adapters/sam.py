@@ -88,7 +88,8 @@ DEEPSEEK_MODULE = re.compile(r"(^|\.)(deepencoder|sam_vary_sdpa)$")
 def _seam(module: nn.Module) -> type[Swapped] | None:
     kind = type(module)
     if isinstance(module, Swapped):
-        return class_swap.mixin_of(module)
+        mixin = class_swap.mixin_of(module)
+        return mixin if mixin in SEAMS.values() else None
     if DEEPSEEK_MODULE.search(kind.__module__) and kind.__name__ == "Attention":
         return SparseAttention if _is_deepseek_sam(module) else None
     return SEAMS.get((kind.__module__, kind.__name__))

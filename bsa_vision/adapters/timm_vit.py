@@ -1,0 +1,158 @@
+"""timm: every ViT whose blocks hold `Attention`, `AttentionRope` or `EvaAttention`: ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, EVA, PE ...
+
+A swapped module runs its own forward; only the call of torch's attention in it is ours (see `intercept`).
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bsa_vision.adapters import class_swap
+from bsa_vision.adapters.class_swap import Swapped, check_swapped, original_of, prepare, unswap
+from bsa_vision.adapters.intercept import Interception
+from bsa_vision.adapters.layer import Found, Layer, layer_of
+from bsa_vision.adapters.weights import block_weights, outside_weights
+from bsa_vision.model_spec import LayerSpec, ModelSpec
+
+EXACT = False  # a layer without sparse heads runs its original attention
+
+FAMILIES = ("dinov3", "dinov2", "siglip", "clip", "eva")  # looked for in the name of the architecture; else "vit"
+
+_answering = threading.local()  # .layer: whose call of torch's attention this thread answers at the moment
+
+
+class Intercepted(Swapped):
+    """What both seams share."""
+
+    @property
+    def fused_attn(self) -> bool:
+        """timm's switch to torch's attention: on where we answer that call, the module's own otherwise."""
+        layer = layer_of(self)
+        assert layer is not None
+        if torch.compiler.is_compiling():
+            return self.__dict__["fused_attn"] or not layer.runs_original()
+        return self.__dict__["fused_attn"] or getattr(_answering, "layer", None) is layer
+
+    def _run(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, **others: Any) -> Tensor:
+        layer = layer_of(self)
+        assert layer is not None
+        original = super().forward
+        reason = None if layer.runs_original() else _unsupported(layer, x, attn_mask, is_causal)
+        if reason is not None:
+            layer.fall_back(reason)
+        if reason is not None or layer.runs_original():
+            asked: dict[str, Any] = {"attn_mask": attn_mask} if attn_mask is not None else {}
+            asked |= {"is_causal": True} if is_causal else {}  # which older versions do not take
+            return original(x, **others, **asked)
+        if torch.compiler.is_compiling():
+            with Interception(layer.attend):
+                return original(x, **others)
+        _answering.layer = layer
+        try:
+            with Interception(layer.attend) as interception:
+                out = original(x, **others)
+        finally:
+            _answering.layer = None
+        interception.check(layer.spec.name)
+        return out
+
+
+class SparseAttention(Intercepted):
+    """(B, N, C) -> (B, N, C)"""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        return self._run(x, attn_mask, is_causal)
+
+
+class SparseRopeAttention(Intercepted):
+    """(B, N, C) -> (B, N, C), with the rotary positions of the patches."""
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        return self._run(x, attn_mask, is_causal, rope=rope)
+
+
+ATTENTION: dict[tuple[str, str], type[Intercepted]] = {
+    ("timm.layers.attention", "Attention"): SparseAttention,
+    ("timm.layers.attention", "AttentionRope"): SparseRopeAttention,
+    ("timm.models.eva", "EvaAttention"): SparseRopeAttention,
+}
+
+
+def _unsupported(layer: Layer, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> str | None:
+    if attn_mask is not None:
+        return "an attention mask was passed"
+    if is_causal:
+        return "causal attention was asked for"
+    return layer.wrong_grid(x.shape[1])
+
+
+def serves(module: nn.Module) -> bool:
+    """Whether this adapter knows the class of an attention module."""
+    if isinstance(module, Swapped):
+        return class_swap.mixin_of(module) in ATTENTION.values()
+    return (type(module).__module__, type(module).__name__) in ATTENTION
+
+
+def find(model: nn.Module) -> list[Found]:
+    """The encoders of this family in `model`: attention is `<encoder>.blocks.<index>.attn`, pixels enter `<encoder>.patch_embed`."""
+    encoders: dict[str, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        if serves(module) and name.endswith(".attn"):
+            encoders.setdefault(".".join(name.split(".")[:-3]), []).append((name, module))
+    return [
+        _found(model, root, attention)
+        for root, attention in encoders.items()
+        if hasattr(model.get_submodule(root), "patch_embed")
+    ]
+
+
+def _found(model: nn.Module, root: str, attention: list[tuple[str, nn.Module]]) -> Found:
+    encoder: Any = model.get_submodule(root)
+    blocks = [model.get_submodule(name.rpartition(".")[0]) for name, _ in attention]
+    layers = tuple(
+        LayerSpec(name, index, cast(Any, module).num_heads, cast(Any, module).head_dim, **block_weights(block, module))  # type: ignore[arg-type]
+        for index, ((name, module), block) in enumerate(zip(attention, blocks, strict=True))
+    )
+    embed = encoder.patch_embed
+    ratio = embed.feat_ratio(as_scalar=False)
+    spec = ModelSpec(
+        family=_family(encoder),
+        layers=layers,
+        grid=tuple(embed.grid_size),
+        patch_size=(ratio, ratio) if isinstance(ratio, int) else tuple(ratio),
+        start=encoder.num_prefix_tokens,
+        **outside_weights(encoder, blocks),  # type: ignore[arg-type]
+    )
+    return Found(spec, tuple(module for _, module in attention), embed, grid_of)
+
+
+def _family(encoder: Any) -> str:
+    config = getattr(encoder, "pretrained_cfg", None) or {}
+    name = str(config.get("architecture", "")) or type(encoder).__name__.lower()
+    return next((family for family in FAMILIES if family in name), "vit")
+
+
+def grid_of(embed: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    """(h, w) of the patches that `embed` makes of its input."""
+    pixels = args[0] if args else kwargs.get("x")
+    if not isinstance(pixels, Tensor) or pixels.dim() != 4:
+        return None
+    size = (pixels.shape[-2], pixels.shape[-1])
+    if hasattr(embed, "dynamic_feat_size"):
+        return embed.dynamic_feat_size(size)
+    ratio = embed.feat_ratio(as_scalar=False)
+    down, across = (ratio, ratio) if isinstance(ratio, int) else ratio
+    return size[0] // down, size[1] // across
+
+
+def swap(module: Any, layer: Layer) -> None:
+    class_swap.swap(module, layer, ATTENTION[type(module).__module__, type(module).__name__])
+
+
+__all__ = ["EXACT", "check_swapped", "find", "original_of", "prepare", "serves", "swap", "unswap"]
