@@ -34,19 +34,55 @@ def dinov3(**changes) -> nn.Module:
     return DINOv3ViTModel(DINOv3ViTConfig(**{**SMALL, "intermediate_size": 96, "num_register_tokens": 4, **changes}))
 
 
+def clip(**changes) -> nn.Module:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    return CLIPVisionModel(CLIPVisionConfig(**{**SMALL, "intermediate_size": 96, **changes}))
+
+
+def siglip(**changes) -> nn.Module:
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    return SiglipVisionModel(SiglipVisionConfig(**{**SMALL, "intermediate_size": 96, **changes}))
+
+
+def siglip2(**changes) -> nn.Module:
+    from transformers import Siglip2VisionConfig, Siglip2VisionModel
+
+    sizes = {key: value for key, value in SMALL.items() if key != "image_size"}
+    return Siglip2VisionModel(Siglip2VisionConfig(**{**sizes, "intermediate_size": 96, "num_patches": 64, **changes}))
+
+
+def sam3(**changes) -> nn.Module:
+    """Windowed and global layers, and one image size: its tests are its own."""
+    from transformers import Sam3ViTConfig, Sam3ViTModel
+
+    more = dict(
+        intermediate_size=96,
+        pretrain_image_size=32,
+        window_size=3,
+        global_attn_indexes=[1, 2],
+        layer_scale_init_value=1.0,
+    )
+    return Sam3ViTModel(Sam3ViTConfig(**{**SMALL, **more, **changes}))
+
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit": vit,
     "dinov2": dinov2,
     "dinov2_with_registers": dinov2_with_registers,
     "dinov3": dinov3,
+    "clip": clip,
+    "siglip": siglip,
+    "siglip2": siglip2,
 }
-START = {"vit": 1, "dinov2": 1, "dinov2_with_registers": 5, "dinov3": 5}
+START = {"vit": 1, "dinov2": 1, "dinov2_with_registers": 5, "dinov3": 5, "clip": 1, "siglip": 0, "siglip2": 0}
 
 
 def make(name: str, seed: int = 0, **changes) -> nn.Module:
     """The model in eval mode with redrawn weights: logits of standard deviation 1 and more, checked."""
     torch.manual_seed(seed)
-    model = MODELS[name](**changes).eval()
+    model = {**MODELS, "sam3": sam3}[name](**changes).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.dim() >= 2 and "embeddings" not in parameter_name:
@@ -61,9 +97,16 @@ def image(height: int = 64, width: int = 64, batch: int = 1, seed: int = 1) -> t
 
 
 def features(model: nn.Module, pixels: torch.Tensor, **options) -> torch.Tensor:
-    if type(model).__name__ == "ViTModel" and pixels.shape[-2:] != (64, 64):
+    kind = type(getattr(model, "_orig_mod", model)).__name__  # compiled or not
+    if kind in ("ViTModel", "CLIPVisionModel", "SiglipVisionModel") and pixels.shape[-2:] != (64, 64):
         options["interpolate_pos_encoding"] = True
-    return model(pixels, **options).last_hidden_state
+    if kind == "Siglip2VisionModel":
+        batch, _, height, width = pixels.shape
+        options = {"pixel_attention_mask": None, **options}
+        options["spatial_shapes"] = torch.tensor([[height // 8, width // 8]] * batch)
+        pixels = nn.functional.unfold(pixels, 8, stride=8).transpose(1, 2)  # (B, patches, channels * 8 * 8)
+    out = model(pixels, **options)
+    return out if isinstance(out, torch.Tensor) else out.last_hidden_state
 
 
 def attention_logits(model: nn.Module, pixels: torch.Tensor) -> list[torch.Tensor]:

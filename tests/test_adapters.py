@@ -154,7 +154,8 @@ class TestEveryFamily:
         model, pixels = make(name), image()
         bsa.sparsify_(model, sparse_plan(model))
         expected = features(model, pixels)
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        # SigLIP 2's grids are values of a tensor: a graph cannot hold what follows from them.
+        compiled = torch.compile(model, fullgraph=name != "siglip2", backend="aot_eager")
         assert relative(features(compiled, pixels), expected) <= 1e-6
 
     def test_dense_context(self, name):
@@ -309,7 +310,7 @@ def test_unknown_grid_runs_the_original():
     hidden = torch.randn(1, 30, 48)
     expected = model.encoder(hidden).last_hidden_state
     bsa.sparsify_(model, sparse_plan(model))
-    with pytest.warns(UserWarning, match="30 tokens do not fit the grid 0 x 0"):
+    with pytest.warns(UserWarning, match="the grid of this input cannot be told"):
         assert torch.equal(model.encoder(hidden).last_hidden_state, expected)
 
 

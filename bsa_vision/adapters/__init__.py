@@ -31,7 +31,8 @@ from masks import Pattern
 
 ADAPTERS: tuple[ModuleType, ...] = (transformers_vit, timm_vit, sam)
 SUPPORTED = (
-    "timm's ViTs (Attention, AttentionRope, EvaAttention); transformers ViT, DINOv2 (with and without registers) and DINOv3; SAM's image encoder in segment_anything, timm, transformers (SAM, "
+    "timm's ViTs (Attention, AttentionRope, EvaAttention); transformers ViT, DINOv2 (with and without registers), DINOv3, CLIP, SigLIP, SigLIP 2 "
+    "and SAM 3's vision encoder; SAM's image encoder in segment_anything, timm, transformers (SAM, "
     "SAM-HQ, DeepSeek-OCR 2), DeepSeek-OCR's own code and bsa_vision.encoder"
 )
 

@@ -58,9 +58,7 @@ class Tower:
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the patch embedding: remember the grid of the image that comes in."""
         grid = self.grid_of(module, args, kwargs) if self.grid_of else self._grid_of_pixels(args, kwargs)
-        if grid is None:
-            return
-        height, width = grid
+        height, width = grid or (0, 0)  # (0, 0): cannot be told; not that of the image before
         if torch.compiler.is_compiling():
             self.grid = (height, width)
             return
@@ -125,8 +123,12 @@ class Layer:
 
     def wrong_grid(self, tokens: int) -> str | None:
         """Why `tokens` do not fit the image seen last, or None when they do."""
+        if self.spec.window:
+            return None  # dense, whatever the image
         height, width = self.tower.current_grid(tokens)
         spec = self.tower.spec
+        if (height, width) == (0, 0):
+            return "the grid of this input cannot be told"
         if tokens == spec.start + height * width + spec.end:
             return None
         return f"{tokens} tokens do not fit the grid {height} x {width} with {spec.start} + {spec.end} special tokens"

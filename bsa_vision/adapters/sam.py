@@ -139,7 +139,7 @@ def _found(model: nn.Module, root: str, attention: list[tuple[str, nn.Module]]) 
         grid,
         patch,
         start=int(getattr(encoder, "num_special", 0)),
-        **outside_weights(encoder, blocks),  # type: ignore[arg-type]
+        **outside_weights(encoder, blocks, encoder.patch_embed),  # type: ignore[arg-type]
     )
     return Found(spec, tuple(module for _, module in attention), encoder.patch_embed)
 

@@ -127,7 +127,7 @@ def _found(model: nn.Module, root: str, attention: list[tuple[str, nn.Module]]) 
         grid=tuple(embed.grid_size),
         patch_size=(ratio, ratio) if isinstance(ratio, int) else tuple(ratio),
         start=encoder.num_prefix_tokens,
-        **outside_weights(encoder, blocks),  # type: ignore[arg-type]
+        **outside_weights(encoder, blocks, embed),  # type: ignore[arg-type]
     )
     return Found(spec, tuple(module for _, module in attention), embed, grid_of)
 

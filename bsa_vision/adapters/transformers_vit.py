@@ -1,4 +1,4 @@
-"""Hugging Face transformers: ViT, DINOv2 (with and without registers), DINOv3, through its AttentionInterface.
+"""Hugging Face transformers: ViT, DINOv2, DINOv3, CLIP, SigLIP, SigLIP 2 and SAM 3's vision encoder, through its AttentionInterface.
 
 These models look their attention function up by a name in their config. A swapped layer gets a copy of its config with our
 name in it; the model's own config, its other layers and its parameters stay as they are.
@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from typing import Any
+from math import isqrt
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from bsa_vision.adapters.layer import ATTRIBUTE, Found, Layer, layer_of
+from bsa_vision.adapters.layer import ATTRIBUTE, Found, GridOf, Layer, layer_of
 from bsa_vision.adapters.weights import block_weights, outside_weights
 from bsa_vision.model_spec import LayerSpec, ModelSpec
 
@@ -21,17 +22,47 @@ EXACT = False  # a layer without sparse heads runs its original attention
 NAME = "bsa_vision"  # transformers reads meaning into names that contain "sdpa" or "flash"
 IMPLEMENTATION = "_attn_implementation_internal"
 
-# module and class of the attention -> family
+
+class Kind(NamedTuple):
+    """A family of models: what plans call it, where its patches are made, and how many special tokens come first."""
+
+    family: str
+    embeddings: str
+    start: Callable[[Any], int]  # of its config
+    grid_of: GridOf | None = None  # where pixels alone do not tell
+
+
+def cls_and_registers(config: Any) -> int:
+    return 1 + getattr(config, "num_register_tokens", 0)
+
+
+def none(config: Any) -> int:
+    return 0
+
+
+def grid_of_patches(embeddings: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    """SigLIP 2 is given patches, and the grid of each image beside them; one grid for the batch is what we can use."""
+    shapes = args[1] if len(args) > 1 else kwargs.get("spatial_shapes")
+    if shapes is None or bool((shapes != shapes[:1]).any()):
+        return None
+    height, width = shapes[0].tolist()
+    return height, width
+
+
+# module and class of the attention -> kind
 ATTENTION = {
-    ("transformers.models.vit.modeling_vit", "ViTAttention"): "vit",
-    ("transformers.models.dinov2.modeling_dinov2", "Dinov2Attention"): "dinov2",
-    (
-        "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers",
-        "Dinov2WithRegistersAttention",
-    ): "dinov2",
-    ("transformers.models.dinov3_vit.modeling_dinov3_vit", "DINOv3ViTAttention"): "dinov3",
+    ("vit.modeling_vit", "ViTAttention"): Kind("vit", "ViTEmbeddings", cls_and_registers),
+    ("dinov2.modeling_dinov2", "Dinov2Attention"): Kind("dinov2", "Dinov2Embeddings", cls_and_registers),
+    ("dinov2_with_registers.modeling_dinov2_with_registers", "Dinov2WithRegistersAttention"): Kind(
+        "dinov2", "Dinov2WithRegistersEmbeddings", cls_and_registers
+    ),
+    ("dinov3_vit.modeling_dinov3_vit", "DINOv3ViTAttention"): Kind("dinov3", "DINOv3ViTEmbeddings", cls_and_registers),
+    ("clip.modeling_clip", "CLIPAttention"): Kind("clip", "CLIPVisionEmbeddings", cls_and_registers),
+    ("siglip.modeling_siglip", "SiglipAttention"): Kind("siglip", "SiglipVisionEmbeddings", none),
+    ("siglip2.modeling_siglip2", "Siglip2Attention"): Kind("siglip2", "Siglip2VisionEmbeddings", none, grid_of_patches),
+    ("sam3.modeling_sam3", "Sam3ViTRoPEAttention"): Kind("sam3", "Sam3ViTEmbeddings", none),
 }
-EMBEDDINGS = {"ViTEmbeddings", "Dinov2Embeddings", "Dinov2WithRegistersEmbeddings", "DINOv3ViTEmbeddings"}
+EMBEDDINGS = {kind.embeddings for kind in ATTENTION.values()}
 
 
 def find(model: nn.Module) -> list[Found]:
@@ -46,36 +77,46 @@ def find(model: nn.Module) -> list[Found]:
     for path, embedding in embeddings:
         root = path.rpartition(".")[0]
         inside = [(name, module) for name, module in attention if not root or name.startswith(root + ".")]
+        inside = [(name, module) for name, module in inside if _kind(module).embeddings == type(embedding).__name__]
         if inside:
-            found.append(Found(_spec(model, root, inside), tuple(module for _, module in inside), embedding))
+            spec, grid_of = _spec(model, root, inside, embedding), _kind(inside[0][1]).grid_of
+            found.append(Found(spec, tuple(module for _, module in inside), embedding, grid_of))
     return found
 
 
 def serves(module: nn.Module) -> bool:
     """Whether this adapter knows the class of an attention module."""
-    return _kind(module) in ATTENTION
+    return _name(module) in ATTENTION
 
 
-def _kind(module: nn.Module) -> tuple[str, str]:
-    return type(module).__module__, type(module).__name__
+def _name(module: nn.Module) -> tuple[str, str]:
+    return type(module).__module__.removeprefix("transformers.models."), type(module).__name__
 
 
-def _spec(model: nn.Module, root: str, attention: list[tuple[str, nn.Module]]) -> ModelSpec:
+def _kind(module: nn.Module) -> Kind:
+    return ATTENTION[_name(module)]
+
+
+def _spec(model: nn.Module, root: str, attention: list[tuple[str, nn.Module]], embedding: nn.Module) -> ModelSpec:
     config: Any = attention[0][1].config
-    patch_size, image_size = _pair(config.patch_size), _pair(config.image_size)
-    heads = config.num_attention_heads
-    blocks = [model.get_submodule(name.rpartition(".")[0]) for name, _ in attention]
-    layers = [
-        LayerSpec(name, index, heads, int(module.head_dim), **block_weights(block, module))  # type: ignore[arg-type]
-        for index, ((name, module), block) in enumerate(zip(attention, blocks, strict=True))
-    ]
+    kind, patch_size = _kind(attention[0][1]), _pair(config.patch_size)
+    blocks: list[Any] = [model.get_submodule(name.rpartition(".")[0]) for name, _ in attention]
+    layers = []
+    for index, ((name, module), block) in enumerate(zip(attention, blocks, strict=True)):
+        options = dict(window=getattr(block, "window_size", 0), **block_weights(block, module))
+        layers.append(LayerSpec(name, index, config.num_attention_heads, int(module.head_dim), **options))  # type: ignore
+    if hasattr(config, "image_size"):
+        image_size = _pair(config.image_size)
+        grid = (image_size[0] // patch_size[0], image_size[1] // patch_size[1])
+    else:  # SigLIP 2: positions for so many patches, resized to any grid
+        grid = (isqrt(config.num_patches),) * 2
     return ModelSpec(
-        family=ATTENTION[_kind(attention[0][1])],
+        family=kind.family,
         layers=tuple(layers),
-        grid=(image_size[0] // patch_size[0], image_size[1] // patch_size[1]),
+        grid=grid,
         patch_size=patch_size,
-        start=1 + getattr(config, "num_register_tokens", 0),
-        **outside_weights(model.get_submodule(root), blocks),  # type: ignore[arg-type]
+        start=kind.start(config),
+        **outside_weights(model.get_submodule(root), blocks, embedding),  # type: ignore[arg-type]
     )
 
 
@@ -127,7 +168,8 @@ def attention(
     if reason is not None or layer.runs_original():
         name = getattr(layer.original, IMPLEMENTATION)
         return _original(name, module)(module, query, key, value, attention_mask, **kwargs)
-    out = layer.attend(query, key, value, kwargs.get("scaling"), kwargs.get("dropout") or 0.0)
+    grid = layer.grid_of(layer.tower.current_grid(query.shape[2]))
+    out = layer.attend(query, key, value, kwargs.get("scaling"), kwargs.get("dropout") or 0.0, grid=grid)
     return out.transpose(1, 2), None
 
 

@@ -13,21 +13,30 @@ def block_weights(block: nn.Module, attention: nn.Module) -> dict[str, int]:
     return {"attention_weights": inside, "mlp_weights": everywhere - inside}
 
 
-def outside_weights(encoder: nn.Module, blocks: Iterable[nn.Module]) -> dict[str, float]:
+def outside_weights(encoder: nn.Module, blocks: Iterable[nn.Module], embeddings: nn.Module) -> dict[str, float]:
     """Elements of the layers of an encoder that lie in none of its blocks: the two fields of a `ModelSpec`.
 
-    The first convolution makes the patches; strides after it make the grid coarser.
+    What `embeddings` holds makes the patches. Convolutions after it work on all of them, strides make the grid coarser; linear layers after
+    it work once per image, but for the keys and values of a pooling head.
     """
     inside = {module for block in blocks for module in block.modules()}
-    per_patch, per_image, positions = 0.0, 0, None
-    for module in encoder.modules():
+    making = set(embeddings.modules())
+    per_patch, per_image, positions = 0.0, 0, 1.0
+    for name, module in encoder.named_modules():
         if module in inside:
             continue
         if isinstance(module, nn.Conv2d):
-            positions = 1.0 if positions is None else positions / (module.stride[0] * module.stride[1])
+            positions /= 1 if module in making else module.stride[0] * module.stride[1]
             per_patch += module.weight.numel() * positions
+        elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            per_patch += module.in_proj_weight.numel() * 2 / 3
+            per_image += module.in_proj_weight.numel() // 3
         elif isinstance(module, nn.Linear):
-            per_image += module.weight.numel()
+            weights = module.weight.numel()
+            if module in making or name.endswith(".kv"):
+                per_patch += weights
+            else:
+                per_image += weights
     return {"patch_weights": per_patch, "image_weights": per_image}
 
 
