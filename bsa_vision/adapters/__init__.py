@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from bsa_vision.adapters import sam, timm_vit, transformers_vit
+from bsa_vision.adapters import sam, timm_vit, torchvision_vit, transformers_vit
 from bsa_vision.adapters.layer import Found, Layer, Tower, layer_of, layers_of
 from bsa_vision.adapters.left_dense import LeftDense, left_dense
 from bsa_vision.adapters.report import LayerReport, ModelReport, probe_problem, report_layer
@@ -29,9 +29,9 @@ from bsa_vision.plan import PatternLike, SparsityPlan
 from bsa_vision.prompts import Prompts
 from masks import Pattern
 
-ADAPTERS: tuple[ModuleType, ...] = (transformers_vit, timm_vit, sam)
+ADAPTERS: tuple[ModuleType, ...] = (transformers_vit, timm_vit, torchvision_vit, sam)
 SUPPORTED = (
-    "timm's ViTs (Attention, AttentionRope, EvaAttention); transformers ViT, DINOv2 (with and without registers), DINOv3, CLIP, SigLIP, SigLIP 2 "
+    "timm's ViTs (Attention, AttentionRope, EvaAttention); torchvision's ViT; transformers ViT, DINOv2 (with and without registers), DINOv3, CLIP, SigLIP, SigLIP 2 "
     "and SAM 3's vision encoder; SAM's image encoder in segment_anything, timm, transformers (SAM, "
     "SAM-HQ, DeepSeek-OCR 2), DeepSeek-OCR's own code and bsa_vision.encoder"
 )

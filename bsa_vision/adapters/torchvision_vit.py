@@ -1,0 +1,98 @@
+"""torchvision's VisionTransformer, whose attention is `nn.MultiheadAttention`: without gradients that calls no attention of torch's at all.
+
+A swapped module projects with its own weights and attends here; what it does not do (masks, weights, cross attention) the original does.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bsa_vision.adapters import class_swap
+from bsa_vision.adapters.class_swap import Swapped, check_swapped, original_of, prepare, unswap
+from bsa_vision.adapters.layer import Found, Layer, layer_of
+from bsa_vision.adapters.weights import outside_weights
+from bsa_vision.model_spec import LayerSpec, ModelSpec
+
+EXACT = False  # a layer without sparse heads runs its original attention
+
+ENCODER = ("torchvision.models.vision_transformer", "VisionTransformer")
+
+
+class SparseMultiheadAttention(Swapped):
+    """(B, N, C) three times over -> ((B, N, C), attention weights or None)."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        layer = layer_of(self)
+        assert layer is not None
+        if not layer.runs_original():
+            reason = _unsupported(self, layer, query, key, value, args, kwargs)
+            if reason is None:
+                return _attend(self, layer, query), None
+            layer.fall_back(reason)
+        return super().forward(query, key, value, *args, **kwargs)
+
+
+def _unsupported(
+    module: Any, layer: Layer, query: Tensor, key: Tensor, value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
+    names = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
+    asked = {**dict(zip(names, args, strict=False)), **kwargs}
+    if asked.get("key_padding_mask") is not None or asked.get("attn_mask") is not None:
+        return "an attention mask was passed"
+    if asked.get("is_causal"):
+        return "causal attention was asked for"
+    if asked.get("need_weights", True):
+        return "attention weights were asked for"
+    if not (query is key and key is value):
+        return "keys are not the queries' own"
+    return layer.wrong_grid(query.shape[1])
+
+
+def _attend(module: Any, layer: Layer, x: Tensor) -> Tensor:
+    qkv = F.linear(x, module.in_proj_weight, module.in_proj_bias)  # (B, N, 3 * C)
+    q, k, v = qkv.unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
+    out = layer.attend(q, k, v, None, module.dropout if module.training else 0.0)
+    return module.out_proj(out.transpose(1, 2).flatten(2))
+
+
+def serves(module: nn.Module) -> bool:
+    """Whether this is a swapped module of this adapter; others are served as part of their encoder only."""
+    return isinstance(module, Swapped) and class_swap.mixin_of(module) is SparseMultiheadAttention
+
+
+def find(model: nn.Module) -> list[Found]:
+    """The encoders of this family in `model`: `nn.MultiheadAttention` is served inside torchvision's ViT and nowhere else."""
+    return [
+        _found(name, encoder)
+        for name, encoder in model.named_modules()
+        if (type(encoder).__module__, type(encoder).__name__) == ENCODER
+    ]
+
+
+def _found(root: str, encoder: Any) -> Found:
+    layers, modules = [], []
+    blocks = list(encoder.encoder.layers.named_children())
+    for index, (name, block) in enumerate(blocks):
+        attention = cast(nn.MultiheadAttention, block.self_attention)
+        path = ".".join(part for part in (root, "encoder.layers", name, "self_attention") if part)
+        weights = cast(Tensor, attention.in_proj_weight).numel() + attention.out_proj.weight.numel()
+        mlp = sum(inner.weight.numel() for inner in block.mlp.modules() if isinstance(inner, nn.Linear))
+        heads = attention.num_heads
+        layers.append(LayerSpec(path, index, heads, attention.head_dim, attention_weights=weights, mlp_weights=mlp))
+        modules.append(attention)
+    side, patch = encoder.image_size // encoder.patch_size, encoder.patch_size
+    outside: dict[str, Any] = outside_weights(encoder, [block for _, block in blocks], encoder.conv_proj)
+    spec = ModelSpec("vit", tuple(layers), (side, side), (patch, patch), start=1, **outside)
+    return Found(spec, tuple(modules), encoder.conv_proj)
+
+
+def swap(module: Any, layer: Layer) -> None:
+    class_swap.swap(module, layer, SparseMultiheadAttention)
+
+
+__all__ = ["EXACT", "check_swapped", "find", "original_of", "prepare", "serves", "swap", "unswap"]
