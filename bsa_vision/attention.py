@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bsa_vision.arguments import check_fit, check_head_masks, check_numbers, check_tensors, check_varlen
 from bsa_vision.backends import Problem, Result, choose
@@ -157,6 +158,8 @@ def _run(
             return_probs=return_probs,
         )
         backend = choose(problem, backend)
+        if backend not in ("reference", "sdpa"):
+            _refuse_forward_mode(backend, q, k, v)
         if backend != "gather":
             return attend(problem, backend)
         source = masks
@@ -168,6 +171,15 @@ def _run(
     numbers = (handle, *grid, *longest, scale, is_causal, exact_streaming, dropout_p, return_lse)
     out, lse = attention_op(q, k, v, rel_h, rel_w, *cu_seqlens, *raw, seed, *numbers, backend)
     return Result(out, lse)
+
+
+def _refuse_forward_mode(backend: str, *tensors: Tensor) -> None:
+    """Forward-mode differentiation would take the operator for a constant, without a word."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(
+            f"forward-mode differentiation (jvp) does not reach through {backend!r}: use reverse mode, or backend='reference' or 'sdpa', "
+            "which torch differentiates either way."
+        )
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -16,8 +16,9 @@ from bsa_vision.model_spec import LayerSpec, ModelSpec
 class LayerCost:
     """One layer, for one image; every head dense.
 
+    is_global  whether attention is across the image, not within windows
     tokens   that attend to one another: of the image, or of one window, padding included
-    windows  per image, 1 = attention is global
+    windows  per image
     products FLOPs of queries times keys and of weights times values: what block sparsity can skip
     rel_pos  FLOPs of the factored relative position
     linear   FLOPs of the projections and of the MLP
@@ -27,6 +28,7 @@ class LayerCost:
 
     key: str
     name: str
+    is_global: bool
     tokens: int
     windows: int
     products: int
@@ -38,10 +40,6 @@ class LayerCost:
     @property
     def flops(self) -> int:
         return self.products + self.rel_pos + self.linear
-
-    @property
-    def is_global(self) -> bool:
-        return self.windows == 1
 
 
 @dataclass(frozen=True)
@@ -133,6 +131,7 @@ def _layer(layer: LayerSpec, spec: ModelSpec, element_size: int) -> LayerCost:
     return LayerCost(
         key=layer.key,
         name=layer.name,
+        is_global=not layer.window,
         tokens=tokens,
         windows=windows,
         products=4 * vectors * tokens * layer.head_dim,

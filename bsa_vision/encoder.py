@@ -23,10 +23,12 @@ from torch.utils.checkpoint import checkpoint
 
 from bsa_vision.adapters import dense_plan, sparsify_, uniform_plan
 from bsa_vision.attention import attend_masks
+from bsa_vision.errors import PlanError
 from bsa_vision.head_masks import DENSE, Handled, HeadMasks
 from bsa_vision.plan import PatternLike, SparsityPlan
 from bsa_vision.rel_pos import RelPos, decompose, resize_table
 from masks import TokenLayout
+from masks.layout import whole_number, whole_pair
 
 Grid = tuple[int, int]
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -71,15 +73,22 @@ def create_encoder(
 
     Raises ValueError for sizes that do not fit together, PlanError for patterns that do not fit the encoder.
     """
-    indexes = tuple(range(depth)) if global_attn_indexes is None else tuple(global_attn_indexes)
+    least = dict(depth=1, dim=1, heads=1, patch_size=1, in_channels=1, window_size=0, num_special=0)
+    given = dict(depth=depth, dim=dim, heads=heads, patch_size=patch_size, in_channels=in_channels)
+    given |= dict(window_size=window_size, num_special=num_special)
+    sizes = {name: whole_number(name, value, least[name]) for name, value in given.items()}
+    depth, dim, heads, window_size = (sizes[name] for name in ("depth", "dim", "heads", "window_size"))
+    if out_channels is not None:
+        out_channels = whole_number("out_channels", out_channels, 1)
+    pixels = image_size if isinstance(image_size, Sequence) else (image_size, image_size)
     encoder = ImageEncoder(
         depth,
         dim,
         heads,
-        indexes,
+        _indexes(global_attn_indexes, depth),
         window_size,
         rel_pos=rel_pos,
-        image_size=(image_size, image_size) if isinstance(image_size, int) else image_size,
+        image_size=whole_pair("image_size", pixels, 1),
         patch_size=patch_size,
         in_channels=in_channels,
         out_channels=out_channels,
@@ -94,8 +103,12 @@ def create_encoder(
     elif isinstance(patterns, Mapping):
         plan = dense_plan(encoder)
         for layer, chosen in patterns.items():
-            per_head = enumerate(chosen) if isinstance(chosen, (list, tuple)) else [(None, chosen)]
-            for head, pattern in per_head:
+            per_head = chosen if isinstance(chosen, (list, tuple)) else [chosen] * heads
+            if len(per_head) != heads:
+                raise PlanError(
+                    f"patterns[{layer}] has {len(per_head)} entries, the encoder {heads} heads: give one pattern per head, or one for all."
+                )
+            for head, pattern in enumerate(per_head):
                 plan = plan.replace(layers=layer, heads=head, pattern=pattern)
     else:
         plan = uniform_plan(encoder, patterns)
@@ -180,9 +193,15 @@ class ImageEncoder(nn.Module):
         """
         state = dict(source) if isinstance(source, Mapping) else _read(Path(source))
         prefix = "image_encoder."
-        if any(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if any(str(key).startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): x for key, x in state.items() if str(key).startswith(prefix)}
         own = self.state_dict()
+        strange = [str(key) for key, value in state.items() if not _is_plain(value)]
+        if strange:
+            raise ValueError(
+                f"this checkpoint holds {_some(strange)}: every value must be a dense tensor of floating-point numbers, with its data; "
+                "convert them, or pass the state dict of the model."
+            )
         wrong = {
             "missing": [key for key in own if key not in state],
             "unexpected": [key for key in state if key not in own],
@@ -251,6 +270,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, grid: Grid, rel_pos: bool) -> None:
         super().__init__()
         self.num_heads, head_dim = heads, dim // heads
+        self.scale = head_dim**-0.5
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.use_rel_pos = rel_pos
@@ -340,25 +360,28 @@ def _check_sizes(
     image_size: Grid,
     patch_size: int,
 ) -> None:
-    for name, value in (("depth", depth), ("dim", dim), ("heads", heads), ("patch_size", patch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: expected a whole number of at least 1; give {name} as such an int.")
     if dim % heads:
-        raise ValueError(
-            f"dim={dim} with heads={heads}: dim must be a multiple of heads; choose e.g. heads={dim // 64 or 1}."
-        )
-    if any(not 0 <= index < depth for index in global_attn_indexes):
-        raise ValueError(
-            f"global_attn_indexes={tuple(global_attn_indexes)}: the encoder has layers 0 to {depth - 1}; choose among them."
-        )
+        fits = max(count for count in range(1, heads + 1) if dim % count == 0)
+        raise ValueError(f"dim={dim} with heads={heads}: dim must be a multiple of heads; choose e.g. heads={fits}.")
     if len(set(global_attn_indexes)) < depth and window_size < 1:
         raise ValueError(
             f"window_size={window_size} with windowed layers: expected at least 1 patch; give one, or make all layers global."
         )
-    if len(image_size) != 2 or any(side < patch_size or side % patch_size for side in image_size):
+    if any(side % patch_size for side in image_size):
         raise ValueError(
             f"image_size={tuple(image_size)}: both sides must be whole numbers of {patch_size} pixel patches; choose others."
         )
+
+
+def _indexes(given: Iterable[int] | None, depth: int) -> tuple[int, ...]:
+    if given is None:
+        return tuple(range(depth))
+    if not isinstance(given, Iterable) or isinstance(given, str):
+        raise ValueError(f"global_attn_indexes={given!r}: expected layer indices; give a list, [{given}] for one.")
+    indexes = tuple(whole_number("global_attn_indexes", index, 0) for index in given)
+    if any(index >= depth for index in indexes):
+        raise ValueError(f"global_attn_indexes={indexes}: the encoder has layers 0 to {depth - 1}; choose among them.")
+    return indexes
 
 
 def _initialise(module: nn.Module) -> None:
@@ -367,13 +390,18 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+def _is_plain(value: Any) -> bool:
+    floats = isinstance(value, Tensor) and value.is_floating_point()
+    return floats and value.layout == torch.strided and not value.is_meta
+
+
 def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         return load_file(path)
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping):
         raise ValueError(
             f"{path} holds {type(state).__name__}, not a state dict: expected {{name: tensor}}; pass the state dict itself."
         )

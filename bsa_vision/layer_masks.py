@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 from bsa_vision.cache import Cache
 from bsa_vision.head_masks import Handled, HeadMasks
@@ -13,20 +13,43 @@ from bsa_vision.prompts import Prompts
 
 
 class Context:
-    """What dynamic patterns follow, shared by the layers of one encoder: the prompts of the images, or None."""
+    """What the dynamic patterns of one encoder follow. Prompts are entered and left by whoever calls the model, and nobody else sees them."""
 
-    def __init__(self) -> None:
-        self.set(None)
+    @property
+    def entry(self) -> Entry | None:
+        """What was entered last in this thread (or task), and not left yet."""
+        return next((entry for entry in reversed(_open.get()) if self in entry.contexts), None)
 
-    def set(self, prompts: Sequence[Prompts] | None) -> None:
-        self.prompts = None if prompts is None else tuple(prompts)
-        self.masks: Cache[HeadMasks] = Cache(256)  # for as long as these prompts hold
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # a copy made inside `bsa.context` has no prompts
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """The prompts of one `bsa.context`, the encoders they are for, and the masks made for them.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.set(None)
+    each  one for each image of the batch; False: one for all
+    """
+
+    contexts: tuple[Context, ...]
+    prompts: tuple[Prompts, ...]
+    each: bool
+    masks: Cache[HeadMasks] = field(default_factory=lambda: Cache(256))
+
+    def enter(self) -> None:
+        _open.set((*_open.get(), self))
+
+    def leave(self) -> None:
+        # By identity: generators may leave in another order than they entered.
+        _open.set(tuple(entry for entry in _open.get() if entry is not self))
+
+    def check_batch(self, images: int) -> None:
+        if self.each and len(self.prompts) != images:
+            raise ValueError(
+                f"prompts for {len(self.prompts)} images, the batch has {images}: a list has one bsa.Prompts for each image, and a single "
+                "bsa.Prompts serves all; give as many as images."
+            )
+
+
+# Threads start with none, tasks with those of who made them.
+_open: ContextVar[tuple[Entry, ...]] = ContextVar("bsa_vision_prompts", default=())
 
 
 class LayerMasks(Handled):
@@ -50,17 +73,17 @@ class LayerMasks(Handled):
         key, layout = self.layer.key, self.plan.layout(self.spec, (grid[0], grid[1]))
         if not self.is_dynamic:
             return self.plan.compile(key, layout)
-        prompts = self.context.prompts
-        if prompts is None:
+        entry = self.context.entry
+        if entry is None:
             raise ValueError(
                 f"layer {self.layer.name!r} has a pattern that follows prompts, and there are none: run the model inside "
                 "`with bsa.context(model, prompts=...)`, or inside `with bsa.dense(model)`."
             )
-        boxes = [one.on_patches(layout.grid, self.spec.patch_size) for one in prompts]
-        return self.context.masks.get((key, layout), lambda: self.plan.compile(key, layout, boxes))
+        boxes = [one.on_patches(layout.grid, self.spec.patch_size) for one in entry.prompts]
+        return entry.masks.get((self, layout), lambda: self.plan.compile(key, layout, boxes))
 
     def without_prompts(self, grid: tuple[int, int]) -> HeadMasks:
         """As `masks_for`, with those of the moment if there are any, else of an image without: for trying and for reports."""
-        if not self.is_dynamic or self.context.prompts is not None:
+        if not self.is_dynamic or self.context.entry is not None:
             return self.masks_for(grid)
         return self.plan.compile(self.layer.key, self.plan.layout(self.spec, (grid[0], grid[1])))

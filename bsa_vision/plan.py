@@ -120,6 +120,11 @@ class SparsityPlan:
             pattern, params, dense_heads = "dense", {}, 0
         if layers is None and pattern != "dense":
             layers = [layer.key for layer in spec.layers if not layer.window]
+            if not layers:
+                raise PlanError(
+                    f"all {len(spec.layers)} layers of this model attend within windows, which stay dense: a pattern needs a layer that "
+                    "attends to the whole image; this model has nothing to make sparse."
+                )
         plan = plan.replace(layers=layers, heads=range(dense_heads, heads), pattern=pattern, **params)
         plan.check(spec)
         return plan

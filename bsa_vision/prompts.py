@@ -8,6 +8,7 @@ from math import ceil, floor
 from numbers import Real
 from typing import Any
 
+from masks.layout import whole_pair
 from masks.patterns import Box
 
 
@@ -40,7 +41,7 @@ class Prompts:
                     f"box {box} is empty: (x0, y0, x1, y1) with x0 < x1 and y0 < y1 is needed, pixels, x first; order the corners."
                 )
         if self.image_size is not None:
-            height, width = _size(self.image_size)
+            height, width = whole_pair("image_size", _plain(self.image_size), 1)
             object.__setattr__(self, "image_size", (height, width))
             self.check_inside(height, width)
 
@@ -85,12 +86,13 @@ def resized_to_fit(image_size: tuple[int, int], input_size: tuple[int, int]) -> 
 
 def _patches(first: float, last: float, patch: int, count: int) -> tuple[int, int]:
     """The first and last patch, of `count`, that pixels `first` to `last` touch; a border alone is not touched."""
+    first, last = round(first, 6), round(last, 6)  # scaling leaves borders a rounding error beside them
     start = min(floor(first / patch), count - 1)
     return start, min(max(start, ceil(last / patch) - 1), count - 1)
 
 
 def _numbers(name: str, values: Any, length: int, shape: str) -> tuple[tuple[float, ...], ...]:
-    values = values.tolist() if hasattr(values, "tolist") else values  # tensors and arrays
+    values = _plain(values)
     try:
         entries = tuple(tuple(entry) for entry in values)
     except TypeError:
@@ -100,7 +102,5 @@ def _numbers(name: str, values: Any, length: int, shape: str) -> tuple[tuple[flo
     return entries
 
 
-def _size(size: Any) -> tuple[int, int]:
-    if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(isinstance(v, int) and v > 0 for v in size):
-        raise ValueError(f"image_size={size!r}: expected (height, width) in pixels; give two whole numbers.")
-    return size[0], size[1]
+def _plain(values: Any) -> Any:
+    return values.tolist() if hasattr(values, "tolist") else values  # tensors and arrays

@@ -45,6 +45,8 @@ def main() -> None:
     rows, size, sparsity = arguments.only.split(","), arguments.size, arguments.sparsity
     if unknown := set(rows) - set(ROWS):
         parser.error(f"--only {','.join(sorted(unknown))}: rows are {', '.join(ROWS)}")
+    if size < 16 or size % 16:
+        parser.error(f"--size {size}: a multiple of 16 pixels is needed")
     if arguments.memory_of:
         print(json.dumps(peak_memory(arguments.memory_of, size, sparsity)))
         return
@@ -57,7 +59,8 @@ def main() -> None:
             console.print(f"left out: {row}: {type(error).__name__}: {error}", markup=False, soft_wrap=True)
     with Progress(console=console, transient=True) as progress:
         measure(models, arguments, console, progress)
-    console.print(str(bsa.describe(models[rows[-1]])), markup=False, highlight=False, soft_wrap=True)
+    for model in [models[row] for row in rows if row in models and "-" in row][-1:]:
+        console.print(str(bsa.describe(model)), markup=False, highlight=False, soft_wrap=True)
 
 
 def measure(models: dict[str, nn.Module], arguments: argparse.Namespace, console: Console, progress: Progress) -> None:

@@ -683,6 +683,31 @@ def test_backend_table_is_what_the_docs_say():
     assert masks is bsa.masks
 
 
+class TestForwardMode:
+    """The operator has no forward-mode derivative, and torch would take it for a constant."""
+
+    def function(self, backend):
+        q = torch.randn(1, 2, 16, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        hm = bsa.HeadMasks(None, [0, 0])
+        return lambda scale: bsa.sparse_attention(q * scale, q, q, hm, backend=backend).square().sum()
+
+    def test_is_refused_and_not_zero(self):
+        one = torch.ones((), dtype=torch.float64)
+        with pytest.raises(
+            RuntimeError,
+            match=r"forward-mode differentiation \(jvp\) does not reach through 'gather'.*backend='reference'",
+        ):
+            torch.func.jvp(self.function("gather"), (one,), (one,))
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+            self.function("gather")(torch.autograd.forward_ad.make_dual(one, one))
+
+    def test_works_where_torch_differentiates(self):
+        one = torch.ones((), dtype=torch.float64)
+        _, slope = torch.func.jvp(self.function("reference"), (one,), (one,))
+        f = self.function("gather")
+        assert slope == pytest.approx(((f(one + 1e-5) - f(one - 1e-5)) / 2e-5).item(), rel=1e-6)
+
+
 def test_rel_pos_without_a_layout_is_refused_below_the_checks_as_well():
     """`attend_masks` checks nothing; the compiled loop would read the places of keys through a null pointer."""
     q = torch.randn(1, 2, 16, 8)

@@ -97,6 +97,14 @@ def test_by_hand():
     assert cost.share(["self.0", "self.1"]) == pytest.approx((whole.products + windowed.products) / cost.flops)
 
 
+def test_a_window_as_large_as_the_image_is_a_window():
+    model = create_encoder(4, 32, 2, (1, 3), 14, image_size=224)
+    cost = bsa.cost(bsa.inspect(model))
+    assert [layer.is_global for layer in cost.layers] == [False, True, False, True]
+    assert cost.ceiling() == cost.ceiling(["self.1", "self.3"]) < cost.ceiling([layer.key for layer in cost.layers])
+    assert "in the global layers" in cost.sentence
+
+
 def test_larger_images_and_half_precision():
     model = create_encoder(2, 8, 2, (1,), 3, image_size=16, patch_size=4)
     small, large = (bsa.cost(bsa.inspect(model, size), element_size=2) for size in (16, 32))

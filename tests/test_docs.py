@@ -41,6 +41,9 @@ def test_the_table_of_sam():
         sizes = {"deepseek-ocr": "square"}.get(name, "any") if name in ANY_SIZE else "its own error"
         assert row["other sizes"] == sizes
         assert row["SAM's weights"] == ("has none" if "rope" in name or "qk-norm" in name else "1e-5")
+        cells = {"exact": "1e-5", "without the relative term": "fails", "keys": "same", "restored": "bit-exact"}
+        cells |= {"compiled": "one graph", "gradients": "1e-4", "sparse": "1e-5"}
+        assert {column: row[column] for column in cells} == cells
     for column, test in COLUMNS.items():
         assert {"name", "model"} & set(inspect.signature(test).parameters), column
 

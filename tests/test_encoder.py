@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -67,6 +68,27 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match=message):
             ours.load_checkpoint(state)
         assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            np.zeros((1, 12, 12, 32)),
+            torch.zeros(1, 12, 12, 32, device="meta"),
+            torch.zeros(1, 12, 12, 32).to_sparse(),
+            torch.zeros(1, 12, 12, 32, dtype=torch.complex64),
+            torch.zeros(1, 12, 12, 32, dtype=torch.int8),
+            [1.0],
+        ],
+        ids=["array", "meta", "sparse", "complex", "int8", "list"],
+    )
+    def test_values_that_would_load_by_half(self, value):
+        ours, state = make("bsa_vision.encoder"), make("segment_anything", seed=1).state_dict()
+        before = copy.deepcopy(ours.state_dict())
+        with pytest.raises(
+            ValueError, match=r"holds pos_embed: every value must be a dense tensor of floating-point numbers"
+        ):
+            ours.load_checkpoint({**state, "pos_embed": value})
+        assert all(torch.equal(tensor, before[key]) for key, tensor in ours.state_dict().items())
 
     def test_a_file_that_is_no_state_dict(self, tmp_path):
         torch.save([torch.ones(1)], tmp_path / "list.pth")
@@ -141,6 +163,11 @@ class TestPatterns:
             own(patterns={0: "axial"})
         with pytest.raises(bsa.PlanError, match="pattern 'sideways' is unknown"):
             own(patterns="sideways")
+        for few in (["local_window"], []):
+            with pytest.raises(bsa.PlanError, match=rf"patterns\[1\] has {len(few)} entries, the encoder 2 heads"):
+                own(patterns={1: few})
+        with pytest.raises(bsa.PlanError, match="all 2 layers of this model attend within windows"):
+            create_encoder(2, 32, 2, (), 4, patterns="axial")
 
 
 class TestTraining:
@@ -242,7 +269,16 @@ class TestViT:
     ("make_it", "message"),
     [
         (lambda: own(depth=0), r"depth=0: expected a whole number of at least 1"),
-        (lambda: create_encoder(2, 30, 4), r"dim=30 with heads=4: dim must be a multiple of heads"),
+        (
+            lambda: create_encoder(2, 30, 4),
+            r"dim=30 with heads=4: dim must be a multiple of heads; choose e\.g\. heads=3",
+        ),
+        (lambda: create_encoder(2.0, 32, 2), r"depth=2\.0: expected a whole number"),
+        (lambda: create_encoder(2, 32, 2, 1), r"global_attn_indexes=1: expected layer indices; give a list, \[1\]"),
+        (lambda: create_encoder(2, 32, 2, (1,), 2.5), r"window_size=2\.5: expected a whole number"),
+        (lambda: create_encoder(2, 32, 2, out_channels=0), r"out_channels=0: expected a whole number of at least 1"),
+        (lambda: create_encoder(2, 32, 2, num_special=-1), r"num_special=-1: expected a whole number"),
+        (lambda: create_encoder(2, 32, 2, image_size=96.0), r"image_size\[0\]=96\.0: expected a whole number"),
         (lambda: create_encoder(2, 32, 2, (2,)), r"global_attn_indexes=\(2,\): the encoder has layers 0 to 1"),
         (lambda: create_encoder(2, 32, 2, (1,), 0), r"window_size=0 with windowed layers: expected at least 1 patch"),
         (lambda: own(size=100), r"image_size=\(100, 100\): both sides must be whole numbers of 8 pixel patches"),

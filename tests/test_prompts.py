@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -44,6 +45,7 @@ class TestGeometry:
         x, y = (data.draw(st.floats(0, side, exclude_max=True)) for side in (width, height))
         column, row = theirs.apply_coords(np.array([[x, y]]), (height, width))[0]
         ((top, left, bottom, right),) = bsa.Prompts([(x, y)], image_size=(height, width)).on_patches((64, 64), (16, 16))
+        row, column = round(row, 6), round(column, 6)
         assert (top, left) == (bottom, right) == (min(int(row // 16), 63), min(int(column // 16), 63))
 
     @pytest.mark.parametrize(("height", "width"), [(480, 640), (1500, 700), (333, 1000)])
@@ -70,11 +72,18 @@ class TestGeometry:
         boxes = [(16, 16, 32, 48), (15.9, 16, 32.1, 48)]
         assert bsa.Prompts(boxes=boxes).on_patches((4, 4), (16, 16)) == ((1, 1, 2, 1), (1, 0, 2, 2))
         assert bsa.Prompts(boxes=[(0, 0, 64, 64)]).on_patches((4, 4), (16, 16)) == ((0, 0, 3, 3),)
+        # 369 * 1024 / 492 = 768 exactly, a border; in floating point a little more.
+        scaled = bsa.Prompts(boxes=[(0, 0, 369, 5)], image_size=(247, 492))
+        assert scaled.on_patches((64, 64), (16, 16))[0][3] == 47
 
     def test_inputs_that_are_not_square(self):
         """Resized to fit, padded at the bottom and the right."""
         assert resized_to_fit((100, 400), (512, 1024)) == (256, 1024)
         assert bsa.Prompts([(399, 99)], image_size=(100, 400)).on_patches((32, 64), (16, 16)) == ((15, 63, 15, 63),)
+
+    def test_sizes_as_processors_give_them(self):
+        for size in (torch.tensor([48, 64]), np.array([48, 64]), [48, 64]):
+            assert bsa.Prompts([(3, 4)], image_size=size).image_size == (48, 64)
 
     def test_tensors_and_arrays(self):
         assert bsa.Prompts(torch.tensor([[3, 4]]), np.array([[1, 2, 3, 4]])) == bsa.Prompts([(3, 4)], [(1, 2, 3, 4)])
@@ -94,7 +103,7 @@ class TestGeometry:
             (lambda: bsa.Prompts(boxes=[(5, 2, 3, 4)]), r"box \(5, 2, 3, 4\) is empty: .*order the corners"),
             (lambda: bsa.Prompts((3, 4)), r"points=\(3, 4\): expected a list of \(x, y\) in pixels; wrap"),
             (lambda: bsa.Prompts([(3, 4, 5)]), r"expected a list of \(x, y\) in pixels"),
-            (lambda: bsa.Prompts([(3, 4)], image_size=640), r"image_size=640: expected \(height, width\)"),
+            (lambda: bsa.Prompts([(3, 4)], image_size=640), r"image_size=640: expected a pair"),
         ],
     )
     def test_bad_input(self, make_it, message):
@@ -187,6 +196,65 @@ class TestModels:
         with pytest.raises(ValueError, match="there are none"):
             features(model, image())
 
+    def test_contexts_that_end_out_of_order(self, model):
+        """As generators can that hold one."""
+        first, second = bsa.context(model, prompts=CLICK), bsa.context(model, prompts=OTHER)
+        with torch.no_grad():
+            first.__enter__()
+            second.__enter__()
+            with bsa.context(model, prompts=OTHER):
+                expected = features(model, image())
+            first.__exit__(None, None, None)
+            assert torch.equal(features(model, image()), expected)
+            second.__exit__(None, None, None)
+            with pytest.raises(ValueError, match="there are none"):
+                features(model, image())
+
+    def test_threads_bring_their_own(self, model):
+        """Two threads inside contexts of their own, at the same time, on one model; and a third without."""
+        with torch.no_grad():
+            expected = {}
+            for name, prompts in (("click", CLICK), ("other", OTHER)):
+                with bsa.context(model, prompts=prompts):
+                    expected[name] = features(model, image())
+        both, got, errors = threading.Barrier(2), {}, []
+
+        def run(name, prompts):
+            with torch.no_grad(), bsa.context(model, prompts=prompts):
+                for _ in range(5):
+                    both.wait()
+                    got.setdefault(name, []).append(features(model, image()))
+
+        def without():
+            try:
+                features(model, image())
+            except ValueError as error:
+                errors.append(str(error))
+
+        threads = [threading.Thread(target=run, args=a) for a in (("click", CLICK), ("other", OTHER))]
+        with bsa.context(model, prompts=CLICK):
+            threads.append(threading.Thread(target=without))
+            [thread.start() for thread in threads]
+            [thread.join() for thread in threads]
+        assert all(torch.equal(out, expected[name]) for name, outs in got.items() for out in outs)
+        assert sum(map(len, got.values())) == 10
+        assert len(errors) == 1
+        assert "there are none" in errors[0]
+
+    def test_masks_that_keep_everything_are_counted_as_well(self):
+        model = make("segment_anything")
+        bsa.sparsify_(model, bsa.uniform_plan(model, "prompt_region", radius=100))
+        with (
+            bsa.context(model, prompts=[CLICK, OTHER]),
+            pytest.raises(ValueError, match="prompts for 2 images, the batch has 3"),
+        ):
+            features(model, image(batch=3))
+        with (
+            bsa.context(model, prompts=[CLICK]),
+            pytest.raises(ValueError, match="prompts for 1 images, the batch has 2"),
+        ):
+            features(model, image())
+
     def test_one_prompt_for_all_images_or_one_for_each(self, model):
         with torch.no_grad():
             with bsa.context(model, prompts=CLICK):
@@ -195,7 +263,7 @@ class TestModels:
                 assert relative(features(model, image()), one) < 1e-6
             with (
                 bsa.context(model, prompts=[CLICK, OTHER]),
-                pytest.raises(ValueError, match="masks are for 2 images, the batch has 3"),
+                pytest.raises(ValueError, match="prompts for 2 images, the batch has 3"),
             ):
                 features(model, image(batch=3))
 
@@ -254,7 +322,7 @@ class TestModels:
         empty = bsa.describe(model).layers[1].sparsity
         with bsa.context(model, prompts=OTHER):
             assert bsa.describe(model).layers[1].sparsity < empty
-            copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+            copies = [copy.deepcopy(model), *(pickle.loads(pickle.dumps(model, protocol)) for protocol in (0, 2, 5))]
         for other in copies:
             with pytest.raises(ValueError, match="there are none"):
                 features(other, image())

@@ -358,6 +358,14 @@ class TestOutsideTheContract:
             with pytest.raises(bsa.BackendUnavailable, match="attention weights were asked for"):
                 model(image(), output_attentions=True)
 
+    def test_attention_weights_of_a_compiled_model(self):
+        model = make("transformers sam, eager")
+        bsa.sparsify_(model, bsa.dense_plan(model))
+        with torch.no_grad():
+            torch.compiler.reset()
+            out = torch.compile(model, backend="aot_eager")(image(), output_attentions=True)
+        assert len(out.attentions) == 4
+
     @pytest.mark.parametrize("attention", ["eager", "sdpa"])
     def test_dropout_of_weights_as_the_class_does_it(self, attention):
         """The eager class drops attention weights while training, the SDPA class ignores the setting; so do we."""
@@ -365,6 +373,45 @@ class TestOutsideTheContract:
         bsa.sparsify_(model, bsa.dense_plan(model))
         with torch.no_grad():
             assert torch.equal(features(model, image()), features(model, image())) == (attention == "sdpa")
+
+
+class TestWrappedProjections:
+    """Wrapped as LoRA wraps them, before and after; and quantized."""
+
+    class Wrapped(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.linear, self.down, self.up = linear, nn.Linear(32, 4, bias=False), nn.Linear(4, 96, bias=False)
+
+        def forward(self, x):
+            return self.linear(x) + self.up(self.down(x))
+
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_lora(self, when):
+        model, twin = make("segment_anything"), make("segment_anything")
+        if when == "after":
+            bsa.sparsify_(model, bsa.dense_plan(model))
+        for each in (model, twin):
+            for attention in attention_of(each):
+                torch.manual_seed(0)
+                attention.qkv = self.Wrapped(attention.qkv)
+        if when == "before":
+            bsa.sparsify_(model, bsa.dense_plan(model))
+            assert bsa.cost(bsa.inspect(model)).layers[0].linear > bsa.cost(bsa.inspect(make())).layers[0].linear
+        with torch.no_grad():
+            assert relative(features(model, image()), features(twin, image())) < 1e-5
+
+    def test_quantized(self):
+        model = torch.ao.quantization.quantize_dynamic(make("segment_anything", use_rel_pos=False), {nn.Linear})
+        with torch.no_grad():
+            expected = features(model, image())
+            bsa.sparsify_(model, bsa.dense_plan(model))
+            assert (
+                relative(features(model, image()), expected) < 1e-2
+            )  # quantized anew from activations that differ in the last bit
+        assert (
+            bsa.describe(model).cost.flops == bsa.cost(bsa.inspect(make("segment_anything", use_rel_pos=False))).flops
+        )
 
 
 class TestErrors:
@@ -381,6 +428,34 @@ class TestErrors:
         nn.utils.parametrize.remove_parametrizations(attention, "rel_pos_h")
         bsa.restore_(model)
         assert not layers_of(model)
+
+    def test_a_forward_set_on_the_module(self):
+        """As hooks of accelerate do it: a swapped class would never be asked."""
+        model = make("segment_anything")
+        attention = attention_of(model)[3]
+        attention.forward = lambda x, forward=attention.forward: forward(x)
+        kinds = [type(module) for module in model.modules()]
+        with pytest.raises(
+            ValueError, match=r"blocks\.3\.attn has a forward of its own.*sparsify_ first and wrap after"
+        ):
+            bsa.sparsify_(model, bsa.dense_plan(model))
+        assert [type(module) for module in model.modules()] == kinds
+        del attention.forward
+        bsa.sparsify_(model, bsa.dense_plan(model))
+
+    @pytest.mark.parametrize("name", ["segment_anything", "bsa_vision.encoder"])
+    def test_an_encoder_of_which_a_part_is_wrapped(self, name):
+        model = make(name)
+        model.blocks[1].attn = nn.Sequential(model.blocks[1].attn)
+        with pytest.raises(bsa.PlanError, match=r"attention of blocks 1 of 'blocks' is of another class, or wrapped"):
+            bsa.inspect(model)
+
+    def test_two_encoders_are_described_one_at_a_time(self):
+        model = nn.ModuleDict({"a": make("segment_anything"), "b": make("bsa_vision.encoder")})
+        for encoder in model.values():
+            bsa.sparsify_(encoder, bsa.dense_plan(encoder))
+        with pytest.raises(ValueError, match="several encoders with sparse heads: one at a time"):
+            bsa.describe(model)
 
     @pytest.mark.parametrize("layers", [0, ["self.2"], [0, 1]])
     def test_a_windowed_layer_asked_for(self, layers):

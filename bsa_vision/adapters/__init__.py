@@ -18,12 +18,13 @@ from torch import nn
 from bsa_vision.adapters import sam, timm_vit, torchvision_vit, transformers_vit
 from bsa_vision.adapters.layer import Found, Layer, Tower, layer_of, layers_of
 from bsa_vision.adapters.left_dense import LeftDense, left_dense
-from bsa_vision.adapters.report import LayerReport, ModelReport, probe_problem, report_layer
+from bsa_vision.adapters.report import LayerReport, ModelReport, like_of, probe_problem, report_layer
 from bsa_vision.backends import BACKENDS, choose
 from bsa_vision.cost import cost
 from bsa_vision.errors import PlanError
 from bsa_vision.latency import Latency
 from bsa_vision.latency import latency as latency_here
+from bsa_vision.layer_masks import Entry
 from bsa_vision.model_spec import ModelSpec
 from bsa_vision.plan import PatternLike, SparsityPlan
 from bsa_vision.prompts import Prompts
@@ -116,7 +117,7 @@ def _rehearse(module: nn.Module, layer: Layer) -> None:
     if layer.untouched:
         return
     masks = layer.masks.without_prompts(layer.grid_of(_rehearsal_grid(layer)))
-    choose(probe_problem(layer, masks, next(module.parameters())), layer.tower.backend)
+    choose(probe_problem(layer, masks, like_of(module)), layer.tower.backend)
 
 
 def _rehearsal_grid(layer: Layer) -> tuple[int, int]:
@@ -174,32 +175,31 @@ def dense(model: Model) -> Iterator[Model]:
 def context(model: Model, *, prompts: Prompts | Sequence[Prompts]) -> Iterator[Model]:
     """Inside, patterns that follow prompts (`prompt_region`) follow these: `with bsa.context(model, prompts=...): model(x)`.
 
-    prompts  of the image, or a list, one `Prompts` for each image of the batch
+    prompts  for all images of the batch, or a list, one `Prompts` for each image
 
-    **An embedding made this way belongs to its prompts**: another click needs another embedding. Holds for every thread that uses the
-    model; backward may run outside. Not with gradient checkpointing. ValueError for prompts outside the image, and for a model without
-    such a pattern.
+    **An embedding made this way belongs to its prompts**: another click needs another embedding. Holds for the thread (and the task) that
+    entered it, others bring their own; backward may run outside. Not with gradient checkpointing. ValueError for prompts outside the
+    image, and for a model without such a pattern.
     """
-    given = [prompts] if isinstance(prompts, Prompts) else list(prompts)
+    single = isinstance(prompts, Prompts)
+    given = (prompts,) if single else tuple(prompts) if isinstance(prompts, Sequence) else ()
     if not given or not all(isinstance(one, Prompts) for one in given):
         raise TypeError(
             f"prompts={prompts!r}: expected bsa.Prompts, or a list with one for each image; make them with "
             "bsa.Prompts(points=[(x, y)], image_size=(height, width))."
         )
-    towers = {id(layer.tower): layer.tower for layer in layers_of(model) if layer.masks.is_dynamic}
-    if not towers:
+    contexts = {id(layer.tower): layer.tower.context for layer in layers_of(model) if layer.masks.is_dynamic}
+    if not contexts:
         raise ValueError(
             "no layer of this model has a pattern that follows prompts: sparsify_ it with one, say "
             'bsa.uniform_plan(model, "prompt_region", radius=8).'
         )
-    before = [(tower, tower.context.prompts) for tower in towers.values()]
+    entry = Entry(tuple(contexts.values()), given, each=not single)  # type: ignore[arg-type]
+    entry.enter()
     try:
-        for tower in towers.values():
-            tower.context.set(given)
         yield model
     finally:
-        for tower, earlier in before:
-            tower.context.set(earlier)
+        entry.leave()
 
 
 def describe(
@@ -214,8 +214,12 @@ def describe(
     if not layers:
         raise ValueError("this model has no sparse heads: nothing to describe; sparsify_(model, plan) first.")
     tower = layers[0].tower
+    if any(layer.tower is not tower for layer in layers):
+        raise ValueError(
+            f"{type(model).__name__} holds several encoders with sparse heads: one at a time is described; pass the one you mean."
+        )
     grid = tower.grid if image_size is None and tower.grid != (0, 0) else _sized(tower.spec, image_size).grid
-    like = next(model.parameters())
+    like = like_of(next(module for module in model.modules() if layer_of(module) is layers[0]))
     latency = latency or latency_here(tower.spec.layers[0].head_dim, like.dtype, like.device)
     spec = replace(tower.spec, grid=grid)
     model_cost = cost(spec, element_size=like.element_size())

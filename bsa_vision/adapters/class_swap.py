@@ -56,6 +56,11 @@ def original_of(module: Any) -> Any:
 
 
 def swap(module: Any, layer: Layer, mixin: type) -> None:
+    if "forward" in module.__dict__:
+        raise ValueError(
+            f"{layer.spec.name} has a forward of its own, set on the module by a wrapper: it would go on running dense attention; "
+            "sparsify_ first and wrap after, or unwrap."
+        )
     setattr(module, ATTRIBUTE, layer)
     module.__class__ = _swapped(mixin, layer.original)
 

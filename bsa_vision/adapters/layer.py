@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bsa_vision.attention import attend_masks
-from bsa_vision.errors import BackendUnavailable
+from bsa_vision.errors import BackendUnavailable, PlanError
 from bsa_vision.layer_masks import Context, LayerMasks
 from bsa_vision.model_spec import LayerSpec, ModelSpec
 from bsa_vision.plan import SparsityPlan
@@ -181,11 +181,26 @@ class Layer:
                     "others; train without torch.compile, or run under torch.no_grad()."
                 )
             return
+        entry = self.tower.context.entry
+        if entry is not None:
+            entry.check_batch(q.shape[0])
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 f"layer {self.spec.name!r} follows prompts, and gradient checkpointing runs it again in backward, when there may be others: "
                 "turn checkpointing off."
             )
+
+
+def check_indices(attention: Sequence[tuple[str, nn.Module]]) -> None:
+    """PlanError unless `<encoder>.<blocks>.<index>.attn` are all there: a plan that counts only some would mean others."""
+    indices = [int(name.split(".")[-2]) for name, _ in attention]
+    missing = sorted(set(range(max(indices) + 1)) - set(indices))
+    if missing:
+        blocks = attention[0][0].rpartition(".")[0].rpartition(".")[0]
+        raise PlanError(
+            f"the attention of blocks {', '.join(map(str, missing))} of {blocks!r} is of another class, or wrapped: all of an encoder is "
+            "served, or nothing; unwrap it, or call bsa_vision.sparse_attention from it."
+        )
 
 
 def layer_of(module: nn.Module) -> Layer | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from bsa_vision.adapters.layer import Layer
 from bsa_vision.adapters.left_dense import LeftDense
@@ -133,6 +134,12 @@ class ModelReport:
 
 def _names(layers: list[LayerReport], which: Callable[[LayerReport], bool]) -> str:
     return ", ".join(layer.name for layer in layers if which(layer))
+
+
+def like_of(attention: nn.Module) -> Tensor:
+    """A tensor of the dtype and device that attention computes in; float32 on the CPU where weights are quantized."""
+    floats = (parameter for parameter in attention.parameters() if parameter.is_floating_point())
+    return next(floats, torch.empty(0))
 
 
 def probe_problem(layer: Layer, masks: HeadMasks, like: Tensor) -> Problem:

@@ -12,12 +12,11 @@ import inspect
 import re
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from bsa_vision.adapters import class_swap
 from bsa_vision.adapters.class_swap import Swapped, check_swapped, original_of, prepare, unswap
-from bsa_vision.adapters.layer import Found, Layer, layer_of
+from bsa_vision.adapters.layer import Found, Layer, check_indices, layer_of
 from bsa_vision.adapters.weights import block_weights, outside_weights
 from bsa_vision.model_spec import LayerSpec, ModelSpec
 from bsa_vision.rel_pos import RelPos, decompose, resize_table
@@ -125,11 +124,12 @@ def find(model: nn.Module) -> list[Found]:
 def _found(model: nn.Module, root: str, attention: list[tuple[str, nn.Module]]) -> Found:
     encoder: Any = model.get_submodule(root)
     layers, blocks = [], []
+    check_indices(attention)
     for index, (name, module) in enumerate(attention):
         attn, block = cast(Any, module), cast(Any, model.get_submodule(name.rpartition(".")[0]))
         blocks.append(block)
         heads = getattr(attn, "num_attention_heads", None) or attn.num_heads
-        head_dim = attn.qkv.out_features // 3 // heads
+        head_dim = round(attn.scale**-2)  # whatever the projections are wrapped in
         options = dict(window=block.window_size, rel_pos=bool(attn.use_rel_pos), **block_weights(block, attn))
         layers.append(LayerSpec(name, index, heads, head_dim, **options))
     grid, patch = _grid_and_patch(encoder)
@@ -184,8 +184,6 @@ def _rotate(rope: Any, tokens: Tensor) -> Tensor:
 
 def _weights_are_collected() -> bool:
     """Whether the model was called with output_attentions=True, which transformers serves through hooks."""
-    if torch.compiler.is_compiling():
-        return False
     try:
         from transformers.utils.output_capturing import _active_collector
     except ImportError:  # another version of transformers, which passes output_attentions

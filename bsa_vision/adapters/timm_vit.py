@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bsa_vision.adapters import class_swap
 from bsa_vision.adapters.class_swap import Swapped, check_swapped, original_of, prepare, unswap
 from bsa_vision.adapters.intercept import Interception
-from bsa_vision.adapters.layer import Found, Layer, layer_of
+from bsa_vision.adapters.layer import Found, Layer, check_indices, layer_of
 from bsa_vision.adapters.weights import block_weights, outside_weights
 from bsa_vision.model_spec import LayerSpec, ModelSpec
 
@@ -113,6 +113,7 @@ def find(model: nn.Module) -> list[Found]:
 
 
 def _found(model: nn.Module, root: str, attention: list[tuple[str, nn.Module]]) -> Found:
+    check_indices(attention)
     encoder: Any = model.get_submodule(root)
     blocks = [model.get_submodule(name.rpartition(".")[0]) for name, _ in attention]
     layers = tuple(

@@ -31,8 +31,7 @@ def outside_weights(encoder: nn.Module, blocks: Iterable[nn.Module], embeddings:
         elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
             per_patch += module.in_proj_weight.numel() * 2 / 3
             per_image += module.in_proj_weight.numel() // 3
-        elif isinstance(module, nn.Linear):
-            weights = module.weight.numel()
+        elif weights := _elements(module):
             if module in making or name.endswith(".kv"):
                 per_patch += weights
             else:
@@ -41,4 +40,12 @@ def outside_weights(encoder: nn.Module, blocks: Iterable[nn.Module], embeddings:
 
 
 def _linear(module: nn.Module) -> int:
-    return sum(inner.weight.numel() for inner in module.modules() if isinstance(inner, nn.Linear))
+    return sum(_elements(inner) for inner in module.modules())
+
+
+def _elements(module: nn.Module) -> int:
+    """Of the weight of a linear layer, quantized ones included; 0 for other modules, and for wrappers around a linear layer."""
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    wraps = any(hasattr(inner, "in_features") for inner in module.modules() if inner is not module)
+    is_linear = all(isinstance(size, int) for size in sizes) and not wraps
+    return sizes[0] * sizes[1] if is_linear else 0  # type: ignore[operator]
