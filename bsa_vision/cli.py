@@ -19,6 +19,7 @@ def main(args: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    from bsa_vision import commands
     from bsa_vision.bench.command import app as bench
 
     # A bug should look like one: Python's own traceback, without the values of local variables.
@@ -28,5 +29,7 @@ def main(args: Sequence[str] | None = None) -> None:
     def about() -> None:
         """Vision transformers with block-sparse heads."""
 
+    app.command("doctor")(commands.show_doctor)
+    app.command("masks")(commands.show_masks)
     app.add_typer(bench, name="bench")
     app(args=given, prog_name="bsa-vision", obj=given)

@@ -41,12 +41,14 @@ TABLE = {
         *("masks", "attention", "backends", "cost", "errors", "head_masks", "latency"),
         *("layer_masks", "model_spec", "plan", "prompts", "pruning", "rel_pos"),
     },
-    "encoder": {"masks", "adapters", "attention", "head_masks", "plan", "rel_pos"},
+    "encoder": {"masks", "adapters", "attention", "errors", "head_masks", "plan", "rel_pos"},
     "bench": {
         *("masks", "adapters", "attention", "backends", "errors"),
         *("head_masks", "model_spec", "plan", "rel_pos", "timing"),
     },
-    "cli": {"bench"},
+    "doctor": {"backends", "head_masks"},
+    "commands": {"masks", "bench", "doctor", "viz"},
+    "cli": {"bench", "commands"},
     "__main__": {"cli"},
 }
 THIRD_PARTY = {"torch", "numpy", "einops"}
@@ -55,8 +57,8 @@ LAZY = {  # imported inside the functions that need them, or by modules that onl
     "timm": {"adapters"},
     "safetensors": {"encoder"},
     "matplotlib": {"viz", "bench"},
-    "rich": {"bench", "cli"},
-    "typer": {"bench", "cli"},
+    "rich": {"bench", "cli", "commands"},
+    "typer": {"bench", "cli", "commands"},
 }
 
 

@@ -13,6 +13,7 @@ import torch
 from bsa_vision.bench.case import DTYPES, Case
 from bsa_vision.bench.ways import WAYS
 from masks import PATTERNS, Pattern
+from masks.patterns import GIVEN
 
 Value = TypeVar("Value")
 SHORT = {"random": "random_blocks", "local": "local_window"}
@@ -113,7 +114,7 @@ def pattern(text: str) -> Pattern:
             f"--pattern {text!r}: allowed are {', '.join([*SHORT, *PATTERNS])}; choose one, with parameters as in local:8 or "
             "window:14:shift=7."
         )
-    allowed = [p for p in inspect.signature(PATTERNS[name]).parameters if p not in ("layout", "stream")]
+    allowed = [p for p in inspect.signature(PATTERNS[name]).parameters if p not in GIVEN]
     given: dict[str, Any] = {}
     for place, argument in enumerate(arguments):
         key, equals, value = argument.rpartition("=")

@@ -1,0 +1,105 @@
+"""`bsa-vision doctor` and `bsa-vision masks`: what is typed, and how it is shown. Needs typer and rich."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bsa_vision.bench import parse
+from bsa_vision.doctor import BROKEN, OK, doctor
+from masks import TokenLayout, draw
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Data instead of a table.")]
+SOMETHING_WRONG, WRONG_USAGE = 1, 2
+
+
+def show_doctor(as_json: JsonFlag = False) -> None:
+    """What is here and what works: machine, backends, libraries. Exit code 1 where an installed library is broken."""
+    found = doctor()
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in found], indent=2))
+    else:
+        console = Console()
+        table = Table("", "", "state", "", title="bsa-vision doctor", title_justify="left")
+        for finding in found:
+            style = {OK: "green", BROKEN: "bold red"}.get(finding.state, "")
+            table.add_row(
+                finding.kind, finding.name, f"[{style}]{finding.state}[/]" if style else finding.state, finding.detail
+            )
+        console.print(table)
+        for finding in found:
+            if finding.is_wrong:
+                console.print(
+                    f"{finding.name} is installed and fails to import: reinstall it to fit your torch, or uninstall it; bsa_vision works without.",
+                    markup=False,
+                )
+    if any(finding.is_wrong for finding in found):
+        raise typer.Exit(SOMETHING_WRONG)
+
+
+def show_masks(
+    pattern: Annotated[
+        str, typer.Argument(help="A name of masks.PATTERNS with parameters: local:8, window:14:shift=7.")
+    ],
+    grid: Annotated[str, typer.Option(help="Patches: 64x64, or 4096 for a square.")] = "64x64",
+    start: Annotated[int, typer.Option(help="Special tokens before the patches.")] = 0,
+    end: Annotated[int, typer.Option(help="Special tokens after the patches.")] = 0,
+    order: Annotated[str, typer.Option(help="tile or raster.")] = "tile",
+    tile: Annotated[str, typer.Option(help="Patches of a tile, rows x columns.")] = "8x16",
+    block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 128,
+    png: Annotated[Path | None, typer.Option(help="Also a picture: what one block of queries sees.")] = None,
+    query: Annotated[str | None, typer.Option(help="Patch whose block that is, row x column. [the middle]")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Draw a pattern on a grid: which blocks of queries (rows) compute which blocks of keys (columns)."""
+    try:
+        chosen = parse.pattern(pattern)
+        layout = TokenLayout(
+            parse.grid(grid), start=start, end=end, order=order, tile=parse.grid(tile), block_size=block_size
+        )
+        mask = chosen(layout)
+        middle = (layout.grid[0] // 2, layout.grid[1] // 2)
+        place = middle if query is None else tuple(int(side) for side in query.split("x"))
+        if png is not None:
+            _picture(png, repr(chosen), layout, mask, place)
+    except ValueError as error:
+        print(f"bsa-vision masks: {error}")
+        raise typer.Exit(WRONG_USAGE) from None
+    sparsity = 1 - mask.float().mean().item()
+    if as_json:
+        about = {
+            "pattern": chosen.spec,
+            "grid": layout.grid,
+            "order": order,
+            "blocks": list(mask.shape),
+            "sparsity": sparsity,
+        }
+        print(json.dumps({**about, "labels": chosen.labels(layout), "mask": mask.int().tolist()}))
+        return
+    print(draw(mask))
+    height, width = layout.grid
+    print(
+        f"{chosen!r} on {height} x {width} patches, {start} + {end} special tokens, {order} order: {mask.shape[0]} blocks of {block_size}, {sparsity:.1%} skipped"
+    )
+    for label in chosen.labels(layout):
+        print(label)
+    if png is not None:
+        print(f"picture: {png}")
+
+
+def _picture(path: Path, title: str, layout: TokenLayout, mask: object, place: tuple[int, ...]) -> None:
+    import numpy as np
+
+    from bsa_vision.viz import View, block_at, plot_views
+
+    if len(place) != 2:
+        raise ValueError(f"--query {place}: expected a patch, row x column; write e.g. 32x32.")
+    view = View(title, layout, mask, block_at(layout, place[0], place[1]))  # type: ignore[arg-type]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot_views(np.full((*layout.grid, 3), 0.85), [view]).savefig(path, dpi=110)
