@@ -1,8 +1,9 @@
-"""`bsa-vision doctor` and `bsa-vision masks`: what is typed, and how it is shown. Needs typer and rich."""
+"""`bsa-vision doctor`, `describe` and `masks`: what is typed, and how it is shown. Needs typer and rich."""
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,8 +12,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bsa_vision.adapters import dense_plan, describe, sparsify_, uniform_plan
 from bsa_vision.bench import parse
 from bsa_vision.doctor import BROKEN, OK, doctor
+from bsa_vision.loading import FORMS, load
+from bsa_vision.plan import SparsityPlan
 from masks import TokenLayout, draw
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Data instead of a table.")]
@@ -69,7 +73,7 @@ def show_masks(
         if png is not None:
             _picture(png, repr(chosen), layout, mask, place)
     except ValueError as error:
-        print(f"bsa-vision masks: {error}")
+        print(f"bsa-vision masks: {error}", file=sys.stderr)
         raise typer.Exit(WRONG_USAGE) from None
     sparsity = 1 - mask.float().mean().item()
     if as_json:
@@ -91,6 +95,40 @@ def show_masks(
         print(label)
     if png is not None:
         print(f"picture: {png}")
+
+
+def show_model(
+    model: Annotated[str, typer.Argument(help=FORMS)],
+    random: Annotated[bool, typer.Option("--random", help="Fresh weights; nothing is downloaded.")] = False,
+    checkpoint: Annotated[Path | None, typer.Option(help="Of segment_anything, for sam:...")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels per side. [the model's own]")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="Sparse heads in all global layers: local:8, window:14:shift=7.")
+    ] = None,
+    dense_heads: Annotated[int, typer.Option(help="So many first heads of each layer stay dense.")] = 0,
+    plan: Annotated[Path | None, typer.Option(help="A plan file instead of a pattern.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """What each attention layer of a model does, what sparsity could gain, and what stays dense and why."""
+    try:
+        if pattern is not None and plan is not None:
+            raise ValueError("--pattern and --plan: one of the two says what heads do; leave the other out.")
+        loaded = load(model, random=random, checkpoint=checkpoint, image_size=image_size)
+        if plan is not None:
+            chosen = SparsityPlan.load(plan)
+        elif pattern is not None:
+            chosen = uniform_plan(loaded, parse.pattern(pattern), dense_heads=dense_heads)
+        else:
+            chosen = dense_plan(loaded)
+        report = describe(sparsify_(loaded, chosen), image_size)
+    except (ValueError, OSError) as error:
+        print(f"bsa-vision describe: {error}", file=sys.stderr)
+        raise typer.Exit(WRONG_USAGE) from None
+    if as_json:
+        data = {**asdict(report), "gain": report.gain, "sparsity": report.sparsity, "ceiling": report.cost.ceiling()}
+        print(json.dumps(data, indent=2))
+    else:
+        print(report)
 
 
 def _picture(path: Path, title: str, layout: TokenLayout, mask: object, place: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""`bsa-vision doctor` and `bsa-vision masks`."""
+"""`bsa-vision doctor`, `describe` and `masks`, and models by name."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from bsa_vision import cli, doctor
+from bsa_vision import cli, doctor, loading
 from bsa_vision.backends import BACKENDS
 from masks import TokenLayout, draw, local_window
+from tests import models
 
 ROOT = Path(__file__).parent.parent
 BREAK = """
@@ -117,3 +118,93 @@ class TestMasks:
         code, out, err = run(capsys, line)
         assert code == 2
         assert message in out + err
+
+
+class TestDescribe:
+    def test_sam_with_a_pattern(self, capsys):
+        code, out, _ = run(capsys, "describe sam:vit_b --random --pattern local:8 --dense-heads 2 --image-size 512")
+        assert code == 0
+        assert "2 x dense, 10 x local_window(radius=8)" in out
+        assert "sam at 512 x 512 px: sparsity in the global layers can gain at most" in out
+
+    def test_json(self, capsys):
+        code, out, _ = run(
+            capsys, "describe timm:vit_tiny_patch16_224 --random --image-size 448 --pattern random_blocks:0.5 --json"
+        )
+        data = json.loads(out)
+        assert code == 0
+        assert len(data["layers"]) == 12
+        assert data["layers"][0]["patterns"] == ["random_blocks(sparsity=0.5)"] * 3
+        assert 1 < data["gain"] < data["ceiling"]
+        assert 0 < data["sparsity"] < 1
+
+    def test_a_plan(self, capsys, tmp_path):
+        import bsa_vision as bsa
+
+        folder = save(tmp_path)
+        bsa.uniform_plan(models.make("dinov3"), "axial", block_size=16).save(tmp_path / "plan.json")
+        code, out, _ = run(capsys, f"describe transformers:{folder} --plan {tmp_path}/plan.json")
+        assert code == 0
+        assert "axial()" in out
+
+    def test_without_a_pattern_it_says_what_could_be_gained(self, capsys):
+        code, out, _ = run(capsys, "describe tests.models:dinov3")
+        assert code == 0
+        assert "sparsity can gain at most" in out
+
+    def test_with_torchvision_broken(self):
+        arguments = ["describe", "sam:vit_b", "--random", "--image-size", "256"]
+        result = subprocess.run(
+            [sys.executable, "-c", BREAK.format(arguments=arguments)], capture_output=True, text=True, cwd=ROOT
+        )
+        assert result.returncode == 0, result.stderr
+        assert "sam at 256 x 256 px" in result.stdout
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("resnet", "model 'resnet': allowed are timm:NAME, transformers:NAME-OR-FOLDER, sam:vit_b"),
+            ("timm:vit_tinny_patch16 --random", "nearest are vit_tiny_patch16"),
+            ("timm:resnet18 --random", "no attention layer of ResNet is one this version serves; it has none"),
+            ("transformers:no/such/folder", "gave "),
+            ("sam:vit_x --random", "allowed are vit_b, vit_l, vit_h"),
+            ("sam:vit_b", "with no checkpoint: one of the two is needed"),
+            ("sam:vit_b --checkpoint nowhere.pth", "nowhere.pth"),
+            ("tests.models:dinov3 --checkpoint a.pth", "it belongs to sam:"),
+            ("tests.models:nothing", "gave AttributeError"),
+            ("tests.models:dinov3 --pattern local --plan p.json", "--pattern and --plan: one of the two"),
+            ("tests.models:dinov3 --pattern nope", "allowed are random, local"),
+            ("tests.models:dinov3 --image-size 65", "both sides must be whole numbers of (8, 8) pixel patches"),
+        ],
+    )
+    def test_wrong_input(self, capsys, line, message):
+        code, _, err = run(capsys, f"describe {line}")
+        assert code == 2
+        assert message in err
+
+
+class TestLoading:
+    def test_transformers_from_a_folder(self, tmp_path):
+        """With its weights, and from its configuration alone."""
+        folder = save(tmp_path)
+        expected = models.make("dinov3")
+        loaded, fresh = loading.load(f"transformers:{folder}"), loading.load(f"transformers:{folder}", random=True)
+        with torch.no_grad():
+            out = models.features(expected, models.image())
+            assert torch.equal(models.features(loaded, models.image()), out)
+            assert not torch.equal(models.features(fresh, models.image()), out)
+        assert not loaded.training
+
+    def test_sam_with_a_checkpoint(self, tmp_path):
+        from bsa_vision.encoder import SAM, create_encoder
+
+        torch.manual_seed(0)
+        encoder = create_encoder(**SAM["vit_b"], image_size=128)
+        torch.save({f"image_encoder.{key}": value for key, value in encoder.state_dict().items()}, tmp_path / "sam.pth")
+        loaded = loading.load("sam:vit_b", checkpoint=tmp_path / "sam.pth", image_size=128)
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), encoder.parameters()))
+
+
+def save(folder: Path) -> Path:
+    models.make("dinov3").save_pretrained(folder / "model")
+    return folder / "model"

@@ -43,11 +43,12 @@ TABLE = {
     },
     "encoder": {"masks", "adapters", "attention", "errors", "head_masks", "plan", "rel_pos"},
     "bench": {
-        *("masks", "adapters", "attention", "backends", "errors"),
+        *("masks", "adapters", "attention", "backends", "errors", "loading"),
         *("head_masks", "model_spec", "plan", "rel_pos", "timing"),
     },
     "doctor": {"backends", "head_masks"},
-    "commands": {"masks", "bench", "doctor", "viz"},
+    "loading": {"encoder"},
+    "commands": {"masks", "adapters", "bench", "doctor", "loading", "plan", "viz"},
     "cli": {"bench", "commands"},
     "__main__": {"cli"},
 }

@@ -7,9 +7,7 @@ trained model would do with sparse heads.
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,6 +21,7 @@ from bsa_vision.bench.case import DTYPES
 from bsa_vision.bench.correct import Error, allowed, distance
 from bsa_vision.bench.machine import free_memory
 from bsa_vision.errors import BackendUnavailable
+from bsa_vision.loading import from_factory
 from bsa_vision.model_spec import ModelSpec
 from bsa_vision.plan import SparsityPlan
 from bsa_vision.timing import Timing, paired
@@ -162,20 +161,10 @@ def _from_factory(path: str) -> nn.Module:
         raise ValueError(
             f"--model {path!r}: allowed are {', '.join(BUILT_IN)} and package.module:factory; choose one of these."
         )
-    if "" not in sys.path:  # where `python -m` looks as well
-        sys.path.insert(0, "")
     try:
-        model = getattr(importlib.import_module(module), name)()
-    except Exception as error:
-        raise ValueError(
-            f"--model {path!r} gave {type(error).__name__}: {first_line(error)}; allowed is a function that takes no arguments "
-            "and returns a torch.nn.Module; check its module and name."
-        ) from None
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"--model {path!r} returned a {type(model).__name__}: allowed is a torch.nn.Module; return the model itself."
-        )
-    return model
+        return from_factory(path)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
 
 
 def features(model: nn.Module, pixels: Tensor) -> Tensor:
