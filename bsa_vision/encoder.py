@@ -1,37 +1,28 @@
-"""Image encoders of our own, to train and to read: the blocks of ViT and of Segment Anything, sparse where they are asked to be.
+"""Image encoders of our own, to train and to read: ViT and Segment Anything, sparse where they are asked to be.
 
     encoder = create_encoder(depth=12, dim=768, heads=12, global_attn_indexes=(2, 5, 8, 11), patterns="local_window")
     features = encoder(pixels)                                   # (B, 256, h, w)
 
-Parameters have segment_anything's names and shapes, so `encoder.load_checkpoint("sam_vit_b_01ec64.pth")` takes its weights. Attention is
-exact without N x N: relative position stays factored (`bsa_vision.rel_pos`). Architecture: ViT, arXiv 2010.11929; windows, global layers and
-decomposed relative position, arXiv 2203.16527 and 2304.02643.
+Parameters have segment_anything's names and shapes, so `encoder.load_checkpoint("sam_vit_b_01ec64.pth")` takes its weights. The blocks are in
+`bsa_vision.blocks`. Architecture: ViT, arXiv 2010.11929; windows, global layers and decomposed relative position, arXiv 2203.16527 and
+2304.02643.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bsa_vision.adapters import dense_plan, sparsify_, uniform_plan
-from bsa_vision.attention import attend_masks
+from bsa_vision.blocks import Block, Grid, PatchEmbed, neck, resize_positions
 from bsa_vision.errors import PlanError
-from bsa_vision.head_masks import DENSE, Handled, HeadMasks
 from bsa_vision.plan import PatternLike, SparsityPlan
-from bsa_vision.rel_pos import RelPos, decompose, resize_table
-from masks import TokenLayout
 from masks.layout import whole_number, whole_pair
-
-Grid = tuple[int, int]
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 # The three published sizes of Segment Anything: `create_encoder(**SAM["vit_b"])`.
 SAM: dict[str, dict[str, Any]] = {
@@ -96,23 +87,24 @@ def create_encoder(
         num_special=num_special,
         gradient_checkpointing=gradient_checkpointing,
     )
-    if patterns is None:
-        return encoder
+    return encoder if patterns is None else sparsify_(encoder, _plan(encoder, patterns, heads))
+
+
+def _plan(encoder: ImageEncoder, patterns: Any, heads: int) -> SparsityPlan:
     if isinstance(patterns, SparsityPlan):
-        plan = patterns
-    elif isinstance(patterns, Mapping):
-        plan = dense_plan(encoder)
-        for layer, chosen in patterns.items():
-            per_head = chosen if isinstance(chosen, (list, tuple)) else [chosen] * heads
-            if len(per_head) != heads:
-                raise PlanError(
-                    f"patterns[{layer}] has {len(per_head)} entries, the encoder {heads} heads: give one pattern per head, or one for all."
-                )
-            for head, pattern in enumerate(per_head):
-                plan = plan.replace(layers=layer, heads=head, pattern=pattern)
-    else:
-        plan = uniform_plan(encoder, patterns)
-    return sparsify_(encoder, plan)
+        return patterns
+    if not isinstance(patterns, Mapping):
+        return uniform_plan(encoder, patterns)
+    plan = dense_plan(encoder)
+    for layer, chosen in patterns.items():
+        per_head = chosen if isinstance(chosen, (list, tuple)) else [chosen] * heads
+        if len(per_head) != heads:
+            raise PlanError(
+                f"patterns[{layer}] has {len(per_head)} entries, the encoder {heads} heads: give one pattern per head, or one for all."
+            )
+        for head, pattern in enumerate(per_head):
+            plan = plan.replace(layers=layer, heads=head, pattern=pattern)
+    return plan
 
 
 class ImageEncoder(nn.Module):
@@ -221,136 +213,6 @@ class ImageEncoder(nn.Module):
         return self
 
 
-class PatchEmbed(nn.Module):
-    """Pixels to patches: (B, channels, H, W) -> (B, h, w, C)."""
-
-    def __init__(self, in_channels: int, dim: int, patch_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.proj(pixels).permute(0, 2, 3, 1)
-
-
-class Block(nn.Module):
-    """One transformer block: attention, within windows or across the image, and an MLP, each with a norm before and a shortcut."""
-
-    def __init__(self, dim: int, heads: int, mlp_ratio: float, window_size: int, grid: Grid, rel_pos: bool) -> None:
-        super().__init__()
-        self.window_size = window_size
-        self.norm1 = LayerNorm(dim)
-        self.attn = Attention(dim, heads, (window_size, window_size) if window_size else grid, rel_pos)
-        self.norm2 = LayerNorm(dim)
-        self.mlp = MLP(dim, int(dim * mlp_ratio))
-
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        """(B, N, C) -> (B, N, C); `grid` is that of the patches among the N tokens."""
-        x = x + self._attend(self.norm1(x), grid)
-        return x + self.mlp(self.norm2(x))
-
-    def _attend(self, x: Tensor, grid: Grid) -> Tensor:
-        size = self.window_size
-        if not size:
-            return self.attn(x, grid)
-        down, right = -grid[0] % size, -grid[1] % size
-        x = F.pad(
-            x.unflatten(1, grid), (0, 0, 0, right, 0, down)
-        )  # zeros after the norm, as in SAM: keys that take part
-        across = x.shape[2] // size
-        windows = rearrange(x, "b (i h) (j w) c -> (b i j) (h w) c", h=size, w=size)
-        windows = self.attn(windows, (size, size))
-        down_and_across = dict(i=x.shape[1] // size, j=across, h=size, w=size)
-        x = rearrange(windows, "(b i j) (h w) c -> b (i h) (j w) c", **down_and_across)
-        return x[:, : grid[0], : grid[1]].flatten(1, 2)
-
-
-class Attention(nn.Module):
-    """Multi-head attention, dense and exact; `sparsify_` gives its heads block masks through `attend`."""
-
-    def __init__(self, dim: int, heads: int, grid: Grid, rel_pos: bool) -> None:
-        super().__init__()
-        self.num_heads, head_dim = heads, dim // heads
-        self.scale = head_dim**-0.5
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        self.use_rel_pos = rel_pos
-        if rel_pos:
-            self.rel_pos_h = nn.Parameter(torch.zeros(2 * grid[0] - 1, head_dim))
-            self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid[1] - 1, head_dim))
-        self._dense: Handled = DenseHeads(heads) if rel_pos else HeadMasks(None, [DENSE] * heads)
-
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        """(B, N, C) -> (B, N, C)."""
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
-        rel_pos = None
-        if self.use_rel_pos:
-            tables = (resize_table(self.rel_pos_h, grid[0]), resize_table(self.rel_pos_w, grid[1]))
-            rel_pos = RelPos(*(term.to(q.dtype) for term in decompose(q, *tables, grid)))
-        out = self.attend(q, k, v, rel_pos, grid)  # (B, H, N, D)
-        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rel_pos: RelPos | None, grid: Grid) -> Tensor:
-        """(B, H, N, D) -> (B, H, N, D), every head dense."""
-        return attend_masks(self._dense, q, k, v, grid=grid, rel_pos=rel_pos)
-
-
-class DenseHeads(Handled):
-    """The masks of a layer whose heads are all dense, for whatever grid; relative position asks them where keys are."""
-
-    def __init__(self, heads: int) -> None:
-        self.heads = heads
-        self._new_handle()
-
-    def masks_for(self, grid: Grid) -> HeadMasks:
-        return _dense_heads(self.heads, tuple(grid))
-
-
-@lru_cache(maxsize=64)
-def _dense_heads(heads: int, grid: Grid) -> HeadMasks:
-    return HeadMasks(None, [DENSE] * heads, layout=TokenLayout(grid))
-
-
-class MLP(nn.Module):
-    """Two linear layers with a GELU between."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.lin1, self.lin2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lin2(F.gelu(self.lin1(x)))
-
-
-class LayerNorm2d(nn.Module):
-    """Layer norm over the channels of (B, C, h, w)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, eps=1e-6)
-        return x.permute(0, 3, 1, 2)
-
-
-def neck(dim: int, channels: int) -> nn.Sequential:
-    """SAM's way out: (B, C, h, w) -> (B, channels, h, w)."""
-    return nn.Sequential(
-        nn.Conv2d(dim, channels, 1, bias=False),
-        LayerNorm2d(channels),
-        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-        LayerNorm2d(channels),
-    )
-
-
-def resize_positions(positions: Tensor, grid: Grid) -> Tensor:
-    """(1, h, w, C) -> (1, *grid, C), bicubic and antialiased as timm and DeepSeek-OCR do it; itself where it fits."""
-    if tuple(positions.shape[1:3]) == grid:
-        return positions
-    resized = F.interpolate(positions.permute(0, 3, 1, 2).float(), grid, mode="bicubic", antialias=True)
-    return resized.permute(0, 2, 3, 1).to(positions.dtype)
-
-
 def _check_sizes(
     depth: int,
     dim: int,
@@ -413,4 +275,4 @@ def _some(keys: Sequence[str], most: int = 3) -> str:
     return ", ".join(keys[:most]) + more
 
 
-__all__: list[str] = ["SAM", "Attention", "Block", "ImageEncoder", "create_encoder"]
+__all__ = ["SAM", "ImageEncoder", "create_encoder"]

@@ -41,7 +41,8 @@ TABLE = {
         *("masks", "attention", "backends", "cost", "errors", "head_masks", "latency"),
         *("layer_masks", "model_spec", "plan", "prompts", "pruning", "rel_pos"),
     },
-    "encoder": {"masks", "adapters", "attention", "errors", "head_masks", "plan", "rel_pos"},
+    "blocks": {"masks", "attention", "head_masks", "rel_pos"},
+    "encoder": {"masks", "adapters", "blocks", "errors", "plan"},
     "bench": {
         *("masks", "adapters", "attention", "backends", "errors", "loading"),
         *("head_masks", "model_spec", "plan", "rel_pos", "timing"),

@@ -54,7 +54,7 @@ class SparseTransformersAttention(Swapped):
 
 
 class SparseOwnAttention(Swapped):
-    """The seam of `bsa_vision.encoder`, which projects itself and leaves the attention proper to `attend`."""
+    """The seam of `bsa_vision.blocks`, which projects itself and leaves the attention proper to `attend`."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rel_pos: RelPos | None, grid: tuple[int, int]) -> Tensor:
         """(B, H, N, D) -> (B, H, N, D)."""
@@ -67,7 +67,7 @@ class SparseOwnAttention(Swapped):
 
 # Module and class of the attention -> seam.
 SEAMS: dict[tuple[str, str], type[Swapped]] = {
-    ("bsa_vision.encoder", "Attention"): SparseOwnAttention,
+    ("bsa_vision.blocks", "Attention"): SparseOwnAttention,
     ("segment_anything.modeling.image_encoder", "Attention"): SparseAttention,
     ("timm.models.vision_transformer_sam", "Attention"): SparseAttention,
     **{
