@@ -158,8 +158,7 @@ def _run(
             return_probs=return_probs,
         )
         backend = choose(problem, backend)
-        if backend not in ("reference", "sdpa"):
-            _refuse_forward_mode(backend, q, k, v)
+        _refuse_forward_mode(backend, q, k, v)
         if backend != "gather":
             return attend(problem, backend)
         source = masks
@@ -175,6 +174,8 @@ def _run(
 
 def _refuse_forward_mode(backend: str, *tensors: Tensor) -> None:
     """Forward-mode differentiation would take the operator for a constant, without a word."""
+    if backend in ("reference", "sdpa"):  # torch's own operations
+        return
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise RuntimeError(
             f"forward-mode differentiation (jvp) does not reach through {backend!r}: use reverse mode, or backend='reference' or 'sdpa', "
