@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bsa_vision.adapters import dense_plan, describe, sparsify_, uniform_plan
 from bsa_vision.bench import parse
@@ -33,9 +34,7 @@ def show_doctor(as_json: JsonFlag = False) -> None:
         table = Table("", "", "state", "", title="bsa-vision doctor", title_justify="left")
         for finding in found:
             style = {OK: "green", BROKEN: "bold red"}.get(finding.state, "")
-            table.add_row(
-                finding.kind, finding.name, f"[{style}]{finding.state}[/]" if style else finding.state, finding.detail
-            )
+            table.add_row(finding.kind, finding.name, Text(finding.state, style), Text(finding.detail))
         console.print(table)
         for finding in found:
             if finding.is_wrong:

@@ -64,13 +64,13 @@ def create_encoder(
 
     Raises ValueError for sizes that do not fit together, PlanError for patterns that do not fit the encoder.
     """
-    least = dict(depth=1, dim=1, heads=1, patch_size=1, in_channels=1, window_size=0, num_special=0)
-    given = dict(depth=depth, dim=dim, heads=heads, patch_size=patch_size, in_channels=in_channels)
-    given |= dict(window_size=window_size, num_special=num_special)
-    sizes = {name: whole_number(name, value, least[name]) for name, value in given.items()}
-    depth, dim, heads, window_size = (sizes[name] for name in ("depth", "dim", "heads", "window_size"))
+    depth, dim, heads = whole_number("depth", depth, 1), whole_number("dim", dim, 1), whole_number("heads", heads, 1)
+    patch_size, in_channels = whole_number("patch_size", patch_size, 1), whole_number("in_channels", in_channels, 1)
+    window_size, num_special = whole_number("window_size", window_size, 0), whole_number("num_special", num_special, 0)
     if out_channels is not None:
         out_channels = whole_number("out_channels", out_channels, 1)
+    if int(dim * mlp_ratio) < 1:
+        raise ValueError(f"mlp_ratio={mlp_ratio} with dim={dim}: the MLP needs at least 1 channel; give e.g. 4.")
     pixels = image_size if isinstance(image_size, Sequence) else (image_size, image_size)
     encoder = ImageEncoder(
         depth,

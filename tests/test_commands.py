@@ -60,6 +60,13 @@ class TestDoctor:
         kinds = [finding["kind"] for finding in json.loads(out)]
         assert kinds == sorted(kinds, key=["machine", "backend", "library"].index)
 
+    def test_reasons_are_not_read_as_markup(self, capsys, monkeypatch):
+        found = [doctor.Finding("library", "timm", doctor.BROKEN, "[Errno 2] no such file")]
+        monkeypatch.setattr("bsa_vision.commands.doctor", lambda: found)
+        code, out, _ = run(capsys, "doctor")
+        assert code == 1
+        assert "[Errno 2] no such file" in out
+
     def test_with_torchvision_broken(self):
         """Broken and absent are told apart, neither breaks the rest, and the exit code says so."""
         result = subprocess.run(

@@ -277,6 +277,7 @@ class TestViT:
         (lambda: create_encoder(2, 32, 2, 1), r"global_attn_indexes=1: expected layer indices; give a list, \[1\]"),
         (lambda: create_encoder(2, 32, 2, (1,), 2.5), r"window_size=2\.5: expected a whole number"),
         (lambda: create_encoder(2, 32, 2, out_channels=0), r"out_channels=0: expected a whole number of at least 1"),
+        (lambda: create_encoder(2, 32, 2, mlp_ratio=-1), r"mlp_ratio=-1 with dim=32: the MLP needs at least 1 channel"),
         (lambda: create_encoder(2, 32, 2, num_special=-1), r"num_special=-1: expected a whole number"),
         (lambda: create_encoder(2, 32, 2, image_size=96.0), r"image_size\[0\]=96\.0: expected a whole number"),
         (lambda: create_encoder(2, 32, 2, (2,)), r"global_attn_indexes=\(2,\): the encoder has layers 0 to 1"),

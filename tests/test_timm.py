@@ -236,6 +236,10 @@ class TestOutsideTheContract:
         attention.proj_drop = Twice()
         with torch.no_grad(), pytest.raises(RuntimeError, match=r"'blocks\.0\.attn' called torch's attention 2 times"):
             model(image())
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend="aot_eager")
+        with torch.no_grad(), pytest.raises(Exception, match=r"called torch's attention 2 times"):
+            compiled(image())
 
     def test_threads_do_not_answer_for_each_other(self):
         """While one thread runs sparse heads, another's attention is torch's."""

@@ -48,15 +48,17 @@ class Intercepted(Swapped):
             asked: dict[str, Any] = {"attn_mask": attn_mask} if attn_mask is not None else {}
             asked |= {"is_causal": True} if is_causal else {}  # which older versions do not take
             return original(x, **others, **asked)
+        interception = Interception(layer.attend)
         if torch.compiler.is_compiling():
-            with Interception(layer.attend):
-                return original(x, **others)
-        _answering.layer = layer
-        try:
-            with Interception(layer.attend) as interception:
+            with interception:
                 out = original(x, **others)
-        finally:
-            _answering.layer = None
+        else:
+            _answering.layer = layer
+            try:
+                with interception:
+                    out = original(x, **others)
+            finally:
+                _answering.layer = None
         interception.check(layer.spec.name)
         return out
 
