@@ -30,8 +30,9 @@ $(INSTALLED): pyproject.toml constraints.txt $(wildcard bsa_vision/backends/atte
 
 # Tests only, and out of the way of everything else: see tests/neighbours.py. What they depend on is in the environment already.
 $(LIBRARIES): $(INSTALLED) Makefile
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .venv/model-libraries \
-		timm segment-anything torchvision
+	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --no-build-isolation --upgrade \
+		--target .venv/model-libraries timm segment-anything torchvision \
+		sam2 hydra-core iopath omegaconf antlr4-python3-runtime portalocker tqdm
 	touch $@
 
 clean:

@@ -104,7 +104,7 @@ def attend_masks(
     dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """`sparse_attention` for masks found by `source.masks_for(grid)`, unchecked; (B, H, N, D) -> (B, H, N, Dv)."""
+    """`sparse_attention` for masks found by `source.masks_for(grid, number of keys)`, unchecked; (B, H, N, D) -> (B, H, N, Dv)."""
     return _run(source, q, k, v, grid=grid, rel_pos=rel_pos, scale=scale, dropout_p=dropout_p, backend=backend).out
 
 
@@ -137,7 +137,7 @@ def _run(
     seed = torch.randint(2**62, (1,), device="cpu") if dropout_p else None
     rel_h, rel_w = (None, None) if rel_pos is None else rel_pos
     if not torch.compiler.is_compiling():
-        masks = _masks(source, grid)
+        masks = _masks(source, grid, k.shape[2])
         problem = Problem(
             q,
             k,
@@ -191,11 +191,11 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
-def _masks(source: Handled | tuple[Tensor | None, ...], grid: tuple[int, int]) -> HeadMasks:
+def _masks(source: Handled | tuple[Tensor | None, ...], grid: tuple[int, int], num_keys: int) -> HeadMasks:
     if isinstance(source, tuple):
         head_mask_type, streaming_info, base_blockmask = source
         return HeadMasks(base_blockmask, head_mask_type, streaming_info, allow_empty_rows=True)
-    return source.masks_for(grid)  # type: ignore[attr-defined]
+    return source.masks_for(grid, num_keys)  # type: ignore[attr-defined]
 
 
 # The kernel's own functions

@@ -1,4 +1,5 @@
-"""The blocks of ViT and of Segment Anything's image encoder, to read: patches, windows, attention with decomposed relative position, neck.
+"""The blocks of ViT and of Segment Anything's image encoder, to read: patches, windows, attention with decomposed relative position or
+rotary positions, neck.
 
 Attention is exact without N x N: relative position stays factored (`bsa_vision.rel_pos`). Names and shapes of parameters are
 segment_anything's.
@@ -6,6 +7,7 @@ segment_anything's.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache, partial
 
 import torch
@@ -19,6 +21,9 @@ from bsa_vision.rel_pos import RelPos, decompose, resize_table
 from masks import TokenLayout
 
 Grid = tuple[int, int]
+Rotation = tuple[
+    Tensor, Tensor
+]  # cosines and sines, (N, D) float32 each, of the angles that queries and keys are turned by
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
@@ -44,15 +49,15 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        """(B, N, C) -> (B, N, C); `grid` is that of the patches among the N tokens."""
-        x = x + self._attend(self.norm1(x), grid)
+    def forward(self, x: Tensor, grid: Grid, rotation: Rotation | None = None) -> Tensor:
+        """(B, N, C) -> (B, N, C); `grid` is that of the patches among the N tokens, `rotation` that of their positions."""
+        x = x + self._attend(self.norm1(x), grid, rotation)
         return x + self.mlp(self.norm2(x))
 
-    def _attend(self, x: Tensor, grid: Grid) -> Tensor:
+    def _attend(self, x: Tensor, grid: Grid, rotation: Rotation | None) -> Tensor:
         size = self.window_size
         if not size:
-            return self.attn(x, grid)
+            return self.attn(x, grid, rotation)
         down, right = -grid[0] % size, -grid[1] % size
         x = F.pad(
             x.unflatten(1, grid), (0, 0, 0, right, 0, down)
@@ -80,9 +85,11 @@ class Attention(nn.Module):
             self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid[1] - 1, head_dim))
         self._dense: Handled = DenseHeads(heads) if rel_pos else HeadMasks(None, [DENSE] * heads)
 
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, rotation: Rotation | None = None) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         rel_pos = None
         if self.use_rel_pos:
             tables = (resize_table(self.rel_pos_h, grid[0]), resize_table(self.rel_pos_w, grid[1]))
@@ -102,7 +109,7 @@ class DenseHeads(Handled):
         self.heads = heads
         self._new_handle()
 
-    def masks_for(self, grid: Grid) -> HeadMasks:
+    def masks_for(self, grid: Grid, num_keys: int) -> HeadMasks:
         return _dense_heads(self.heads, tuple(grid))
 
 
@@ -150,3 +157,31 @@ def resize_positions(positions: Tensor, grid: Grid) -> Tensor:
         return positions
     resized = F.interpolate(positions.permute(0, 3, 1, 2).float(), grid, mode="bicubic", antialias=True)
     return resized.permute(0, 2, 3, 1).to(positions.dtype)
+
+
+def rotary_angles(
+    grid: Grid, head_dim: int, periods: tuple[float, float], start: int, device: torch.device
+) -> Rotation:
+    """Cosines and sines of 2-D rotary positions, (start + h * w, D) each; the `start` tokens before the patches are not turned.
+
+    Patch centres lie in [-1, 1] whatever the grid, so that resolution can grow. A quarter of the channels turns with the row and a quarter
+    with the column, at periods from the first of `periods` on, spaced evenly in the logarithm, the second excluded; the other half of the
+    channels are their partners. With periods (1, 100) as in DINOv3, arXiv 2508.10104.
+    """
+    quarter = head_dim // 4
+    shortest, longest = periods
+    share = torch.arange(quarter, device=device, dtype=torch.float32) / quarter
+    period = shortest * (longest / shortest) ** share  # (D/4,)
+    rows, columns = (((torch.arange(n, device=device, dtype=torch.float32) + 0.5) / n * 2 - 1) for n in grid)
+    down = (2 * math.pi * rows[:, None] / period)[:, None].expand(*grid, quarter)
+    across = (2 * math.pi * columns[:, None] / period)[None].expand(*grid, quarter)
+    angles = torch.cat([down, across], dim=-1).flatten(0, 1).repeat(1, 2)  # (h * w, D)
+    angles = F.pad(angles, (0, 0, start, 0))
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """(B, H, N, D) -> (B, H, N, D): channel i and its partner i + D / 2 turned together by the angle of their token."""
+    cos, sin = rotation
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from bsa_vision.model_spec import LayerSpec, ModelSpec
+from bsa_vision.model_spec import LayerSpec, ModelSpec, OtherBlock
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class LayerCost:
     """One layer, for one image; every head dense.
 
     is_global  whether attention is across the image, not within windows
-    tokens   that attend to one another: of the image, or of one window, padding included
+    tokens   that attend: of the image, or of one window, padding included
+    keys     that they attend to: the same, or what is remembered
     windows  per image
     products FLOPs of queries times keys and of weights times values: what block sparsity can skip
     rel_pos  FLOPs of the factored relative position
@@ -30,6 +31,7 @@ class LayerCost:
     name: str
     is_global: bool
     tokens: int
+    keys: int
     windows: int
     products: int
     rel_pos: int
@@ -117,6 +119,7 @@ def cost(spec: ModelSpec, *, element_size: int = 4) -> ModelCost:
     pixels = (height * spec.patch_size[0], width * spec.patch_size[1])
     layers = tuple(_layer(layer, spec, element_size) for layer in spec.layers)
     outside = round(2 * (spec.patch_weights * height * width + spec.image_weights))
+    outside += sum(_other(block, spec) for block in spec.others)
     return ModelCost(spec.family, spec.grid, pixels, layers, outside)
 
 
@@ -127,16 +130,31 @@ def _layer(layer: LayerSpec, spec: ModelSpec, element_size: int) -> LayerCost:
     if layer.window:
         rows = columns = layer.window
         windows, tokens = -(-height // rows) * -(-width // columns), rows * columns
-    vectors = windows * layer.heads * tokens  # of head_dim numbers, in each of q, k, v and the output
+    keys = layer.frames * height * width + layer.pointers if layer.frames else tokens
+    vectors = windows * layer.heads * tokens  # of head_dim numbers, in each of q and the output
     return LayerCost(
         key=layer.key,
         name=layer.name,
         is_global=not layer.window,
         tokens=tokens,
+        keys=keys,
         windows=windows,
-        products=4 * vectors * tokens * layer.head_dim,
+        products=4 * vectors * keys * layer.head_dim,
         rel_pos=2 * vectors * (rows + columns) * layer.head_dim if layer.rel_pos else 0,
-        linear=2 * (layer.attention_weights * windows * tokens + layer.mlp_weights * image_tokens),
-        moved=4 * vectors * layer.head_dim * element_size,
-        matrix=vectors * tokens * element_size,
+        linear=2
+        * (layer.attention_weights * windows * tokens + layer.mlp_weights * image_tokens + layer.key_weights * keys),
+        moved=2 * windows * layer.heads * (tokens + keys) * layer.head_dim * element_size,
+        matrix=vectors * keys * element_size,
     )
+
+
+def _other(block: OtherBlock, spec: ModelSpec) -> int:
+    """FLOPs of a block that is no layer, windows padded."""
+    height, width = (round(side * block.stride) for side in spec.grid)
+    rows, columns = (block.window, block.window) if block.window else (height, width)
+    windows = -(-height // rows) * -(-width // columns)
+    keys, queries = rows * columns, (rows // block.q_stride) * (columns // block.q_stride)
+    unpadded = (height // block.q_stride) * (width // block.q_stride)
+    products = 2 * windows * block.heads * queries * keys * block.head_dim
+    linear = windows * (block.qkv_weights * keys + block.proj_weights * queries)
+    return 2 * (products + linear + block.mlp_weights * unpadded + block.shortcut_weights * height * width)

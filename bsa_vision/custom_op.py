@@ -106,7 +106,7 @@ def attention_op(
 ) -> tuple[Tensor, Tensor]:
     """Attention of (B, H, N, D) tensors in model order -> (out, lse).
 
-    handle > 0 names a `HeadMasks`, or whatever else has `masks_for(grid)`; 0 means the three mask tensors.
+    handle > 0 names a `HeadMasks`, or whatever else has `masks_for(grid, number of keys)`; 0 means the three mask tensors.
     cu_seqlens None is a uniform batch. lse is (images, H, longest), empty unless asked for. seed (1,) int64 draws the
     dropout mask; it comes from outside, so that a compiler sees two calls with dropout as two different calls.
     """
@@ -199,7 +199,7 @@ def _problem(tensors: tuple[Optional[Tensor], ...], numbers: tuple[Any, ...], se
     assert k is not None
     assert v is not None
     if handle:
-        masks = from_handle(handle).masks_for((grid_h, grid_w))
+        masks = from_handle(handle).masks_for((grid_h, grid_w), k.shape[2])
     else:
         masks = HeadMasks(base_blockmask, head_mask_type, streaming_info, allow_empty_rows=True)
     return Problem(

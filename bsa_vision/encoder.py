@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bsa_vision.adapters import dense_plan, sparsify_, uniform_plan
-from bsa_vision.blocks import Block, Grid, PatchEmbed, neck, resize_positions
+from bsa_vision.blocks import Block, Grid, PatchEmbed, Rotation, neck, resize_positions, rotary_angles
 from bsa_vision.errors import PlanError
 from bsa_vision.plan import PatternLike, SparsityPlan
 from masks.layout import whole_number, whole_pair
@@ -40,6 +40,7 @@ def create_encoder(
     window_size: int = 14,
     *,
     rel_pos: bool = True,
+    rope: bool | tuple[float, float] = False,
     patterns: SparsityPlan | str | PatternLike | Mapping[int, Any] | None = None,
     image_size: int | Grid = 1024,
     patch_size: int = 16,
@@ -54,6 +55,8 @@ def create_encoder(
     global_attn_indexes  layers that attend to the whole image, the others within windows; None = all of them
     window_size          patches per side of those windows; the last ones are padded, and padding takes part, as in SAM
     rel_pos              decomposed relative position in every layer
+    rope                 rotary positions of the patches in every layer instead of `pos_embed`, in coordinates from -1 to 1, so that
+                         resolution can grow: True = DINOv3's, or the (shortest, longest) period in these units; not with windows or rel_pos
     patterns             what heads look at, None = all dense: a pattern for every head of every global layer (a name of `masks.PATTERNS`, a
                          `masks.Pattern`, a function layout -> (R, C) bool), {layer: pattern or one pattern per head}, or a SparsityPlan.
                          The encoder then has sparse heads as `sparsify_` gives them: `describe`, `dense` and `restore_` work on it
@@ -79,6 +82,7 @@ def create_encoder(
         _indexes(global_attn_indexes, depth),
         window_size,
         rel_pos=rel_pos,
+        rope=_periods(rope),
         image_size=whole_pair("image_size", pixels, 1),
         patch_size=patch_size,
         in_channels=in_channels,
@@ -119,6 +123,7 @@ class ImageEncoder(nn.Module):
         window_size: int,
         *,
         rel_pos: bool,
+        rope: tuple[float, float] | None,
         image_size: Grid,
         patch_size: int,
         in_channels: int,
@@ -135,12 +140,19 @@ class ImageEncoder(nn.Module):
                 f"num_special={num_special} with rel_pos={rel_pos} and {'some' if windowed else 'no'} windowed layers: special tokens have "
                 "no place in windows and relative positions; set rel_pos=False and leave global_attn_indexes out, or num_special=0."
             )
+        if rope and (rel_pos or windowed or dim // heads % 4):
+            raise ValueError(
+                f"rope={rope} with rel_pos={rel_pos}, {'some' if windowed else 'no'} windowed layers and a head dim of {dim // heads}: rotary "
+                "positions are for global layers without relative position whose head dim is a multiple of 4; set rel_pos=False, leave "
+                "global_attn_indexes out, and choose dim and heads to fit, or rope=False."
+            )
+        self.rope = rope
         self.img_size, self.patch_size, self.num_special = tuple(image_size), patch_size, num_special
         self.gradient_checkpointing = gradient_checkpointing
         self.family = "sam" if rel_pos else "vit"  # what plans call it
         grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.patch_embed = PatchEmbed(in_channels, dim, patch_size)
-        self.pos_embed = nn.Parameter(torch.zeros(1, *grid, dim))
+        self.pos_embed = None if rope else nn.Parameter(torch.zeros(1, *grid, dim))
         self.special_tokens = nn.Parameter(torch.zeros(1, num_special, dim)) if num_special else None
         self.blocks = nn.ModuleList(
             Block(dim, heads, mlp_ratio, 0 if index in global_attn_indexes else window_size, grid, rel_pos)
@@ -152,8 +164,10 @@ class ImageEncoder(nn.Module):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, special: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) -> (B, out_channels, h, w); without a neck (B, num_special + h * w, dim), special tokens first.
+
+        special  (B, num_special, dim), added to the learned special tokens: what differs from image to image, such as an encoded click
 
         H and W may be any multiples of the patch size: position embeddings and tables are interpolated where they differ.
         """
@@ -164,17 +178,40 @@ class ImageEncoder(nn.Module):
             )
         x = self.patch_embed(pixels)  # (B, h, w, C)
         grid = (x.shape[1], x.shape[2])
-        x = (x + resize_positions(self.pos_embed, grid)).flatten(1, 2)  # (B, N, C)
-        if self.special_tokens is not None:
-            x = torch.cat([self.special_tokens.expand(len(x), -1, -1), x], dim=1)
+        if self.pos_embed is not None:
+            x = x + resize_positions(self.pos_embed, grid)
+        x = self._with_special(x.flatten(1, 2), special)  # (B, N, C)
+        rotation = self._rotation(grid, x.device)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, grid, use_reentrant=False)
+                x = checkpoint(block, x, grid, rotation, use_reentrant=False)
             else:
-                x = block(x, grid)
+                x = block(x, grid, rotation)
         if self.neck is None:
             return x
         return self.neck(x[:, self.num_special :].transpose(1, 2).unflatten(2, grid))
+
+    def _with_special(self, patches: Tensor, special: Tensor | None) -> Tensor:
+        """(B, h * w, C) -> (B, num_special + h * w, C)."""
+        wanted = (len(patches), self.num_special, patches.shape[-1])
+        if special is not None and (self.special_tokens is None or tuple(special.shape) != wanted):
+            raise ValueError(
+                f"special has shape {tuple(special.shape)}: expected {wanted}, (images, num_special, dim), of an encoder with num_special of "
+                "at least 1; create it with as many special tokens as you pass."
+            )
+        if self.special_tokens is None:
+            return patches
+        tokens = self.special_tokens.expand(len(patches), -1, -1)
+        return torch.cat([tokens if special is None else tokens + special, patches], dim=1)
+
+    def _rotation(self, grid: Grid, device: torch.device) -> Rotation | None:
+        """Made once per forward and shared by the layers; too cheap to keep."""
+        if self.rope is None:
+            return None
+        attention: Any = self.blocks[0].attn
+        return rotary_angles(
+            grid, attention.qkv.in_features // attention.num_heads, self.rope, self.num_special, device
+        )
 
     def load_checkpoint(self, source: str | Path | Mapping[str, Tensor]) -> ImageEncoder:
         """Take the encoder's weights from a checkpoint of segment_anything (or of this encoder); returns the encoder.
@@ -233,6 +270,16 @@ def _check_sizes(
         raise ValueError(
             f"image_size={tuple(image_size)}: both sides must be whole numbers of {patch_size} pixel patches; choose others."
         )
+
+
+def _periods(rope: bool | tuple[float, float]) -> tuple[float, float] | None:
+    if isinstance(rope, bool):
+        return (1.0, 100.0) if rope else None
+    if not isinstance(rope, Sequence) or len(rope) != 2 or not 0 < rope[0] < rope[1]:
+        raise ValueError(
+            f"rope={rope!r}: expected True, False or (shortest, longest) period, above 0 and growing; the image is 2 wide, give e.g. (1, 100)."
+        )
+    return float(rope[0]), float(rope[1])
 
 
 def _indexes(given: Iterable[int] | None, depth: int) -> tuple[int, ...]:

@@ -182,8 +182,8 @@ class HeadMasks(Handled):
         pairs = torch.einsum("bhrc,r,c->h", mask.double(), rows.double(), columns.double()) / len(mask)
         return tuple(round(count) for count in pairs.tolist())
 
-    def masks_for(self, grid: tuple[int, int]) -> HeadMasks:
-        """Itself: these masks are for one layout. A layer's plan answers the same question for any grid."""
+    def masks_for(self, grid: tuple[int, int], num_keys: int) -> HeadMasks:
+        """Itself: these masks are for one layout. A layer's plan answers the same question for any grid and number of keys."""
         return self
 
     def __repr__(self) -> str:

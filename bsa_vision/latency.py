@@ -49,24 +49,24 @@ class Latency:
     sparse_pair: float
     dense_in_loop: bool
 
-    def dense(self, heads: int, tokens: int, images: int = 1) -> float:
-        """Seconds of a dense call."""
-        return self.dense_call + self.dense_pair * images * heads * tokens**2
+    def dense(self, heads: int, tokens: int, images: int = 1, keys: int = 0) -> float:
+        """Seconds of a dense call; `keys` 0 = as many as tokens."""
+        return self.dense_call + self.dense_pair * images * heads * tokens * (keys or tokens)
 
-    def of_heads(self, masks: HeadMasks, tokens: int) -> tuple[float, ...]:
+    def of_heads(self, masks: HeadMasks, tokens: int, keys: int = 0) -> tuple[float, ...]:
         """Seconds that each head adds to a call for one image."""
         rows = -(-tokens // masks.block_size)
         beside = self.sparse_pair if self.dense_in_loop else self.dense_pair
         return tuple(
             beside * pairs if kind == DENSE else self.sparse_row * rows + self.sparse_pair * pairs
-            for kind, pairs in zip(masks.slices, masks.kept_pairs(tokens, tokens), strict=True)
+            for kind, pairs in zip(masks.slices, masks.kept_pairs(tokens, keys or tokens), strict=True)
         )
 
-    def of_masks(self, masks: HeadMasks, tokens: int, images: int = 1) -> float:
+    def of_masks(self, masks: HeadMasks, tokens: int, images: int = 1, keys: int = 0) -> float:
         """Seconds of one call with these masks; of a dense call where no head is sparse."""
         if masks.all_dense:
-            return self.dense(masks.num_heads, tokens, images)
-        return self.sparse_call + images * sum(self.of_heads(masks, tokens))
+            return self.dense(masks.num_heads, tokens, images, keys)
+        return self.sparse_call + images * sum(self.of_heads(masks, tokens, keys))
 
     def break_even(self, heads: int, density: float, block_size: int = 128, images: int = 1) -> int | None:
         """Tokens from which heads of this realised density are faster than dense ones; None = never."""

@@ -65,14 +65,15 @@ class LayerMasks(Handled):
         """Whether the plan leaves every head of this layer dense, whatever the grid."""
         return all(name == "dense" for name in self.plan.layers.get(self.layer.key, ()))
 
-    def masks_for(self, grid: tuple[int, int]) -> HeadMasks:
-        """The HeadMasks of this layer at `grid`; PlanError where a static mask does not fit it.
+    def masks_for(self, grid: tuple[int, int], num_keys: int | None = None) -> HeadMasks:
+        """The HeadMasks of this layer at `grid`, for so many remembered keys (None = a full memory); PlanError where a static mask does not fit.
 
         ValueError where they follow prompts and there are none, or these lie outside an image of this size.
         """
         key, layout = self.layer.key, self.plan.layout(self.spec, (grid[0], grid[1]))
+        keys = self.plan.key_layout(self.layer, layout, num_keys)
         if not self.is_dynamic:
-            return self.plan.compile(key, layout)
+            return self.plan.compile(key, layout, keys=keys)
         entry = self.context.entry
         if entry is None:
             raise ValueError(
@@ -80,10 +81,11 @@ class LayerMasks(Handled):
                 "`with bsa.context(model, prompts=...)`, or inside `with bsa.dense(model)`."
             )
         boxes = [one.on_patches(layout.grid, self.spec.patch_size) for one in entry.prompts]
-        return entry.masks.get((self, layout), lambda: self.plan.compile(key, layout, boxes))
+        return entry.masks.get((self, layout), lambda: self.plan.compile(key, layout, boxes, keys))
 
     def without_prompts(self, grid: tuple[int, int]) -> HeadMasks:
         """As `masks_for`, with those of the moment if there are any, else of an image without: for trying and for reports."""
         if not self.is_dynamic or self.context.entry is not None:
             return self.masks_for(grid)
-        return self.plan.compile(self.layer.key, self.plan.layout(self.spec, (grid[0], grid[1])))
+        layout = self.plan.layout(self.spec, (grid[0], grid[1]))
+        return self.plan.compile(self.layer.key, layout, keys=self.plan.key_layout(self.layer, layout))

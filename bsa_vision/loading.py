@@ -5,13 +5,14 @@ Weights come from where each library keeps them; `random=True` builds the model 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from bsa_vision.errors import nearest
 
 FORMS = "timm:NAME, transformers:NAME-OR-FOLDER, sam:vit_b | vit_l | vit_h, package.module:factory"
 
@@ -61,7 +62,9 @@ def _timm(name: str, random: bool, checkpoint: Any, image_size: int | None) -> n
     timm = _library("timm")
     known = timm.list_models()
     if name.partition(".")[0] not in known:
-        raise ValueError(f"model 'timm:{name}': timm knows no such model{_nearest(name, known)}.")
+        raise ValueError(
+            f"model 'timm:{name}': timm knows no such model{nearest(name, known) or '; timm.list_models() names all'}."
+        )
     sizes = {} if image_size is None else {"img_size": image_size}
     try:
         return timm.create_model(name, pretrained=not random, num_classes=0, **sizes)
@@ -106,11 +109,6 @@ def _library(name: str) -> Any:
         raise ValueError(
             f"{name} cannot be imported ({_first_line(error)}): models of {name} need it; install it to fit your torch, see bsa-vision doctor."
         ) from None
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"; nearest are {', '.join(close)}" if close else "; timm.list_models() names all"
 
 
 def _first_line(error: BaseException) -> str:

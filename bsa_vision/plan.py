@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from bsa_vision.cache import Cache
-from bsa_vision.errors import PlanError
+from bsa_vision.errors import PlanError, nearest
 from bsa_vision.head_masks import DENSE, HeadMasks
-from bsa_vision.model_spec import ModelSpec
+from bsa_vision.model_spec import LayerSpec, ModelSpec
 from bsa_vision.static_mask import Static, static_heads
 from masks import PATTERNS, Pattern, TokenLayout
 from masks.patterns import Box
@@ -23,7 +23,8 @@ from masks.patterns import Box
 if TYPE_CHECKING:
     from bsa_vision.latency import Latency
 
-BlockMaskFn = Callable[[TokenLayout], Tensor]
+# layout -> (R, C) bool; (layout, layout of the keys) in layers that attend to remembered frames
+BlockMaskFn = Callable[..., Tensor]
 
 
 PatternLike = Pattern | Static | BlockMaskFn
@@ -196,6 +197,10 @@ class SparsityPlan:
                 raise PlanError(
                     f"layer {key!r} has a pattern that follows prompts: only what is the same for every image can be frozen; replace it."
                 )
+            if key.startswith("mem_cross.") and set(self.layers[key]) != {"dense"}:
+                raise PlanError(
+                    f"layer {key!r} attends to remembered frames, whose number grows: only what has one size can be frozen; make it dense first."
+                )
             masks = self.compile(key, layout)
             blocks = masks.block_mask(layout.num_tokens, layout.num_tokens)[0]
             layers[key] = tuple(
@@ -267,7 +272,8 @@ class SparsityPlan:
         ]
         if missing or not wanted:
             raise PlanError(
-                f"layers {missing or wanted} match nothing: the plan has {', '.join(self.layers)}; choose among them."
+                f"layers {missing or wanted} match nothing: the plan has {', '.join(self.layers)}{nearest(str((missing or [''])[0]), self.layers)}; "
+                "choose among them."
             )
         return keys
 
@@ -284,19 +290,38 @@ class SparsityPlan:
             block_size=self.block_size,
         )
 
-    def compile(self, layer: str, layout: TokenLayout, prompts: Sequence[Sequence[Box]] = ((),)) -> HeadMasks:
+    def key_layout(self, layer: LayerSpec, layout: TokenLayout, num_keys: int | None = None) -> TokenLayout | None:
+        """The layout of the keys of a layer that attends to remembered frames, each in the order of `layout`; None for other layers.
+
+        num_keys  what is remembered at the moment, pointer tokens last; None = `layer.frames` and `layer.pointers`, a full memory
+        """
+        if not layer.frames:
+            return None
+        frames, pointers = (
+            (layer.frames, layer.pointers) if num_keys is None else divmod(num_keys, layout.grid[0] * layout.grid[1])
+        )
+        return replace(layout, start=0, frames=frames, end=pointers)
+
+    def compile(
+        self,
+        layer: str,
+        layout: TokenLayout,
+        prompts: Sequence[Sequence[Box]] = ((),),
+        keys: TokenLayout | None = None,
+    ) -> HeadMasks:
         """The masks of one layer (its key) for one layout. Special rows and columns are always kept.
 
         prompts  where the prompts of each image are, boxes in patches; looked at by dynamic patterns only. The default is one image
                  without any. A model gets them from `bsa.context`
+        keys     the layout of the keys where they are remembered frames (`key_layout`); None = the queries' own
 
         Cached, unless the layer is dynamic. A head whose pattern keeps every block becomes dense, which is the same function.
         """
         if layer not in self.layers:
             raise PlanError(f"no layer {layer!r} in this plan: it has {', '.join(self.layers)}; use one of these keys.")
         if self.is_dynamic(layer):
-            return self._compile(layer, layout, prompts)
-        return self._masks.get((layer, layout), lambda: self._compile(layer, layout, ((),)))
+            return self._compile(layer, layout, prompts, keys)
+        return self._masks.get((layer, layout, keys), lambda: self._compile(layer, layout, ((),), keys))
 
     def is_dynamic(self, layer: str) -> bool:
         """Whether a head of this layer (its key) has a pattern that follows prompts."""
@@ -349,42 +374,52 @@ class SparsityPlan:
 
         return load(path)
 
-    def _compile(self, layer: str, layout: TokenLayout, prompts: Sequence[Sequence[Box]]) -> HeadMasks:
+    def _compile(
+        self, layer: str, layout: TokenLayout, prompts: Sequence[Sequence[Box]], keys: TokenLayout | None
+    ) -> HeadMasks:
         masks = [
-            None if name == "dense" else torch.stack([self._lay_out(layer, head, layout, boxes) for boxes in prompts])
+            None
+            if name == "dense"
+            else torch.stack([self._lay_out(layer, head, layout, boxes, keys) for boxes in prompts])
             for head, name in enumerate(self.layers[layer])
         ]  # (images, R, C) each
         sparse = [mask for mask in masks if mask is not None and not mask.all()]
         types = [int(mask is not None and not mask.all()) for mask in masks]
         try:
-            return HeadMasks(torch.stack(sparse, dim=1) if sparse else None, types, layout=layout)
+            return HeadMasks(torch.stack(sparse, dim=1) if sparse else None, types, layout=layout, kv_layout=keys)
         except ValueError as error:
             raise PlanError(f"layer {layer!r} of the plan: {error}") from None
 
-    def _lay_out(self, layer: str, head: int, layout: TokenLayout, boxes: Sequence[Box]) -> Tensor:
+    def _lay_out(
+        self, layer: str, head: int, layout: TokenLayout, boxes: Sequence[Box], keys: TokenLayout | None
+    ) -> Tensor:
         name = self.layers[layer][head]
         pattern = self.patterns[name]
         try:
             if isinstance(pattern, Static):
+                if keys is not None:
+                    raise PlanError(
+                        f"layer {layer!r} attends to remembered frames, whose number grows: a static mask fits one number of keys only; use a "
+                        "geometric pattern."
+                    )
                 return pattern(layout)
             if isinstance(pattern, Pattern):
-                return pattern(layout, int(layer.rpartition(".")[2]) * self.model["heads"] + head, boxes)
-            mask = pattern(layout)
+                return pattern(layout, int(layer.rpartition(".")[2]) * self.model["heads"] + head, boxes, keys)
+            mask = pattern(layout) if keys is None else pattern(layout, keys)
         except PlanError:
             raise
         except Exception as error:
             raise PlanError(
                 f"layer {layer!r}, head {head}, pattern {name!r}: {type(error).__name__}: {error}"
             ) from error
-        expected = (layout.num_blocks,) * 2
+        expected = (layout.num_blocks, (keys or layout).num_blocks)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != expected:
             got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise PlanError(
                 f"pattern {name!r} returned {got}: expected torch.bool of shape {expected}, one entry per pair of blocks of "
                 f"{layout}; return such a tensor."
             )
-        special = layout.special_blocks
-        return mask.cpu() | special[:, None] | special[None]
+        return mask.cpu() | layout.special_blocks[:, None] | (keys or layout).special_blocks[None]
 
     def __str__(self) -> str:
         lines = [

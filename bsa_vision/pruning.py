@@ -32,8 +32,9 @@ def prune(
     layout = plan.layout(spec, grid)
     layers, made_dense = {}, {}
     for key, names in plan.layers.items():
-        masks = plan.compile(key, layout)
-        heads = set(better_dense(masks, layout.num_tokens, latency, images, min_gain))
+        keys = plan.key_layout(spec.find(key), layout)
+        masks = plan.compile(key, layout, keys=keys)
+        heads = set(better_dense(masks, layout.num_tokens, latency, images, min_gain, (keys or layout).num_tokens))
         # A pattern that skips nothing at this grid is computed dense already: say so.
         heads |= {h for h, name in enumerate(names) if name != "dense" and masks.slices[h] == DENSE and min_gain > 0}
         layers[key] = tuple("dense" if head in heads else name for head, name in enumerate(names))
@@ -50,14 +51,14 @@ def prune(
 
 
 def better_dense(
-    masks: HeadMasks, tokens: int, latency: Latency, images: int = 1, min_gain: float = 0.0
+    masks: HeadMasks, tokens: int, latency: Latency, images: int = 1, min_gain: float = 0.0, keys: int = 0
 ) -> tuple[int, ...]:
     """The sparse heads that save less than `min_gain` of a dense head's time; all of them where the whole call does."""
     dense_heads = HeadMasks(None, [DENSE] * masks.num_heads, block_size=masks.block_size)
-    alone = latency.of_heads(dense_heads, tokens)
-    seconds = latency.of_heads(masks, tokens)
+    alone = latency.of_heads(dense_heads, tokens, keys)
+    seconds = latency.of_heads(masks, tokens, keys)
     sparse = [head for head, kind in enumerate(masks.slices) if kind != DENSE]
     slow = [head for head in sparse if seconds[head] >= (1 - min_gain) * alone[head]]
     rest = latency.sparse_call + images * sum(alone[h] if h in slow else seconds[h] for h in range(masks.num_heads))
-    pays = len(slow) < len(sparse) and rest < (1 - min_gain) * latency.dense(masks.num_heads, tokens, images)
+    pays = len(slow) < len(sparse) and rest < (1 - min_gain) * latency.dense(masks.num_heads, tokens, images, keys)
     return tuple(slow if pays else sparse)

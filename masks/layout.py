@@ -2,6 +2,7 @@
 
 Model order    [start specials][patches, row by row][end specials]       tokens as the model has them
 Packed order   raster: the same. tile: [full tiles][ragged tiles][start specials][end specials]
+Frames         the patches of one frame after those of another, each in its order; a patch's place is that in its own frame
 
 A block is `block_size` consecutive tokens in packed order; the last one may be shorter.
 """
@@ -46,6 +47,7 @@ class TokenLayout:
     order       "raster", or "tile": patches tile by tile, ragged tiles after all full ones, special tokens last
     tile        (rows, columns) in patches, used by order "tile"
     block_size  tokens per block
+    frames      how many frames of `grid` patches there are: what a video model remembers. Places, and so distances, know no time
 
     Frozen, hashable and picklable. The tensors it hands out live on the CPU, are cached and shared: do not write to them.
 
@@ -59,18 +61,20 @@ class TokenLayout:
     order: str = field(default="raster", kw_only=True)
     tile: tuple[int, int] = field(default=(8, 16), kw_only=True)
     block_size: int = field(default=128, kw_only=True)
+    frames: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", whole_pair("grid", self.grid, 1))
         object.__setattr__(self, "tile", whole_pair("tile", self.tile, 1))
-        for name, minimum in (("start", 0), ("end", 0), ("block_size", 1)):
+        for name, minimum in (("start", 0), ("end", 0), ("block_size", 1), ("frames", 1)):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), minimum))
         if self.order not in ORDERS:
             raise ValueError(f"order={self.order!r}: allowed are {', '.join(map(repr, ORDERS))}; choose one of them.")
 
     @property
     def num_patches(self) -> int:
-        return self.grid[0] * self.grid[1]
+        """Of all frames."""
+        return self.frames * self.grid[0] * self.grid[1]
 
     @property
     def num_tokens(self) -> int:
@@ -110,14 +114,14 @@ class TokenLayout:
         """(R,) bool: blocks that hold at least one special token."""
         return _special_blocks(self)
 
-    def block_distance(self, metric: str = "chebyshev") -> Tensor:
-        """(R, R) int64: the smallest distance in patches between a token of one block and a token of the other.
+    def block_distance(self, metric: str = "chebyshev", keys: TokenLayout | None = None) -> Tensor:
+        """(R, C) int64: the smallest distance in patches between a token of a block and a token of another, of `keys` (None = this layout).
 
         metric "chebyshev" = max(|rows|, |columns|), "l1" = |rows| + |columns|, "axis" = min(|rows|, |columns|).
         Special tokens have no place: a block without patches is at distance h + w, farther than any patch.
         Exact: blocks are cut into rectangles, whose row and column gaps are independent; nothing is N x N.
         """
-        return _block_distance(self, _check_metric(metric))
+        return _block_distance(self, _check_metric(metric), self if keys is None else keys)
 
     def centroid_distance(self) -> Tensor:
         """(R, R) float64: squared Euclidean distance between the mean patch positions of blocks; inf without patches."""
@@ -177,11 +181,12 @@ def _permutation(layout: TokenLayout) -> Tensor:
         return tokens
     (height, width), (tile_h, tile_w) = layout.grid, layout.tile
     patches = torch.arange(layout.num_patches, device="cpu")
-    row, column = patches // width, patches % width
+    frame, row, column = patches // (height * width), patches // width % height, patches % width
     tile_row, tile_column = row // tile_h, column // tile_w
     ragged = (tile_row >= height // tile_h) | (tile_column >= width // tile_w)
-    key = ragged.long()
+    key = frame
     for digit, base in (
+        (ragged.long(), 2),
         (tile_row, -(-height // tile_h)),
         (tile_column, -(-width // tile_w)),
         (row % tile_h, tile_h),
@@ -209,8 +214,8 @@ def _is_identity(layout: TokenLayout) -> bool:
 def _coordinates(layout: TokenLayout) -> tuple[Tensor, Tensor]:
     patch = layout.permutation - layout.start
     special = (patch < 0) | (patch >= layout.num_patches)
-    width = layout.grid[1]
-    return (patch // width).masked_fill(special, -1), (patch % width).masked_fill(special, -1)
+    height, width = layout.grid
+    return (patch // width % height).masked_fill(special, -1), (patch % width).masked_fill(special, -1)
 
 
 @lru_cache(maxsize=64)
@@ -254,26 +259,24 @@ def _gap(a: Rectangles, b: Rectangles, metric: str) -> Tensor:
 
 
 def _smallest(values: Tensor, block: Tensor, layout: TokenLayout) -> Tensor:
-    """Column minima by block: (A, M) values whose columns belong to `block` (M,) -> (A, R)."""
+    """Column minima by block: (A, M) values whose columns belong to `block` (M,) of `layout` -> (A, its blocks)."""
     far = values.new_full((values.shape[0], layout.num_blocks), sum(layout.grid))
     return far.scatter_reduce_(1, block.expand_as(values), values, "amin")
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _block_distance(layout: TokenLayout, metric: str) -> Tensor:
-    rectangles = _rectangles(layout)
+def _block_distance(layout: TokenLayout, metric: str, keys: TokenLayout) -> Tensor:
+    queries, rectangles = _rectangles(layout), _rectangles(keys)
     # Query rectangles are taken some at a time, so that odd tiles with very many of them stay within a few MB.
     step = max(1, 500_000 // len(rectangles.block))
     to_blocks = torch.cat(
         [
-            _smallest(
-                _gap(Rectangles(*(x[i : i + step] for x in rectangles)), rectangles, metric), rectangles.block, layout
-            )
-            for i in range(0, len(rectangles.block), step)
+            _smallest(_gap(Rectangles(*(x[i : i + step] for x in queries)), rectangles, metric), rectangles.block, keys)
+            for i in range(0, len(queries.block), step)
         ]
-    )  # (M, R)
-    return _smallest(to_blocks.T.contiguous(), rectangles.block, layout).T.contiguous()
+    )  # (M, C)
+    return _smallest(to_blocks.T.contiguous(), queries.block, layout).T.contiguous()
 
 
 @lru_cache(maxsize=64)

@@ -1,6 +1,7 @@
 """Who may look at whom: functions from a `TokenLayout` to an (R, C) bool block mask, True = compute.
 
-Every pattern here keeps the rows and columns of blocks that hold special tokens. Block masks are small bool tensors, so
+Every pattern here keeps the rows and columns of blocks that hold special tokens. Those with a `keys` argument take a second layout, (R, C)
+then being its columns: what is remembered of other frames, where a place is the same place in each of them. Block masks are small bool tensors, so
 union and intersection are `|` and `&`. `Pattern` is the same thing not yet laid on a grid: a name and its parameters.
 """
 
@@ -19,24 +20,26 @@ from torch import Tensor
 from masks.layout import TokenLayout, whole_number, whole_pair
 
 
-def special(layout: TokenLayout) -> Tensor:
-    """Only what is always kept: rows and columns of blocks that hold a special token, and each block's own."""
-    blocks = layout.special_blocks
-    return blocks[:, None] | blocks[None] | torch.eye(layout.num_blocks, dtype=torch.bool, device="cpu")
+def special(layout: TokenLayout, keys: TokenLayout | None = None) -> Tensor:
+    """Only what is always kept: rows and columns of blocks that hold a special token, and each block's own (its own place among `keys`)."""
+    if keys is not None:
+        return _keep_special(layout, layout.block_distance("chebyshev", keys) == 0, keys)
+    return _keep_special(layout, torch.eye(layout.num_blocks, dtype=torch.bool, device="cpu"))
 
 
-def _keep_special(layout: TokenLayout, mask: Tensor) -> Tensor:
+def _keep_special(layout: TokenLayout, mask: Tensor, keys: TokenLayout | None = None) -> Tensor:
     """`mask` with the rows and columns of blocks that hold a special token switched on."""
-    blocks = layout.special_blocks
-    return mask | blocks[:, None] | blocks[None]
+    return mask | layout.special_blocks[:, None] | (keys or layout).special_blocks[None]
 
 
-def dense(layout: TokenLayout) -> Tensor:
+def dense(layout: TokenLayout, keys: TokenLayout | None = None) -> Tensor:
     """Every block sees every block."""
-    return torch.ones(layout.num_blocks, layout.num_blocks, dtype=torch.bool, device="cpu")
+    return torch.ones(layout.num_blocks, (keys or layout).num_blocks, dtype=torch.bool, device="cpu")
 
 
-def local_window(layout: TokenLayout, radius: int = 8, metric: str = "chebyshev") -> Tensor:
+def local_window(
+    layout: TokenLayout, radius: int = 8, metric: str = "chebyshev", keys: TokenLayout | None = None
+) -> Tensor:
     """Blocks with at least one pair of patches within `radius` patches of each other (any-rule).
 
     A neighbourhood around every query: raster rows give a band, tiles a band of tiles.
@@ -45,12 +48,12 @@ def local_window(layout: TokenLayout, radius: int = 8, metric: str = "chebyshev"
         ▓█▓░░░      ▓ holds at least one pair close enough
         ░▓█▓░░
     """
-    return _keep_special(layout, layout.block_distance(metric) <= whole_number("radius", radius, 0))
+    return _keep_special(layout, layout.block_distance(metric, keys) <= whole_number("radius", radius, 0), keys)
 
 
-def axial(layout: TokenLayout, width: int = 0) -> Tensor:
+def axial(layout: TokenLayout, width: int = 0, keys: TokenLayout | None = None) -> Tensor:
     """Blocks with at least one pair of patches whose rows, or whose columns, differ by at most `width` (any-rule)."""
-    return _keep_special(layout, layout.block_distance("axis") <= whole_number("width", width, 0))
+    return _keep_special(layout, layout.block_distance("axis", keys) <= whole_number("width", width, 0), keys)
 
 
 def nearest(layout: TokenLayout, sparsity: float = 0.5, metric: str = "chebyshev") -> Tensor:
@@ -162,7 +165,12 @@ PATTERNS: dict[str, Callable[..., Tensor]] = {
     "prompt_region": prompt_region,
     "window": window,
 }
-GIVEN = ("layout", "stream", "boxes")  # what a pattern gets when it is laid out; everything else are its parameters
+GIVEN = (
+    "layout",
+    "stream",
+    "boxes",
+    "keys",
+)  # what a pattern gets when it is laid out; everything else are its parameters
 
 Spec = dict[str, Any]
 JOINTS = {"any": torch.logical_or, "all": torch.logical_and}
@@ -219,15 +227,27 @@ class Pattern:
             return {self._name: [part.spec for part in self._parts]}
         return {"pattern": self._name, **copy.deepcopy(self._params)}
 
-    def __call__(self, layout: TokenLayout, stream: int = 0, boxes: Sequence[Box] = ()) -> Tensor:
+    def __call__(
+        self, layout: TokenLayout, stream: int = 0, boxes: Sequence[Box] = (), keys: TokenLayout | None = None
+    ) -> Tensor:
         """The (R, C) bool block mask on `layout`.
 
         stream  tells random patterns which of their draws to use; boxes tell dynamic ones where the prompts are, in patches
+        keys    the layout of the columns where they are other tokens than the rows. ValueError for patterns that do not know of such
         """
         if self._parts:
-            return reduce(JOINTS[self._name], (part(layout, stream, boxes) for part in self._parts))
+            return reduce(JOINTS[self._name], (part(layout, stream, boxes, keys) for part in self._parts))
         given: dict[str, dict[str, Any]] = {"random_blocks": {"stream": stream}, "prompt_region": {"boxes": boxes}}
-        return PATTERNS[self._name](layout, **self._params, **given.get(self._name, {}))
+        others = dict(given.get(self._name, {}))
+        if keys is not None:
+            able = [name for name, function in PATTERNS.items() if "keys" in inspect.signature(function).parameters]
+            if self._name not in able:
+                raise ValueError(
+                    f"pattern {self._name!r} is for keys that are the queries' own tokens: for others allowed are {', '.join(able)}; choose "
+                    "one of them."
+                )
+            others["keys"] = keys
+        return PATTERNS[self._name](layout, **self._params, **others)
 
     def labels(self, layout: TokenLayout) -> list[str]:
         """What to know of this pattern on `layout`, in words: that it follows prompts; whether its windows hold exactly, or as a cover."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import bsa_vision as bsa
-from tests import test_sam
+from tests import models, sam2_models, test_sam, timm_models
 from tests.sam_models import ANY_SIZE, MODELS
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -27,13 +27,15 @@ COLUMNS = {
 }
 
 
-def table() -> list[dict[str, str]]:
-    lines = [line.strip("| ").split(" | ") for line in MODELS_PAGE.splitlines() if line.startswith("| ")]
+def table(first: str) -> list[dict[str, str]]:
+    """The rows of the table whose first column has this title."""
+    (text,) = re.findall(rf"^\| {first} \|.*?\n\n", MODELS_PAGE + "\n\n", re.S | re.M)
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
 
 
 def test_the_table_of_sam():
-    rows = table()
+    rows = table("code base")
     assert [row["code base"] for row in rows] == list(MODELS)
     assert set(rows[0]) == {"code base", "other sizes", *COLUMNS}
     for row in rows:
@@ -48,13 +50,70 @@ def test_the_table_of_sam():
         assert {"name", "model"} & set(inspect.signature(test).parameters), column
 
 
-def test_the_snippet_runs():
-    (snippet,) = re.findall(r"```python\n(.*?)```", MODELS_PAGE, re.S)
+CELLS = {"dense plan": "1e-5", "sparse": "1e-5", "without the masks": "fails", "keys": "same", "restored": "bit-exact"}
+
+
+def test_the_table_of_vits():
+    """Each row is a model that the tests of its library go through."""
+    rows = table("model")
+    transformers = [f"transformers {name}" for name in [*models.MODELS, "sam3"]]
+    timm = [f"timm {name}" for name in timm_models.MODELS]
+    assert [row["model"] for row in rows] == [*transformers, *timm, "torchvision vit"]
+    for row in rows:
+        name = row.pop("model")
+        assert row == CELLS | {"compiled": "graph breaks" if name == "transformers siglip2" else "one graph"}
+
+
+@pytest.mark.parametrize(
+    ("first", "names"), [("image encoder", sam2_models.ENCODERS), ("memory attention", sam2_models.MEMORIES)]
+)
+def test_the_tables_of_sam2(first, names):
+    rows = table(first)
+    assert [row.pop(first) for row in rows] == list(names)
+    assert all(row == CELLS | {"compiled": "one graph", "gradients": "1e-5"} for row in rows)
+
+
+def test_the_snippets_run(capsys):
+    snippets = re.findall(r"```python\n(.*?)```", MODELS_PAGE, re.S)
+    assert len(snippets) == 2
     names: dict = {"bsa": bsa}
-    exec(snippet, names)
+    for snippet in snippets:
+        exec(snippet, names)
     text = str(bsa.describe(names["encoder"]))
     assert "(window(size=16) | strided(stride=8))" in text
     assert "window(size=16) is exact: every block lies in one window" in text
+    hiera, memory = capsys.readouterr().out.splitlines()
+    assert "at most 1.36x over" in hiera
+    assert "at most 11.06x over" in memory
+
+
+@pytest.mark.parametrize(
+    ("said", "options"),
+    [
+        ("1.27x (small)", dict(embed_dim=96, num_heads=1, stages=(1, 2, 11, 2), global_att_blocks=(7, 10, 13))),
+        ("1.16x (base plus)", dict(embed_dim=112, num_heads=2)),
+        (
+            "1.07x (large)",
+            dict(
+                embed_dim=144,
+                num_heads=2,
+                stages=(2, 6, 36, 4),
+                global_att_blocks=(23, 33, 43),
+                window_spec=(8, 4, 16, 8),
+            ),
+        ),
+    ],
+)
+def test_the_ceilings_of_sam2(said, options):
+    from sam2.modeling.backbones.hieradet import Hiera
+    from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
+    from sam2.modeling.position_encoding import PositionEmbeddingSine
+
+    trunk = Hiera(**{"window_spec": (8, 4, 14, 7), **options})
+    neck = FpnNeck(PositionEmbeddingSine(256), 256, trunk.channel_list, fpn_top_down_levels=[2, 3])
+    sentence = bsa.cost(bsa.inspect(ImageEncoder(trunk, neck).to("meta"))).sentence
+    assert f"at most {said.split()[0]} over" in sentence
+    assert said in MODELS_PAGE
 
 
 @pytest.mark.parametrize(("size", "said"), [("vit_b", "1.27x"), ("vit_l", "1.10x"), ("vit_h", "1.06x")])

@@ -48,7 +48,7 @@ TABLE = {
         *("head_masks", "model_spec", "plan", "rel_pos", "timing"),
     },
     "doctor": {"backends", "head_masks"},
-    "loading": {"encoder"},
+    "loading": {"encoder", "errors"},
     "commands": {"masks", "adapters", "bench", "doctor", "loading", "plan", "viz"},
     "cli": {"bench", "commands"},
     "__main__": {"cli"},

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from masks import TokenLayout
+from masks import Pattern, TokenLayout
 from masks import layout as layout_module
 from tests.oracles_masks import Blocks, layouts, model_order, packed_order
 
@@ -347,3 +347,70 @@ class TestBadArguments:
     def test_metric_of_distance_to_patch(self, metric):
         with pytest.raises(ValueError, match=f"metric={metric!r}: allowed are 'chebyshev', 'l1', 'axis'; choose"):
             STRADDLING.distance_to_patch(0, 0, metric)
+
+
+class TestFrames:
+    """What a video model remembers: frame after frame, then pointers."""
+
+    @property_test
+    @given(layouts(), st.integers(1, 4))
+    def test_each_frame_is_ordered_as_one_image(self, layout, frames):
+        one = dataclasses.replace(layout, start=0, end=0)
+        many = dataclasses.replace(layout, frames=frames)
+        assert many.num_patches == frames * one.num_patches
+        assert many.num_tokens == layout.start + many.num_patches + layout.end
+        patches = many.permutation[
+            (many.permutation >= layout.start) & (many.permutation < layout.start + many.num_patches)
+        ]
+        for frame, inside in enumerate((patches - layout.start).split(one.num_patches)):
+            assert torch.equal(inside - frame * one.num_patches, one.permutation)
+        row, column = (place[place >= 0].reshape(frames, -1) for place in many.coordinates)
+        assert all(torch.equal(row[frame], one.coordinates[0]) for frame in range(frames))
+        assert all(torch.equal(column[frame], one.coordinates[1]) for frame in range(frames))
+
+    @property_test
+    @given(layouts(), st.integers(1, 3), st.integers(0, 9), st.sampled_from(METRICS))
+    def test_distances_know_no_time(self, layout, frames, pointers, metric):
+        """Against every pair of tokens; blocks may hold patches of two frames."""
+        keys = dataclasses.replace(layout, start=0, end=pointers, frames=frames)
+        found = layout.block_distance(metric, keys)
+        assert found.shape == (layout.num_blocks, keys.num_blocks)
+        (row, column), (key_row, key_column) = layout.coordinates, keys.coordinates
+        down = (row[:, None] - key_row[None]).abs()
+        across = (column[:, None] - key_column[None]).abs()
+        gaps = {"chebyshev": torch.maximum(down, across), "l1": down + across, "axis": torch.minimum(down, across)}
+        gap = gaps[metric].masked_fill((row < 0)[:, None] | (key_row < 0)[None], sum(layout.grid))
+        expected = torch.full(found.shape, sum(layout.grid))
+        for a in range(layout.num_blocks):
+            for b in range(keys.num_blocks):
+                expected[a, b] = gap[layout.block_of == a][:, keys.block_of == b].min()
+        assert torch.equal(found, expected)
+
+    def test_bad_frames(self):
+        with pytest.raises(ValueError, match=r"frames=0: expected a whole number of at least 1"):
+            TokenLayout((4, 4), frames=0)
+
+
+class TestPatternsAmongFrames:
+    LAYOUT = TokenLayout((8, 12), order="tile", tile=(4, 4), block_size=16)
+    KEYS = TokenLayout((8, 12), order="tile", tile=(4, 4), block_size=16, frames=3, end=5)
+
+    @pytest.mark.parametrize("spec", ["special", "dense", "local_window", "axial"])
+    def test_every_frame_is_seen_as_the_own_one(self, spec):
+        mask, own = Pattern(spec)(self.LAYOUT, keys=self.KEYS), Pattern(spec)(self.LAYOUT)
+        assert mask.shape == (6, 19)
+        assert mask[:, -1].all()  # pointers
+        for frame in mask[:, :-1].split(6, dim=1):
+            assert torch.equal(frame, own)
+
+    def test_joined(self):
+        joined = Pattern("local_window", radius=2) & Pattern("axial")
+        parts = [part(self.LAYOUT, keys=self.KEYS) for part in (Pattern("local_window", radius=2), Pattern("axial"))]
+        assert torch.equal(joined(self.LAYOUT, keys=self.KEYS), parts[0] & parts[1])
+
+    @pytest.mark.parametrize("name", ["nearest", "strided", "random_blocks", "window"])
+    def test_others_say_so(self, name):
+        with pytest.raises(
+            ValueError, match=f"pattern '{name}' is for keys that are the queries' own tokens: .* local_window"
+        ):
+            Pattern(name)(self.LAYOUT, keys=self.KEYS)

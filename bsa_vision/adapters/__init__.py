@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from bsa_vision.adapters import sam, timm_vit, torchvision_vit, transformers_vit
+from bsa_vision.adapters import hiera, memory, sam, timm_vit, torchvision_vit, transformers_vit
 from bsa_vision.adapters.layer import Found, Layer, Tower, layer_of, layers_of
-from bsa_vision.adapters.left_dense import LeftDense, left_dense
+from bsa_vision.adapters.left_dense import LeftDense, common_path, left_dense
 from bsa_vision.adapters.report import LayerReport, ModelReport, like_of, probe_problem, report_layer
 from bsa_vision.backends import BACKENDS, choose
 from bsa_vision.cost import cost
@@ -30,11 +30,12 @@ from bsa_vision.plan import PatternLike, SparsityPlan
 from bsa_vision.prompts import Prompts
 from masks import Pattern
 
-ADAPTERS: tuple[ModuleType, ...] = (transformers_vit, timm_vit, torchvision_vit, sam)
+ADAPTERS: tuple[ModuleType, ...] = (transformers_vit, timm_vit, torchvision_vit, sam, hiera, memory)
 SUPPORTED = (
     "timm's ViTs (Attention, AttentionRope, EvaAttention); torchvision's ViT; transformers ViT, DINOv2 (with and without registers), DINOv3, CLIP, SigLIP, SigLIP 2 "
     "and SAM 3's vision encoder; SAM's image encoder in segment_anything, timm, transformers (SAM, "
-    "SAM-HQ, DeepSeek-OCR 2), DeepSeek-OCR's own code and bsa_vision.encoder"
+    "SAM-HQ, DeepSeek-OCR 2), DeepSeek-OCR's own code and bsa_vision.encoder; SAM 2's image encoder in sam2, timm and transformers, and its memory "
+    "attention in sam2 and transformers (Sam2Video, Sam3TrackerVideo)"
 )
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -263,8 +264,10 @@ def _find(model: nn.Module) -> tuple[ModuleType, Found]:
             f"Served are {SUPPORTED}; for other models call bsa_vision.sparse_attention from their attention."
         )
     if len(found) > 1:
+        held = [f"{one.spec.family} ({common_path([layer.name for layer in one.spec.layers])})" for _, one in found]
         raise PlanError(
-            f"{type(model).__name__} holds {len(found)} vision encoders: one at a time is served; pass the encoder you mean."
+            f"{type(model).__name__} holds {len(found)} encoders: {', '.join(held)}; each takes a plan of its own: pass the module you mean, "
+            "or one after the other."
         )
     return found[0]
 

@@ -5,12 +5,17 @@ Projections, norms, rotary positions, gates, biases and grouped heads stay the m
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from bsa_vision.adapters.class_swap import Swapped
 
 Attend = Callable[[Tensor, Tensor, Tensor, float | None, float], Tensor]
 
@@ -56,3 +61,50 @@ class Interception(TorchFunctionMode):
         assert attn_mask is None
         assert not is_causal
         return self.attend(query, key, value, scale, dropout_p)
+
+
+_answering = threading.local()  # .layer: whose call of torch's attention this thread answers at the moment
+
+
+class Intercepted(Swapped):
+    """What the mixins of adapters have in common whose swapped modules run their own forward, with our attention in it."""
+
+    @property
+    def fused_attn(self) -> bool:
+        """timm's switch to torch's attention: on where we answer that call, the module's own otherwise."""
+        if torch.compiler.is_compiling():
+            return self.__dict__["fused_attn"] or not self._layer.runs_original()
+        return self.__dict__["fused_attn"] or getattr(_answering, "layer", None) is self._layer
+
+    def _serve(
+        self,
+        unsupported: Callable[[], str | None],
+        *args: Any,
+        grid: tuple[int, int] | None = None,
+        asked: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The module's own forward. Torch's attention in it is the layer's, unless that runs its original, or must, for a reason.
+
+        grid   of the tokens; None = that of the last image
+        asked  further arguments for the original, which a call without a reason does not have
+        """
+        layer, original = self._layer, super().forward
+        reason = None if layer.runs_original() else unsupported()
+        if reason is not None:
+            layer.fall_back(reason)
+        if reason is not None or layer.runs_original():
+            return original(*args, **kwargs, **(asked or {}))
+        interception = Interception(partial(layer.attend, grid=grid))
+        if torch.compiler.is_compiling():
+            with interception:
+                out = original(*args, **kwargs)
+        else:
+            _answering.layer = layer
+            try:
+                with interception:
+                    out = original(*args, **kwargs)
+            finally:
+                _answering.layer = None
+        interception.check(layer.spec.name)
+        return out

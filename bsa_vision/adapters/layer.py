@@ -121,14 +121,16 @@ class Layer:
     def runs_original(self) -> bool:
         return self.untouched or self.tower.dense > 0
 
-    def wrong_grid(self, tokens: int) -> str | None:
-        """Why `tokens` do not fit the image seen last, or None when they do."""
+    def wrong_grid(self, tokens: int, keys: int | None = None) -> str | None:
+        """Why `tokens`, and so many remembered `keys`, do not fit the image seen last, or None when they do."""
         if self.spec.window:
             return None  # dense, whatever the image
         height, width = self.tower.current_grid(tokens)
         spec = self.tower.spec
         if (height, width) == (0, 0):
             return "the grid of this input cannot be told"
+        if self.spec.frames and keys is not None and keys < height * width:
+            return f"{keys} remembered tokens are less than a frame of {height} x {width}"
         if tokens == spec.start + height * width + spec.end:
             return None
         return f"{tokens} tokens do not fit the grid {height} x {width} with {spec.start} + {spec.end} special tokens"

@@ -17,12 +17,16 @@ INSIDE = "its attention is not a module of its own"
 DIFFERENTIAL = "it subtracts one softmax from another"
 BIASED = "it adds a bias for every pair of tokens"
 WINDOWS = "it attends within windows, which are too small to skip anything in"
+HIERA = "it attends within windows, which are too small to skip anything in, or pools its queries"
+MEMORY = "memory attention takes a plan of its own: pass it to sparsify_ by itself"
 UNKNOWN = "not a class this version serves"
 
 # Module and class, as regular expressions -> why.
 REASONS: tuple[tuple[str, str, str], ...] = (
+    (r"^sam2\.|\.(sam2|sam3_tracker)_video\.", r"RoPEAttention$", MEMORY),
     (r"^(segment_anything|sam2)\..*\.transformer$", r"Attention$", DECODER),
-    (r"^transformers\.models\.(sam|sam_hq|sam2)\.", r"^Sam(HQ|2)?Attention$", DECODER),
+    (r"^transformers\.models\.(sam|sam_hq|sam2|sam2_video)\.", r"^Sam(HQ|2|2Video)?Attention$", DECODER),
+    (r"(^|\.)(hieradet|hieradet_sam2|sam2\.modeling_sam2)$", r"MultiScaleAttention$", HIERA),
     (r"(^|\.)(deepencoder|clip_sdpa)$", r"^NoTPAttention$", CLIP),
     (r"^timm\.", r"^AttentionPool", POOL),
     (r"^timm\.", r"^(ParallelScaling|DiffParallelScaling|ParallelThings)Block$", INSIDE),
@@ -55,7 +59,8 @@ def left_dense(model: nn.Module) -> tuple[LeftDense, ...]:
         if layer_of(module) is None and not any(_is_attention(x) for x in module.modules() if x is not module):
             names.setdefault((type(module).__module__, type(module).__name__), []).append(name)
     return tuple(
-        LeftDense(_common(where), kind, len(where), _reason(library, kind)) for (library, kind), where in names.items()
+        LeftDense(common_path(where), kind, len(where), _reason(library, kind))
+        for (library, kind), where in names.items()
     )
 
 
@@ -71,7 +76,7 @@ def _reason(library: str, kind: str) -> str:
     return UNKNOWN
 
 
-def _common(names: list[str]) -> str:
+def common_path(names: list[str]) -> str:
     """The module path that all `names` lie in."""
     first, last = min(names).split("."), max(names).split(".")
     return ".".join(part for part, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last)))

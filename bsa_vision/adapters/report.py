@@ -22,6 +22,7 @@ from bsa_vision.rel_pos import RelPos
 class LayerReport:
     """One attention layer at one grid.
 
+    keys       that its queries attend to: as many as tokens, or what is remembered
     patterns   one name per head
     sparsity   realised, all heads together, 0 to 1; head_sparsity of each
     expected   time of its attention over that of dense attention, as `latency` has it; 1 where it runs dense
@@ -35,6 +36,7 @@ class LayerReport:
 
     name: str
     tokens: int
+    keys: int
     heads: int
     head_dim: int
     patterns: tuple[str, ...]
@@ -100,7 +102,8 @@ class ModelReport:
             size = f"{layer.heads} x {layer.head_dim}"
             pattern, sparsity, share = layer.pattern_summary, f"{layer.sparsity:.1%}", f"{layer.share:.1%}"
             numbers = (sparsity, share, layer.backend, f"{layer.expected:.2f}")
-            rows.append((layer.name, str(layer.tokens), size, pattern, *numbers, fallbacks))
+            tokens = f"{layer.tokens}" if layer.keys == layer.tokens else f"{layer.tokens} to {layer.keys}"
+            rows.append((layer.name, tokens, size, pattern, *numbers, fallbacks))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
@@ -154,7 +157,8 @@ def report_layer(layer: Layer, grid: tuple[int, int], like: Tensor, latency: Lat
     spec, plan = layer.spec, layer.tower.plan
     grid = layer.grid_of(grid)
     masks = layer.masks.without_prompts(grid)
-    tokens = plan.layout(layer.tower.spec, grid).num_tokens
+    layout = plan.layout(layer.tower.spec, grid)
+    tokens, keys = layout.num_tokens, (masks.kv_layout or layout).num_tokens
     sparse = masks.head_sparsity if masks.num_blocks is not None else (0.0,) * spec.heads
     problem = probe_problem(layer, masks, like)
     backend = "original" if layer.untouched else choose(problem, layer.tower.backend)
@@ -169,14 +173,15 @@ def report_layer(layer: Layer, grid: tuple[int, int], like: Tensor, latency: Lat
     return LayerReport(
         name=spec.name,
         tokens=tokens,
+        keys=keys,
         heads=spec.heads,
         head_dim=spec.head_dim,
         patterns=plan.layers[spec.key],
         sparsity=sparsity,
         head_sparsity=tuple(sparse),
-        expected=latency.of_masks(masks, tokens) / latency.dense(spec.heads, tokens),
+        expected=latency.of_masks(masks, tokens, keys=keys) / latency.dense(spec.heads, tokens, keys=keys),
         break_even=latency.break_even(spec.heads, 1 - sparsity, masks.block_size) if is_sparse else 0,
-        better_dense=better_dense(masks, tokens, latency),
+        better_dense=better_dense(masks, tokens, latency, keys=keys),
         backend=backend,
         why_not=why_not,
         share=cost.share([spec.key]),

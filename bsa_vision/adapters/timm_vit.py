@@ -5,16 +5,15 @@ A swapped module runs its own forward; only the call of torch's attention in it 
 
 from __future__ import annotations
 
-import threading
+from functools import partial
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from bsa_vision.adapters import class_swap
 from bsa_vision.adapters.class_swap import Swapped, check_swapped, original_of, prepare, unswap
-from bsa_vision.adapters.intercept import Interception
-from bsa_vision.adapters.layer import Found, Layer, check_indices, layer_of
+from bsa_vision.adapters.intercept import Intercepted
+from bsa_vision.adapters.layer import Found, Layer, check_indices
 from bsa_vision.adapters.weights import block_weights, outside_weights
 from bsa_vision.model_spec import LayerSpec, ModelSpec
 
@@ -22,52 +21,14 @@ EXACT = False  # a layer without sparse heads runs its original attention
 
 FAMILIES = ("dinov3", "dinov2", "siglip", "clip", "eva")  # looked for in the name of the architecture; else "vit"
 
-_answering = threading.local()  # .layer: whose call of torch's attention this thread answers at the moment
-
-
-class Intercepted(Swapped):
-    """What both seams share."""
-
-    @property
-    def fused_attn(self) -> bool:
-        """timm's switch to torch's attention: on where we answer that call, the module's own otherwise."""
-        layer = layer_of(self)
-        assert layer is not None
-        if torch.compiler.is_compiling():
-            return self.__dict__["fused_attn"] or not layer.runs_original()
-        return self.__dict__["fused_attn"] or getattr(_answering, "layer", None) is layer
-
-    def _run(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, **others: Any) -> Tensor:
-        layer = layer_of(self)
-        assert layer is not None
-        original = super().forward
-        reason = None if layer.runs_original() else _unsupported(layer, x, attn_mask, is_causal)
-        if reason is not None:
-            layer.fall_back(reason)
-        if reason is not None or layer.runs_original():
-            asked: dict[str, Any] = {"attn_mask": attn_mask} if attn_mask is not None else {}
-            asked |= {"is_causal": True} if is_causal else {}  # which older versions do not take
-            return original(x, **others, **asked)
-        interception = Interception(layer.attend)
-        if torch.compiler.is_compiling():
-            with interception:
-                out = original(x, **others)
-        else:
-            _answering.layer = layer
-            try:
-                with interception:
-                    out = original(x, **others)
-            finally:
-                _answering.layer = None
-        interception.check(layer.spec.name)
-        return out
-
 
 class SparseAttention(Intercepted):
     """(B, N, C) -> (B, N, C)"""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        return self._run(x, attn_mask, is_causal)
+        return self._serve(
+            partial(_unsupported, self._layer, x, attn_mask, is_causal), x, asked=_asked(attn_mask, is_causal)
+        )
 
 
 class SparseRopeAttention(Intercepted):
@@ -76,7 +37,8 @@ class SparseRopeAttention(Intercepted):
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        return self._run(x, attn_mask, is_causal, rope=rope)
+        asked = _asked(attn_mask, is_causal)
+        return self._serve(partial(_unsupported, self._layer, x, attn_mask, is_causal), x, rope=rope, asked=asked)
 
 
 ATTENTION: dict[tuple[str, str], type[Intercepted]] = {
@@ -84,6 +46,11 @@ ATTENTION: dict[tuple[str, str], type[Intercepted]] = {
     ("timm.layers.attention", "AttentionRope"): SparseRopeAttention,
     ("timm.models.eva", "EvaAttention"): SparseRopeAttention,
 }
+
+
+def _asked(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
+    """The arguments that older versions do not take, where they say something."""
+    return {**({} if attn_mask is None else {"attn_mask": attn_mask}), **({"is_causal": True} if is_causal else {})}
 
 
 def _unsupported(layer: Layer, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> str | None:

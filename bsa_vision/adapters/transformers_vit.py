@@ -162,7 +162,7 @@ def attention(
     layer = layer_of(module)
     if layer is None:  # loaded with attn_implementation="bsa_vision" and no plan: dense
         return _original("sdpa", module)(module, query, key, value, attention_mask, **kwargs)
-    reason = None if layer.runs_original() else _unsupported(layer, query, attention_mask, kwargs)
+    reason = None if layer.runs_original() else _unsupported(layer, query, key, attention_mask, kwargs)
     if reason is not None:
         layer.fall_back(reason)
     if reason is not None or layer.runs_original():
@@ -173,14 +173,16 @@ def attention(
     return out.transpose(1, 2), None
 
 
-def _unsupported(layer: Layer, query: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> str | None:
+def _unsupported(
+    layer: Layer, query: Tensor, key: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]
+) -> str | None:
     if attention_mask is not None:
         return "an attention mask was passed"
     if kwargs.get("is_causal"):
         return "causal attention was asked for"
     if kwargs.get("output_attentions") or getattr(layer.original, "output_attentions", False):
         return "attention weights were asked for"
-    return layer.wrong_grid(query.shape[2])
+    return layer.wrong_grid(query.shape[2], key.shape[2])
 
 
 def _original(name: str | None, module: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -9,7 +9,7 @@ from torch import nn
 
 def block_weights(block: nn.Module, attention: nn.Module) -> dict[str, int]:
     """Elements of the linear layers of a block, by where they are: the two fields of a `LayerSpec`."""
-    inside, everywhere = _linear(attention), _linear(block)
+    inside, everywhere = linear_weights(attention), linear_weights(block)
     return {"attention_weights": inside, "mlp_weights": everywhere - inside}
 
 
@@ -39,7 +39,8 @@ def outside_weights(encoder: nn.Module, blocks: Iterable[nn.Module], embeddings:
     return {"patch_weights": per_patch, "image_weights": per_image}
 
 
-def _linear(module: nn.Module) -> int:
+def linear_weights(module: nn.Module) -> int:
+    """Elements of the linear layers in `module`."""
     return sum(_elements(inner) for inner in module.modules())
 
 

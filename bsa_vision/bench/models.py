@@ -10,12 +10,14 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bsa_vision import adapters
+from bsa_vision.bench.amdahl import Amdahl, Clock
 from bsa_vision.bench.attention import FAILED, NOT_RUN, OK, WRONG, first_line
 from bsa_vision.bench.case import DTYPES
 from bsa_vision.bench.correct import Error, allowed, distance
@@ -72,7 +74,9 @@ class ModelRow:
 
     status      as in `attention.Measurement`, with `reason`
     density     fraction of blocks computed over all layers and heads: counted, not asked for
-    timings     "dense" (the original) and "sparse"; ratios are to dense in the same round
+    timings     "dense" (the original), "sparse" and "dense plan" (the original under a plan of dense heads); ratios are to dense in the
+                same round
+    amdahl      how much of the dense time is attention, and what that allows; None: not on the CPU, or attention is not torch's
     error       features against the same masks applied by `reference`, a name of a backend in float64; None: not checked
     difference  relative error of the sparse features to the dense ones: what sparsity changes, with these weights
     dense_plan  largest difference between the original and the model under a plan of dense heads; 0 = equal to the bit, as it
@@ -89,6 +93,7 @@ class ModelRow:
     status: str = OK
     reason: str = ""
     timings: dict[str, Timing] = field(default_factory=dict)
+    amdahl: Amdahl | None = None
     error: Error | None = None
     reference: str = ""
     difference: float = float("nan")
@@ -198,7 +203,7 @@ def run_model_case(
     layout = plan.layout(spec)
     row: dict[str, Any] = dict(case=case, spec=spec, tokens=layout.num_tokens, density=1 - plan.sparsity(layout))
     try:
-        return ModelRow(**row, **_measure(model, case, plan, backend, rounds, on_step))
+        return ModelRow(**row, **_measure(model, case, spec, plan, backend, rounds, on_step))
     except BackendUnavailable as error:
         return ModelRow(**row, status=NOT_RUN, reason=str(error))
     except (RuntimeError, MemoryError) as error:
@@ -206,10 +211,17 @@ def run_model_case(
 
 
 def _measure(
-    model: nn.Module, case: ModelCase, plan: SparsityPlan, backend: str, rounds: int, on_step: Callable[[str], Any]
+    model: nn.Module,
+    case: ModelCase,
+    spec: ModelSpec,
+    plan: SparsityPlan,
+    backend: str,
+    rounds: int,
+    on_step: Callable[[str], Any],
 ) -> dict[str, Any]:
     """The fields of a ModelRow that come from running the model."""
     height, width = case.image_size
+    untouched_model = _twin(model)
     generator = torch.Generator(device="cpu").manual_seed(case.seed)
     noise = torch.randn(case.batch, 3, height, width, generator=generator, device="cpu", dtype=torch.float32)
     pixels = noise.to(case.device, DTYPES[case.dtype])
@@ -228,16 +240,14 @@ def _measure(
     error = None if expected is None else Error(distance(sparse[:1], expected), limit)
     del exact
 
-    def run_dense() -> None:
-        with adapters.dense(model):
-            features(model, pixels)
-
-    runs = {"dense": run_dense, "sparse": lambda: features(model, pixels)}
-    timings = paired(runs, rounds, on_round=lambda: on_step("timing"))
+    timings, amdahl = _time(
+        {"dense": untouched_model, "sparse": model}, pixels, 1 - plan.sparsity(plan.layout(spec)), rounds, on_step
+    )
     adapters.restore_(model)
     found: dict[str, Any] = dict(
         backend=", ".join(backends),
         timings=timings,
+        amdahl=amdahl,
         error=error,
         reference=reference,
         difference=float((sparse - original).double().norm() / original.double().norm()),
@@ -247,6 +257,28 @@ def _measure(
     )
     wrong = _wrong(found, untouched)
     return {**found, "status": WRONG if wrong else OK, "reason": "; ".join(wrong)}
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A second model with the same parameters and buffers, not copies of them."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def _time(
+    models: dict[str, nn.Module], pixels: Tensor, density: float, rounds: int, on_step: Callable[[str], Any]
+) -> tuple[dict[str, Timing], Amdahl | None]:
+    """The models "dense" and "sparse", and the dense one under a plan of dense heads, alternating."""
+    dense_plan = _twin(models["dense"])
+    adapters.sparsify_(dense_plan, adapters.dense_plan(dense_plan))
+    clock, on_cpu = Clock(), pixels.device.type == "cpu"
+    runs: dict[str, Callable[[], Any]] = {
+        name: partial(features, model, pixels) for name, model in {**models, "dense plan": dense_plan}.items()
+    }
+    if on_cpu:
+        runs = {name: clock.timed(name, run) for name, run in runs.items()}
+    timings = paired(runs, rounds, on_round=lambda: on_step("timing"))
+    return timings, clock.amdahl(density, skip=1) if on_cpu else None
 
 
 def _wrong(found: dict[str, Any], untouched: bool) -> list[str]:

@@ -93,6 +93,7 @@ def _model_json(row: ModelRow) -> dict[str, Any]:
         "status": row.status,
         "reason": row.reason,
         "timing": {name: _timing_json(timing) for name, timing in row.timings.items()},
+        "amdahl": None if row.amdahl is None else asdict(row.amdahl),
         "error": _error_json(row.error),
         "reference": row.reference,
         "difference_to_dense": _finite(row.difference),
@@ -335,8 +336,21 @@ def model_notes(rows: Sequence[ModelRow], rounds: int) -> list[str]:
             "RANDOM WEIGHTS: the column 'to dense' (relative difference of the features) says nothing about the quality of a "
             "trained model."
         )
+    notes += [_amdahl_note(row) for row in rows if row.timings]
     backends = dict.fromkeys(row.backend for row in rows if row.backend)
     notes += [f"Sparse layers ran on {', '.join(backends)}."] if backends else []
     word = {WRONG: "ERROR", FAILED: "ERROR"}
     notes += [f"{word.get(row.status, 'Not run')}: {row.case.model}: {row.reason}" for row in rows if row.status != OK]
     return notes
+
+
+def _amdahl_note(row: ModelRow) -> str:
+    """What the dense time is made of, what sparsity could make of it, and what swapping costs."""
+    height, width = row.case.image_size
+    plan = f"{row.case.model.rpartition(':')[2]} {height}x{width}: a plan of dense heads takes {row.timings['dense plan'].ratio:.3f} of the original's time"
+    if row.amdahl is None:
+        return f"{plan}."
+    return (
+        f"{plan}; attention is {row.amdahl.share:.0%} of the dense time, so at density {row.density:.3f} Amdahl's law allows {row.amdahl.bound:.2f}; "
+        f"reached: {row.amdahl.reached:.2f} of that speed, time outside attention {row.amdahl.outside:.3f} of the original's."
+    )
