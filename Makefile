@@ -32,7 +32,8 @@ $(INSTALLED): pyproject.toml constraints.txt $(wildcard bsa_vision/backends/atte
 $(LIBRARIES): $(INSTALLED) Makefile
 	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --no-build-isolation --upgrade \
 		--target .venv/model-libraries timm segment-anything torchvision \
-		sam2 hydra-core iopath omegaconf antlr4-python3-runtime portalocker tqdm
+		sam2 hydra-core iopath omegaconf antlr4-python3-runtime portalocker tqdm \
+		peft accelerate psutil
 	touch $@
 
 clean:

@@ -1,4 +1,4 @@
-"""Model libraries that need torchvision (segment_anything, timm), installed beside the environment for tests only.
+"""Model libraries that need torchvision (segment_anything, timm), and others that only tests use (sam2, peft), installed beside the environment for tests only.
 
 torchvision's wheel on the package index is built for CUDA. On a CPU build of torch it fails to import, and transformers with it, so
 it stays out of the environment that the examples run in. Here the two operators that it misses are declared first, unimplemented.
@@ -20,7 +20,7 @@ _declared: list[torch.library.Library] = []
 
 def enable() -> None:
     """Make the libraries importable in this process."""
-    if str(FOLDER) in sys.path:
+    if _declared:
         return
     if not FOLDER.is_dir():
         raise RuntimeError(
@@ -32,7 +32,8 @@ def enable() -> None:
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _declared.append(library)  # the operators live as long as this
-    sys.path.append(str(FOLDER))
+    if str(FOLDER) not in sys.path:  # a spawned process has its parent's path, but not its operators
+        sys.path.append(str(FOLDER))
 
 
 if __name__ == "__main__":

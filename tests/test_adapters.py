@@ -477,7 +477,9 @@ class TestErrors:
             bsa.inspect(torch.nn.TransformerEncoderLayer(8, 2))
         with pytest.raises(TypeError, match=r"model is a str: expected a torch.nn.Module"):
             bsa.inspect("dinov3")
-        with pytest.raises(bsa.PlanError, match=r"holds 2 encoders: vit \(0.layers\), dinov3 .*pass the module you mean"):
+        with pytest.raises(
+            bsa.PlanError, match=r"holds 2 encoders: vit \(0.layers\), dinov3 .*pass the module you mean"
+        ):
             bsa.inspect(torch.nn.ModuleList([make("vit"), make("dinov3")]))
 
     def test_options(self):
