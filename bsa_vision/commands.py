@@ -1,4 +1,4 @@
-"""`bsa-vision doctor`, `describe` and `masks`: what is typed, and how it is shown. Needs typer and rich."""
+"""`bsa-vision doctor`, `describe`, `compare` and `masks`: what is typed, and how it is shown. Needs typer and rich."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
-from bsa_vision.adapters import dense_plan, describe, sparsify_, uniform_plan
+from bsa_vision import photographs
+from bsa_vision.adapters import dense_plan, describe, inspect, sparsify_, uniform_plan
 from bsa_vision.bench import parse
+from bsa_vision.compare import compare, num_steps
 from bsa_vision.doctor import BROKEN, OK, doctor
 from bsa_vision.loading import FORMS, load
 from bsa_vision.plan import SparsityPlan
@@ -96,29 +100,29 @@ def show_masks(
         print(f"picture: {png}")
 
 
+ModelName = Annotated[str, typer.Argument(help=FORMS)]
+Random = Annotated[bool, typer.Option("--random", help="Fresh weights; nothing is downloaded.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Of segment_anything, for sam:...")]
+ImageSize = Annotated[int | None, typer.Option(help="Pixels per side. [the model's own]")]
+PatternName = Annotated[str | None, typer.Option(help="Sparse heads in all global layers: local:8, window:14:shift=7.")]
+DenseHeads = Annotated[int, typer.Option(help="So many first heads of each layer stay dense.")]
+PlanFile = Annotated[Path | None, typer.Option(help="A plan file instead of a pattern.")]
+
+
 def show_model(
-    model: Annotated[str, typer.Argument(help=FORMS)],
-    random: Annotated[bool, typer.Option("--random", help="Fresh weights; nothing is downloaded.")] = False,
-    checkpoint: Annotated[Path | None, typer.Option(help="Of segment_anything, for sam:...")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels per side. [the model's own]")] = None,
-    pattern: Annotated[
-        str | None, typer.Option(help="Sparse heads in all global layers: local:8, window:14:shift=7.")
-    ] = None,
-    dense_heads: Annotated[int, typer.Option(help="So many first heads of each layer stay dense.")] = 0,
-    plan: Annotated[Path | None, typer.Option(help="A plan file instead of a pattern.")] = None,
+    model: ModelName,
+    random: Random = False,
+    checkpoint: Checkpoint = None,
+    image_size: ImageSize = None,
+    pattern: PatternName = None,
+    dense_heads: DenseHeads = 0,
+    plan: PlanFile = None,
     as_json: JsonFlag = False,
 ) -> None:
     """What each attention layer of a model does, what sparsity could gain, and what stays dense and why."""
     try:
-        if pattern is not None and plan is not None:
-            raise ValueError("--pattern and --plan: one of the two says what heads do; leave the other out.")
         loaded = load(model, random=random, checkpoint=checkpoint, image_size=image_size)
-        if plan is not None:
-            chosen = SparsityPlan.load(plan)
-        elif pattern is not None:
-            chosen = uniform_plan(loaded, parse.pattern(pattern), dense_heads=dense_heads)
-        else:
-            chosen = dense_plan(loaded)
+        chosen = _plan(loaded, pattern, dense_heads, plan) or dense_plan(loaded)
         report = describe(sparsify_(loaded, chosen), image_size)
     except (ValueError, OSError) as error:
         print(f"bsa-vision describe: {error}", file=sys.stderr)
@@ -128,6 +132,55 @@ def show_model(
         print(json.dumps(data, indent=2))
     else:
         print(report)
+
+
+def show_comparison(
+    model: ModelName,
+    images: Annotated[list[Path], typer.Argument(help="Photographs, or folders of them.")],
+    random: Random = False,
+    checkpoint: Checkpoint = None,
+    image_size: ImageSize = None,
+    pattern: PatternName = None,
+    dense_heads: DenseHeads = 0,
+    plan: PlanFile = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds, dense and sparse alternating.")] = 3,
+    as_json: JsonFlag = False,
+) -> None:
+    """A model with sparse heads against itself without, on your images: error layer by layer, time, memory."""
+    try:
+        files = photographs.find(images)
+        loaded = load(model, random=random, checkpoint=checkpoint, image_size=image_size)
+        chosen = _plan(loaded, pattern, dense_heads, plan)
+        if chosen is None:
+            raise ValueError("neither --plan nor --pattern: one of the two says what heads do; give one.")
+        spec = inspect(loaded, image_size)
+        size = (spec.grid[0] * spec.patch_size[0], spec.grid[1] * spec.patch_size[1])
+        how = photographs.normalisation(loaded)
+        read = [photographs.read(file, size, how) for file in files]
+        sparsify_(loaded, chosen)
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("comparing", total=num_steps(read, rounds))
+            found = compare(loaded, read, rounds, lambda: progress.advance(task))
+    except (ValueError, OSError) as error:
+        print(f"bsa-vision compare: {error}", file=sys.stderr)
+        raise typer.Exit(WRONG_USAGE) from None
+    about = {"images": [str(file) for file in files], "size": size, "normalisation": how, "random_weights": random}
+    if as_json:
+        print(json.dumps({**about, **found.to_json()}, indent=2))
+        return
+    print(found)
+    print(f"images cut to {size[0]} x {size[1]} pixels, normalised with mean {how[0]} and standard deviation {how[1]}")
+    if random:
+        print("RANDOM WEIGHTS: these errors say nothing about a trained model.")
+
+
+def _plan(model: nn.Module, pattern: str | None, dense_heads: int, file: Path | None) -> SparsityPlan | None:
+    """What --pattern and --plan say; None where neither does."""
+    if pattern is not None and file is not None:
+        raise ValueError("--pattern and --plan: one of the two says what heads do; leave the other out.")
+    if file is not None:
+        return SparsityPlan.load(file)
+    return None if pattern is None else uniform_plan(model, parse.pattern(pattern), dense_heads=dense_heads)
 
 
 def _picture(path: Path, title: str, layout: TokenLayout, mask: object, place: tuple[int, ...]) -> None:

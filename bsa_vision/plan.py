@@ -109,7 +109,10 @@ class SparsityPlan:
         block_size: int = 128,
         **params: Any,
     ) -> SparsityPlan:
-        """The same pattern for all heads but the first `dense_heads`, in all global layers or the named ones."""
+        """The same pattern for all heads but the first `dense_heads`, in all global layers or these: indices, keys or module paths."""
+        if layers is not None:
+            wanted = [layers] if isinstance(layers, (int, str)) else list(layers)
+            layers = [spec.find(x).key if isinstance(x, str) and not x.isdecimal() else x for x in wanted]
         dense = {layer.key: ("dense",) * layer.heads for layer in spec.layers}
         plan = cls(spec.fingerprint, {}, dense, order, tile, block_size)
         heads = spec.layers[0].heads

@@ -23,8 +23,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import bsa_vision as bsa
-from bsa_vision.bench.memory import Meter
 from bsa_vision.encoder import SAM
+from bsa_vision.meter import Meter
 from bsa_vision.timing import paired
 
 ROWS = [f"{base}{kind}" for base in ("segment_anything", "transformers", "own") for kind in ("", "-exact", "-sparse")]

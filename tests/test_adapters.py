@@ -452,7 +452,7 @@ class TestErrors:
         for wrong in ("local_window", "plan.json", None, {}):
             with pytest.raises(TypeError, match=r"plan is a .*: expected a SparsityPlan.*uniform_plan"):
                 bsa.sparsify_(model, wrong)
-        for function in (bsa.restore_, bsa.describe, lambda m: bsa.dense(m).__enter__()):
+        for function in (bsa.restore_, lambda m: bsa.dense(m).__enter__()):
             with pytest.raises(TypeError, match=r"model is a str: expected a torch.nn.Module"):
                 function("vit")
         for size in ((64,), 64.0, "64", (64.0, 64.0)):
@@ -463,12 +463,21 @@ class TestErrors:
 
     def test_twice_and_never(self):
         model = make("vit")
-        for function in (bsa.restore_, bsa.describe, lambda m: bsa.dense(m).__enter__()):
+        for function in (bsa.restore_, lambda m: bsa.dense(m).__enter__()):
             with pytest.raises(ValueError, match=r"no sparse heads.*sparsify_"):
                 function(model)
         bsa.sparsify_(model, sparse_plan(model))
         with pytest.raises(ValueError, match=r"sparse heads already.*restore_"):
             bsa.sparsify_(model, sparse_plan(model))
+
+    def test_a_model_without_sparse_heads_is_described_as_it_is(self):
+        model = make("vit")
+        before = [dict(module.__dict__) for module in model.modules()]
+        report = bsa.describe(model)
+        assert [layer.backend for layer in report.layers] == ["original"] * 3
+        assert (report.sparsity, report.gain) == (0, 1)
+        assert report.cost.ceiling() > 1
+        assert [dict(module.__dict__) for module in model.modules()] == before
 
     def test_unsupported_models(self):
         with pytest.raises(bsa.PlanError, match=r"of Linear.*it has none.*transformers ViT"):

@@ -45,11 +45,15 @@ TABLE = {
     "encoder": {"masks", "adapters", "blocks", "errors", "plan"},
     "bench": {
         *("masks", "adapters", "attention", "backends", "errors", "loading"),
-        *("head_masks", "model_spec", "plan", "rel_pos", "timing"),
+        *("features", "head_masks", "meter", "model_spec", "plan", "rel_pos", "timing"),
     },
+    "features": set(),
+    "meter": set(),
+    "photographs": set(),
+    "compare": {"adapters", "features", "meter", "timing"},
     "doctor": {"backends", "head_masks"},
     "loading": {"encoder", "errors"},
-    "commands": {"masks", "adapters", "bench", "doctor", "loading", "plan", "viz"},
+    "commands": {"masks", "adapters", "bench", "compare", "doctor", "loading", "photographs", "plan", "viz"},
     "cli": {"bench", "commands"},
     "__main__": {"cli"},
 }
@@ -57,6 +61,7 @@ THIRD_PARTY = {"torch", "numpy", "einops"}
 LAZY = {  # imported inside the functions that need them, or by modules that only those import
     "transformers": {"adapters", "bench"},
     "timm": {"adapters"},
+    "PIL": {"photographs"},
     "safetensors": {"encoder"},
     "matplotlib": {"viz", "bench"},
     "rich": {"bench", "cli", "commands"},

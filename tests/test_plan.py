@@ -459,3 +459,25 @@ def test_bad_plans(name):
     make, message = BAD_PLANS[name]
     with pytest.raises(PlanError, match=message):
         make()
+
+
+class TestNames:
+    def test_layers_by_index_key_or_path(self):
+        by = [uniform("axial", layers=[layer]) for layer in (1, "1", "self.1", SPEC.layers[1].name)]
+        assert all(plan == by[0] for plan in by)
+
+    @pytest.mark.parametrize(
+        ("layers", "said"),
+        [
+            (
+                ["model.layer.1.atention"],
+                r"no attention layer 'model.layer.1.atention'.*nearest are .*model.layer.1.attention",
+            ),
+            ("selv.1", "no attention layer 'selv.1'"),
+        ],
+    )
+    def test_unknown_names_and_what_is_near(self, layers, said):
+        with pytest.raises(PlanError, match=said):
+            uniform("axial", layers=layers)
+        with pytest.raises(PlanError, match="nearest are self.0"):
+            uniform("axial").replace(layers="self.00", pattern="dense")

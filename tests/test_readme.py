@@ -30,7 +30,7 @@ def test_snippet(snippet, capsys):
         assert names["features"].shape == (1, 32 * 32 + 5, 64)
         assert "2 x dense, 2 x local_window(radius=8)" in printed
         with pytest.raises(ValueError, match="no sparse heads"):
-            bsa.describe(names["model"])
+            bsa.restore_(names["model"])
     else:
         assert names["out"].shape == (1, 12, 4097, 64)
         assert isinstance(names["out"], torch.Tensor)

@@ -206,21 +206,23 @@ def context(model: Model, *, prompts: Prompts | Sequence[Prompts]) -> Iterator[M
 def describe(
     model: nn.Module, image_size: int | tuple[int, int] | None = None, latency: Latency | None = None
 ) -> ModelReport:
-    """What each attention layer of a swapped model does, on its device and dtype; print it for a table.
+    """What each attention layer of a model does, on its device and dtype; print it for a table. Without sparse heads: what could be gained.
 
     image_size  pixels, an int or (height, width); None = the last input's, or the model's own before there was one
     latency     what attention costs on this machine; None = `bsa.latency(...)`, measured once, which takes a second or two
     """
-    layers = layers_of(model)
-    if not layers:
-        raise ValueError("this model has no sparse heads: nothing to describe; sparsify_(model, plan) first.")
+    swapped = layers_of(model)
+    pairs = (
+        _as_it_is(model) if not swapped else [(x, layer) for x in model.modules() if (layer := layer_of(x)) is not None]
+    )
+    layers = [layer for _, layer in pairs]
     tower = layers[0].tower
     if any(layer.tower is not tower for layer in layers):
         raise ValueError(
             f"{type(model).__name__} holds several encoders with sparse heads: one at a time is described; pass the one you mean."
         )
     grid = tower.grid if image_size is None and tower.grid != (0, 0) else _sized(tower.spec, image_size).grid
-    like = like_of(next(module for module in model.modules() if layer_of(module) is layers[0]))
+    like = like_of(pairs[0][0])
     latency = latency or latency_here(tower.spec.layers[0].head_dim, like.dtype, like.device)
     spec = replace(tower.spec, grid=grid)
     model_cost = cost(spec, element_size=like.element_size())
@@ -229,6 +231,16 @@ def describe(
     labels = tuple(f"{name}: {label}" for name in sorted(used) for label in _labels(tower.plan, name, spec))
     left = left_dense(model)
     return ModelReport(spec.family, grid, tower.plan.order, reports, latency.what, model_cost, left, labels)
+
+
+def _as_it_is(model: nn.Module) -> list[tuple[nn.Module, Layer]]:
+    """The layers that a plan of dense heads would give a model that has none; the model is not touched."""
+    adapter, found = _find(model)
+    tower = Tower(found.spec, dense_plan(found.spec), "auto", "fallback", found.grid_of)
+    return [
+        (module, Layer(tower, spec, adapter.original_of(module), adapter.prepare))
+        for module, spec in zip(found.modules, found.spec.layers, strict=True)
+    ]
 
 
 def _labels(plan: SparsityPlan, name: str, spec: ModelSpec) -> list[str]:

@@ -7,7 +7,6 @@ trained model would do with sparse heads.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -23,6 +22,7 @@ from bsa_vision.bench.case import DTYPES
 from bsa_vision.bench.correct import Error, allowed, distance
 from bsa_vision.bench.machine import free_memory
 from bsa_vision.errors import BackendUnavailable
+from bsa_vision.features import features
 from bsa_vision.loading import from_factory
 from bsa_vision.model_spec import ModelSpec
 from bsa_vision.plan import SparsityPlan
@@ -172,22 +172,6 @@ def _from_factory(path: str) -> nn.Module:
         raise ValueError(f"--{error}") from None
 
 
-def features(model: nn.Module, pixels: Tensor) -> Tensor:
-    """(B, N, width) of `model` for pixels (B, 3, h, w), without gradient."""
-    options = {}
-    if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
-        options["interpolate_pos_encoding"] = True  # sizes other than the model's own
-    with torch.no_grad():
-        out = model(pixels, **options)
-    found = getattr(out, "last_hidden_state", out[0] if isinstance(out, (tuple, list)) else out)
-    if not isinstance(found, Tensor):
-        raise ValueError(
-            f"the model returned a {type(out).__name__}: allowed are a tensor, a tuple that starts with one, and an output with "
-            "last_hidden_state; wrap the model."
-        )
-    return found
-
-
 def run_model_case(
     case: ModelCase, backend: str = "auto", rounds: int = 5, on_step: Callable[[str], Any] = lambda what: None
 ) -> ModelRow:
@@ -203,7 +187,8 @@ def run_model_case(
     layout = plan.layout(spec)
     row: dict[str, Any] = dict(case=case, spec=spec, tokens=layout.num_tokens, density=1 - plan.sparsity(layout))
     try:
-        return ModelRow(**row, **_measure(model, case, spec, plan, backend, rounds, on_step))
+        with torch.no_grad():
+            return ModelRow(**row, **_measure(model, case, spec, plan, backend, rounds, on_step))
     except BackendUnavailable as error:
         return ModelRow(**row, status=NOT_RUN, reason=str(error))
     except (RuntimeError, MemoryError) as error:

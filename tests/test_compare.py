@@ -1,0 +1,226 @@
+"""`bsa_vision.compare`, `bsa-vision compare`, and what they read photographs with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import bsa_vision as bsa
+from bsa_vision import photographs
+from bsa_vision.adapters.layer import layers_of
+from bsa_vision.compare import compare, num_steps
+from bsa_vision.features import features
+from tests import models, sam2_models, sam_models, test_torchvision, timm_models
+from tests.test_commands import BREAK, ROOT, run, save
+
+SMALL = dict(tile=(4, 4), block_size=16)
+MODELS = {
+    "transformers": (lambda: models.make("dinov3"), lambda seed: models.image(96, 64, seed=seed)),
+    "timm": (lambda: timm_models.make("vit, not fused"), lambda seed: timm_models.image(batch=1) + seed),
+    "torchvision": (test_torchvision.make, lambda seed: test_torchvision.image(1) + seed),
+    "sam": (lambda: sam_models.make("transformers sam"), lambda seed: sam_models.image(batch=1) + seed),
+    "sam2": (lambda: sam2_models.make("sam2"), lambda seed: sam2_models.image(batch=1) + seed),
+}
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two photographs of other sizes than any model's, and what is no image."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for name, size in (("a.jpg", (90, 120)), ("b.png", (130, 70))):
+        Image.fromarray(draw.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+class TestCompare:
+    @pytest.mark.parametrize("name", MODELS)
+    def test_against_the_models_own_outputs(self, name):
+        make, image = MODELS[name]
+        model, images = make(), [image(seed) for seed in (1, 2)]
+        plan = bsa.uniform_plan(model, "local_window", radius=1, **SMALL)
+        first = bsa.inspect(model).layers[0].name
+        with torch.no_grad():
+            expected = [features(model, one) for one in images]
+            bsa.sparsify_(model, plan)
+            out = [features(model, one) for one in images]
+        steps = []
+        found = compare(model, images, rounds=2, on_step=lambda: steps.append(1))
+        assert len(steps) == num_steps(images, 2)
+        assert found.errors == pytest.approx([relative(a, b) for a, b in zip(out, expected)], rel=1e-4)
+        assert all(0 < cosine < 1 for cosine in found.cosines)
+        assert [layer.name for layer in found.layers] == [layer.spec.name for layer in layers_of(model)]
+        sparse = [layer for layer in found.layers if layer.sparsity]
+        assert all(min(layer.alone) > 1e-3 for layer in sparse)
+        if found.layers[0].name == first and found.layers[0].sparsity:  # nothing came before it
+            assert found.layers[0].alone == pytest.approx(found.layers[0].so_far, rel=1e-4)
+        assert found.layers[-1].alone != pytest.approx(found.layers[-1].so_far, rel=1e-3)
+        assert len(found.times["sparse"].seconds) == 2
+        assert set(found.memory) == {"dense", "sparse"}
+        assert not model.training
+        assert "features: error" in str(found)
+
+    def test_a_dense_plan_has_no_error(self):
+        model = bsa.sparsify_(models.make("vit"), bsa.dense_plan(models.make("vit")))
+        found = compare(model, [models.image()], rounds=1)
+        assert found.errors == (0.0,)
+        assert {layer.so_far for layer in found.layers} == {(0.0,)}
+
+    def test_one_sparse_layer(self):
+        """Its error shows there, alone nowhere else, and so far in all that follow."""
+        model = models.make("vit")
+        bsa.sparsify_(model, bsa.uniform_plan(model, "special", layers=[1], block_size=8))
+        first, second, third = compare(model, [models.image()], rounds=1).layers
+        assert first.alone == first.so_far == (0.0,)
+        assert second.alone == pytest.approx(second.so_far, rel=1e-5)
+        assert second.alone[0] > 1e-2
+        assert third.alone == (0.0,)
+        assert third.so_far[0] > 1e-3
+
+    def test_memory_sees_the_matrix(self):
+        """Eager attention holds N x N logits, sparse heads do not."""
+        model = models.make("vit", attn_implementation="eager")
+        bsa.sparsify_(model, bsa.uniform_plan(model, "local_window", radius=1))
+        found = compare(model, [torch.randn(1, 3, 512, 512)], rounds=1)
+        matrix = 4 * 4097**2 * 4
+        assert found.memory["dense"] > matrix
+        assert found.memory["sparse"] < matrix / 2
+
+    def test_the_mode_comes_back(self):
+        model = models.make("vit").train()
+        bsa.sparsify_(model, bsa.uniform_plan(model, "axial", block_size=8))
+        compare(model, [models.image()], rounds=1)
+        assert model.training
+
+    def test_wrong_input(self):
+        model = models.make("vit")
+        with pytest.raises(ValueError, match="no sparse heads"):
+            compare(model, [models.image()])
+        bsa.sparsify_(model, bsa.uniform_plan(model, "axial", block_size=8))
+        for images in ([], [models.image(), models.image(72, 40)], [models.image(batch=2)]):
+            with pytest.raises(ValueError, match=r"expected at least one, each \(1, 3, h, w\), all of one size"):
+                compare(model, images)
+
+
+class TestFeatures:
+    def test_models_of_images_and_texts_give_their_vision_tower(self):
+        from tests.test_towers import two_towers
+
+        model = two_towers("clip")
+        with torch.no_grad():
+            assert torch.equal(features(model, models.image()), models.features(model.vision_model, models.image()))
+
+    def test_what_holds_no_tensor(self):
+        class Strange(torch.nn.Module):
+            def forward(self, pixels):
+                return {"masks": None}
+
+        with pytest.raises(ValueError, match="returned a dict: allowed are a tensor"):
+            features(Strange(), models.image())
+
+
+class TestPhotographs:
+    def test_what_is_found(self, photos):
+        assert [path.name for path in photographs.find([photos])] == ["a.jpg", "b.png"]
+        assert photographs.find([photos / "b.png"]) == [photos / "b.png"]
+
+    def test_size_and_values(self, tmp_path):
+        """The middle, covering the size without distortion; then (value - mean) / std."""
+        wide = np.zeros((40, 120, 3), dtype=np.uint8)
+        wide[:, 40:80] = (255, 0, 128)
+        Image.fromarray(wide).save(tmp_path / "wide.png")
+        out = photographs.read(tmp_path / "wide.png", (40, 40), ((0.5, 0.5, 0.5), (0.25, 0.5, 1.0)))
+        assert out.shape == (1, 3, 40, 40)
+        assert out[0, :, 20, 20].tolist() == pytest.approx([2.0, -1.0, 128 / 255 - 0.5], abs=1e-6)
+        assert photographs.read(tmp_path / "wide.png", (16, 32)).shape == (1, 3, 16, 32)
+
+    def test_timms_normalisation(self):
+        model = timm_models.make("vit")
+        assert photographs.normalisation(model) == photographs.IMAGENET
+        model.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+        assert photographs.normalisation(model)[0] == (0.5, 0.5, 0.5)
+
+    def test_grey_and_turned(self, tmp_path):
+        image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(4, 16))
+        exif = image.getexif()
+        exif[0x0112] = 6  # lies on its side
+        image.save(tmp_path / "grey.png", exif=exif)
+        out = photographs.read(tmp_path / "grey.png", (16, 4), ((0, 0, 0), (1, 1, 1)))
+        assert torch.equal(out[0, 0], out[0, 2])
+        assert out[0, 0, -1, 0] > out[0, 0, 0, 0]
+
+
+class TestCommand:
+    LINE = "--random --image-size 64 --pattern axial"
+
+    def test_table(self, capsys, photos):
+        code, out, err = run(capsys, f"compare timm:vit_tiny_patch16_224 {photos} {self.LINE} --rounds 1")
+        assert code == 0, err
+        assert "2 images of 4 x 4 patches" in out
+        assert "blocks.11.attn" in out
+        assert "time per image: dense" in out
+        assert "RANDOM WEIGHTS" in out
+        assert "mean (0.5, 0.5, 0.5)" in out
+
+    def test_a_plan_and_json(self, capsys, photos, tmp_path):
+        folder = save(tmp_path)
+        plan = bsa.uniform_plan(models.make("dinov3"), "local_window", radius=1, block_size=16)
+        plan.save(tmp_path / "plan.json")
+        code, out, _ = run(
+            capsys, f"compare transformers:{folder} {photos}/a.jpg --plan {tmp_path}/plan.json --rounds 1 --json"
+        )
+        data = json.loads(out)
+        assert code == 0
+        assert len(data["layers"]) == 3
+        assert len(data["errors"]) == 1
+        assert data["errors"][0] > 0
+        assert data["times"]["sparse"]["ratio"] > 0
+        assert data["size"] == [64, 64]
+
+    def test_without_torchvision_and_network(self, photos):
+        arguments = [
+            "compare",
+            "sam:vit_b",
+            str(photos),
+            *["--random", "--image-size", "128", "--pattern", "local:1", "--rounds", "1"],
+        ]
+        result = subprocess.run(
+            [sys.executable, "-c", BREAK.format(arguments=arguments)], capture_output=True, text=True, cwd=ROOT
+        )
+        assert result.returncode == 0, result.stderr
+        assert "2 images of 8 x 8 patches" in result.stdout
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("tests.models:dinov3 {photos}", "neither --plan nor --pattern"),
+            ("tests.models:dinov3 {photos} --pattern axial --plan p.json", "--pattern and --plan: one of the two"),
+            ("tests.models:dinov3 nowhere.jpg --pattern axial", "image 'nowhere.jpg': no such file or folder"),
+            ("tests.models:dinov3 {photos}/notes.txt --pattern axial", "cannot be read"),
+            ("tests.models:dinov3 {photos} --plan nowhere.json", "nowhere.json"),
+            ("tests.models:dinov3 {photos} --pattern nope", "allowed are random, local"),
+            ("timm:vit_tinny_patch16 {photos} --random --pattern axial", "nearest are vit_tiny"),
+            ("tests.models:dinov3 {photos} --pattern axial --image-size 65", "whole numbers of (8, 8) pixel patches"),
+        ],
+    )
+    def test_wrong_input(self, capsys, photos, line, message):
+        code, _, err = run(capsys, "compare " + line.format(photos=photos))
+        assert code == 2
+        assert message in err
+
+    def test_an_empty_folder(self, capsys, tmp_path):
+        code, _, err = run(capsys, f"compare tests.models:dinov3 {tmp_path} --pattern axial")
+        assert code == 2
+        assert "no images in" in err
