@@ -156,7 +156,8 @@ def show_comparison(
         spec = inspect(loaded, image_size)
         size = (spec.grid[0] * spec.patch_size[0], spec.grid[1] * spec.patch_size[1])
         how = photographs.normalisation(loaded)
-        read = [photographs.read(file, size, how) for file in files]
+        like = next(loaded.parameters())
+        read = [photographs.read(file, size, how).to(like.device, like.dtype) for file in files]
         sparsify_(loaded, chosen)
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("comparing", total=num_steps(read, rounds))

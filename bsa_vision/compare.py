@@ -1,6 +1,6 @@
 """The model with its sparse heads against itself without: error layer by layer, time, memory, on images.
 
-Errors are relative, ||sparse - dense|| / ||dense||, over all tokens and channels of one image.
+Errors are relative, ||sparse - dense|| / ||dense||, over all tokens and channels of one image. Features are those of `bsa_vision.features`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bsa_vision.adapters import dense, describe
-from bsa_vision.adapters.layer import layer_of
+from bsa_vision.adapters import dense
+from bsa_vision.adapters.layer import layer_of, layers_of
 from bsa_vision.features import features
 from bsa_vision.meter import Meter
 from bsa_vision.timing import Timing, paired
@@ -41,7 +41,7 @@ class Comparison:
     """`str()` gives a table.
 
     errors     of the model's features, one per image
-    cosines    between sparse and dense features, mean over tokens, one per image
+    cosines    between sparse and dense features, one per image
     times      "dense" and "sparse", alternating, each round all images one by one
     memory     bytes at the peak of one image over what was in use before, "dense" and "sparse"; `method` says how they were read
     fallbacks  calls that ran dense although they should not, all layers together
@@ -94,25 +94,33 @@ def _range(values: Sequence[float]) -> str:
 def compare(
     model: nn.Module, images: Sequence[Tensor], rounds: int = 3, on_step: Callable[[], None] = lambda: None
 ) -> Comparison:
-    """Run a swapped model with its sparse heads and without, on each of `images`, (1, 3, h, w) of one size.
+    """Run a swapped model with its sparse heads and without, on each of `images`, (1, 3, h, w) of one size, in eval mode.
 
     rounds   timed rounds, each of which runs both over all images, after one that is not timed
     on_step  called `num_steps(images, rounds)` times, for a progress bar
 
-    ValueError for a model without sparse heads, and for images that are none, or of several sizes. The model is not changed.
+    ValueError for a model without sparse heads (or inside `bsa.dense`), with those of several encoders, and for images that are none, or of
+    several sizes. The model is not changed.
     """
     if not images or len({image.shape for image in images}) != 1 or images[0].dim() != 4 or len(images[0]) != 1:
         raise ValueError(
             f"images of shapes {[tuple(image.shape) for image in images]}: expected at least one, each (1, 3, h, w), all of one size; resize "
             "them."
         )
-    was_training = model.training
+    towers = {id(layer.tower): layer.tower for layer in layers_of(model)}
+    if len(towers) != 1 or any(tower.dense for tower in towers.values()):
+        raise ValueError(
+            f"{type(model).__name__} has no sparse heads to compare, or runs dense at the moment, or has those of several encoders: sparsify_ one "
+            "encoder, and compare it outside of `bsa.dense`."
+        )
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             return _compare(model, images, rounds, on_step)
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
 
 
 def num_steps(images: Sequence[Any], rounds: int) -> int:
@@ -122,61 +130,73 @@ def num_steps(images: Sequence[Any], rounds: int) -> int:
 
 def _compare(model: nn.Module, images: Sequence[Tensor], rounds: int, on_step: Callable[[], None]) -> Comparison:
     modules = {layer.spec.name: module for module in model.modules() if (layer := layer_of(module)) is not None}
+    before = _fallbacks(model)
     errors, cosines = [], []
     alone: dict[str, list[float]] = {name: [] for name in modules}
     so_far: dict[str, list[float]] = {name: [] for name in modules}
     for image in images:
-        with dense(model), _outputs(model, modules) as expected:
+        with dense(model), _outputs(modules) as expected:
             reference = features(model, image)
-        with _outputs(model, modules, alone) as found:
+        with _outputs(modules) as found, _errors_alone(model, modules, alone):
             out = features(model, image)
-        for name in modules:
+        for name in found:
             so_far[name].append(_error(found[name], expected[name]))
         errors.append(_error(out, reference))
-        cosines.append(_cosine(out, reference))
+        cosines.append(float(torch.cosine_similarity(out.double().flatten(), reference.double().flatten(), dim=0)))
         on_step()
-    report = describe(model)
     memory, method = _memory(model, images[0])
     times = paired(
         {"dense": lambda: _run_dense(model, images), "sparse": lambda: [features(model, image) for image in images]},
         rounds,
         on_round=on_step,
     )
-    layers = [LayerError(x.name, x.sparsity, tuple(alone[x.name]), tuple(so_far[x.name])) for x in report.layers]
+    layers = layers_of(model)
+    grid = layers[0].tower.grid
+    sparsity = {x.spec.name: x.masks.without_prompts(x.grid_of(grid)).sparsity for x in layers}
     return Comparison(
-        grid=report.grid,
-        layers=tuple(layers),
+        grid=grid,
+        layers=tuple(LayerError(x, sparsity[x], tuple(alone[x]), tuple(so_far[x])) for x in modules if so_far[x]),
         errors=tuple(errors),
         cosines=tuple(cosines),
         times=times,
         memory=memory,
         method=method,
-        sparsity=report.sparsity,
-        fallbacks=sum(sum(layer.fallbacks.values()) for layer in report.layers),
+        sparsity=sum(sparsity.values()) / len(sparsity),
+        fallbacks=_fallbacks(model) - before,
     )
 
 
+def _fallbacks(model: nn.Module) -> int:
+    return sum(sum(layer.fallbacks.values()) for layer in layers_of(model))
+
+
 @contextmanager
-def _outputs(
-    model: nn.Module, modules: dict[str, nn.Module], alone: dict[str, list[float]] | None = None
-) -> Iterator[dict[str, Tensor]]:
-    """Inside, what these modules return is collected; with `alone`, each is also run dense on the same input, and its error added there."""
+def _outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Inside, what these modules return is collected."""
     found: dict[str, Tensor] = {}
-    inside: list[str] = []
 
-    def keep(name: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        if inside:
-            return
+    def keep(name: str, module: nn.Module, args: Any, out: Any) -> None:
         found[name] = _tensor(out)
-        if alone is not None:
-            inside.append(name)
-            with dense(model):
-                alone[name].append(_error(found[name], _tensor(module(*args, **kwargs))))
-            inside.clear()
 
-    hooks = [module.register_forward_hook(partial(keep, name), with_kwargs=True) for name, module in modules.items()]
+    hooks = [module.register_forward_hook(partial(keep, name)) for name, module in modules.items()]
     try:
         yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _errors_alone(model: nn.Module, modules: dict[str, nn.Module], errors: dict[str, list[float]]) -> Iterator[None]:
+    """Inside, each of these modules also runs dense on the input it got, and its error is added to the list of its name."""
+
+    def rerun(name: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        with dense(model):
+            errors[name].append(_error(_tensor(out), _tensor(module.forward(*args, **kwargs))))
+
+    hooks = [module.register_forward_hook(partial(rerun, name), with_kwargs=True) for name, module in modules.items()]
+    try:
+        yield
     finally:
         for hook in hooks:
             hook.remove()
@@ -187,15 +207,8 @@ def _tensor(out: Any) -> Tensor:
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
-    difference = (found.double() - expected.double()).norm()
-    return float(difference / expected.double().norm())
-
-
-def _cosine(found: Tensor, expected: Tensor) -> float:
-    """Mean over tokens; channels are the last axis of (B, N, C) and the second of (B, C, h, w)."""
-    return float(
-        nn.functional.cosine_similarity(found.double(), expected.double(), dim=1 if found.dim() == 4 else -1).mean()
-    )
+    difference, length = (found.double() - expected.double()).norm(), expected.double().norm()
+    return float(difference / length) if length else float(difference > 0)
 
 
 def _run_dense(model: nn.Module, images: Sequence[Tensor]) -> None:

@@ -150,7 +150,7 @@ def _layer(layer: LayerSpec, spec: ModelSpec, element_size: int) -> LayerCost:
 
 def _other(block: OtherBlock, spec: ModelSpec) -> int:
     """FLOPs of a block that is no layer, windows padded."""
-    height, width = (round(side * block.stride) for side in spec.grid)
+    height, width = (int(side * block.stride) for side in spec.grid)
     rows, columns = (block.window, block.window) if block.window else (height, width)
     windows = -(-height // rows) * -(-width // columns)
     keys, queries = rows * columns, (rows // block.q_stride) * (columns // block.q_stride)

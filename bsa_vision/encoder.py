@@ -218,7 +218,8 @@ class ImageEncoder(nn.Module):
 
         source  a file (.pth read with weights_only=True, .safetensors), or its state dict. Of a whole SAM, the `image_encoder.` part is taken
 
-        Raises ValueError unless every parameter is there, in its shape, and no other; the encoder is then untouched.
+        Raises ValueError unless every parameter is there, in its shape, and no other; the encoder is then untouched. Rotary periods are not
+        in checkpoints: create the encoder with those it was trained with.
         """
         state = dict(source) if isinstance(source, Mapping) else _read(Path(source))
         prefix = "image_encoder."
@@ -275,7 +276,8 @@ def _check_sizes(
 def _periods(rope: bool | tuple[float, float]) -> tuple[float, float] | None:
     if isinstance(rope, bool):
         return (1.0, 100.0) if rope else None
-    if not isinstance(rope, Sequence) or len(rope) != 2 or not 0 < rope[0] < rope[1]:
+    numbers = isinstance(rope, Sequence) and len(rope) == 2 and all(isinstance(x, (int, float)) for x in rope)
+    if not numbers or not 0 < rope[0] < rope[1]:
         raise ValueError(
             f"rope={rope!r}: expected True, False or (shortest, longest) period, above 0 and growing; the image is 2 wide, give e.g. (1, 100)."
         )

@@ -68,12 +68,15 @@ class Latency:
             return self.dense(masks.num_heads, tokens, images, keys)
         return self.sparse_call + images * sum(self.of_heads(masks, tokens, keys))
 
-    def break_even(self, heads: int, density: float, block_size: int = 128, images: int = 1) -> int | None:
-        """Tokens from which heads of this realised density are faster than dense ones; None = never."""
+    def break_even(
+        self, heads: int, density: float, block_size: int = 128, images: int = 1, keys: float = 1.0
+    ) -> int | None:
+        """Tokens from which heads of this realised density are faster than dense ones, with so many keys per token; None = never."""
 
         def pays(tokens: int) -> bool:
-            head = self.sparse_row * -(-tokens // block_size) + self.sparse_pair * density * tokens**2
-            return self.sparse_call + images * heads * head < self.dense(heads, tokens, images)
+            head = self.sparse_row * -(-tokens // block_size) + self.sparse_pair * density * keys * tokens**2
+            dense = self.dense_call + self.dense_pair * images * heads * keys * tokens**2
+            return self.sparse_call + images * heads * head < dense
 
         if not pays(MOST_TOKENS):
             return None

@@ -81,7 +81,7 @@ class LayerMasks(Handled):
                 "`with bsa.context(model, prompts=...)`, or inside `with bsa.dense(model)`."
             )
         boxes = [one.on_patches(layout.grid, self.spec.patch_size) for one in entry.prompts]
-        return entry.masks.get((self, layout), lambda: self.plan.compile(key, layout, boxes, keys))
+        return entry.masks.get((self, layout, keys), lambda: self.plan.compile(key, layout, boxes, keys))
 
     def without_prompts(self, grid: tuple[int, int]) -> HeadMasks:
         """As `masks_for`, with those of the moment if there are any, else of an image without: for trying and for reports."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import sys
 from pathlib import Path
 
@@ -14,13 +16,15 @@ class Meter:
     """The peak of this process's memory since the meter was made, over what was in use then."""
 
     def __init__(self, device: str | torch.device) -> None:
-        self.cuda = torch.device(device).type == "cuda"
+        self.device = torch.device(device)
+        self.cuda = self.device.type == "cuda"
         if self.cuda:
             self.method = "torch.cuda.max_memory_allocated"
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.baseline = torch.cuda.memory_allocated()
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            self.baseline = torch.cuda.memory_allocated(device)
             return
+        _give_back()
         try:
             Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew
             self.method, self.baseline = "VmHWM, reset", _status("VmRSS")
@@ -31,9 +35,17 @@ class Meter:
     def peak(self) -> int:
         """Bytes over the baseline."""
         if self.cuda:
-            torch.cuda.synchronize()
-            return torch.cuda.max_memory_allocated() - self.baseline
+            torch.cuda.synchronize(self.device)
+            return torch.cuda.max_memory_allocated(self.device) - self.baseline
         return max(0, (_status("VmHWM") if self.method.startswith("VmHWM") else _max_rss()) - self.baseline)
+
+
+def _give_back() -> None:
+    """Freed memory back to the system: the C library keeps it otherwise, and what the work then takes of it would not show."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def _status(field: str) -> int:

@@ -22,10 +22,11 @@ def normalisation(model: nn.Module) -> Normalisation:
 
 def find(paths: Iterable[str | Path]) -> list[Path]:
     """The image files among `paths`, folders searched through; sorted within a folder. ValueError where there is none."""
+    paths = list(paths)
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found += sorted(inside for inside in path.rglob("*") if inside.suffix.lower() in SUFFIXES)
+            found += sorted(x for x in path.rglob("*") if x.is_file() and x.suffix.lower() in SUFFIXES)
         elif path.is_file():
             found.append(path)
         else:
@@ -39,12 +40,21 @@ def find(paths: Iterable[str | Path]) -> list[Path]:
 
 def read(path: Path, size: tuple[int, int], how: Normalisation = IMAGENET) -> Tensor:
     """(1, 3, h, w) float32 of `size` (h, w) pixels: scaled so that it covers that, bicubic, and the middle cut out; normalised."""
-    from PIL import Image, ImageOps
-
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise ValueError(
+            f"images are read with Pillow, which cannot be imported ({error}): pip install pillow."
+        ) from None
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(
+                    f"image {str(path)!r} has mode {image.mode}, more than 8 bits per channel: what is white in it is not known; save it as an "
+                    "8-bit image."
+                )
             fitted = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), size[::-1], Image.Resampling.BICUBIC)
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"image {str(path)!r} cannot be read ({error}): give a photograph in a common format."
         ) from None

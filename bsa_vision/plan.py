@@ -332,8 +332,12 @@ class SparsityPlan:
         return any(isinstance(pattern, Pattern) and pattern.is_dynamic for pattern in patterns)
 
     def sparsity(self, layout: TokenLayout) -> float:
-        """Realised sparsity over all heads and layers, dense ones included, 0 to 1."""
-        per_layer = [self.compile(key, layout).sparsity for key in self.layers]
+        """Realised sparsity over all heads and blocks of the model, dense ones included, 0 to 1. What is remembered counts as one frame."""
+        one_frame = replace(layout, start=0, end=0)
+        per_layer = [
+            self.compile(key, layout, keys=one_frame if key.startswith("mem_cross.") else None).sparsity
+            for key in self.layers
+        ]
         return sum(per_layer) / self.model["depth"]
 
     def complete(self, spec: ModelSpec) -> SparsityPlan:

@@ -165,12 +165,10 @@ PATTERNS: dict[str, Callable[..., Tensor]] = {
     "prompt_region": prompt_region,
     "window": window,
 }
-GIVEN = (
-    "layout",
-    "stream",
-    "boxes",
-    "keys",
-)  # what a pattern gets when it is laid out; everything else are its parameters
+# Those that may keep blocks of keys that are other tokens than the queries.
+AMONG_OTHERS = tuple(name for name, function in PATTERNS.items() if "keys" in inspect.signature(function).parameters)
+# What a pattern gets when it is laid out; everything else are its parameters.
+GIVEN = ("layout", "stream", "boxes", "keys")
 
 Spec = dict[str, Any]
 JOINTS = {"any": torch.logical_or, "all": torch.logical_and}
@@ -240,10 +238,9 @@ class Pattern:
         given: dict[str, dict[str, Any]] = {"random_blocks": {"stream": stream}, "prompt_region": {"boxes": boxes}}
         others = dict(given.get(self._name, {}))
         if keys is not None:
-            able = [name for name, function in PATTERNS.items() if "keys" in inspect.signature(function).parameters]
-            if self._name not in able:
+            if self._name not in AMONG_OTHERS:
                 raise ValueError(
-                    f"pattern {self._name!r} is for keys that are the queries' own tokens: for others allowed are {', '.join(able)}; choose "
+                    f"pattern {self._name!r} is for keys that are the queries' own tokens: for others allowed are {', '.join(AMONG_OTHERS)}; choose "
                     "one of them."
                 )
             others["keys"] = keys

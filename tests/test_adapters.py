@@ -477,6 +477,7 @@ class TestErrors:
         assert [layer.backend for layer in report.layers] == ["original"] * 3
         assert (report.sparsity, report.gain) == (0, 1)
         assert report.cost.ceiling() > 1
+        assert report.left == ()  # what is described is not left out
         assert [dict(module.__dict__) for module in model.modules()] == before
 
     def test_unsupported_models(self):

@@ -98,17 +98,50 @@ class TestCompare:
         assert found.memory["dense"] > matrix
         assert found.memory["sparse"] < matrix / 2
 
-    def test_the_mode_comes_back(self):
+    def test_memory_again_and_again(self):
+        """What the C library keeps of earlier runs must not hide what later ones take."""
+        model = models.make("vit", attn_implementation="eager")
+        bsa.sparsify_(model, bsa.uniform_plan(model, "local_window", radius=1))
+        peaks = [compare(model, [torch.randn(1, 3, 256, 256)], rounds=1).memory["dense"] for _ in range(3)]
+        assert min(peaks) > 4 * 1025**2 * 4  # N x N logits of four heads: 17 MB, which fits what was freed before
+
+    def test_every_modules_mode_comes_back(self):
         model = models.make("vit").train()
+        model.layers[0].eval()
+        modes = [module.training for module in model.modules()]
         bsa.sparsify_(model, bsa.uniform_plan(model, "axial", block_size=8))
         compare(model, [models.image()], rounds=1)
-        assert model.training
+        assert [module.training for module in model.modules()] == modes
+
+    def test_only_what_ran_dense_meanwhile_is_counted(self):
+        model = models.make("vit")
+        bsa.sparsify_(model, bsa.uniform_plan(model, "axial", block_size=8))
+        with pytest.warns(UserWarning, match="an attention mask was passed"):
+            models.features(model, models.image(), attention_mask=torch.arange(65)[None] < 60)
+        assert compare(model, [models.image()], rounds=1).fallbacks == 0
+
+    def test_alone_is_for_the_input_the_layer_got(self):
+        """Also where somebody's hook changes it on the way in."""
+        model = models.make("vit")
+        bsa.sparsify_(model, bsa.uniform_plan(model, "axial", layers=[0], block_size=8))
+        attention = next(module for module in model.modules() if "_bsa_layer" in module.__dict__)
+        attention.register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]) if args else None)
+        first = compare(model, [models.image()], rounds=1).layers[0]
+        assert first.alone == pytest.approx(first.so_far, rel=1e-5)
+
+    def test_stages(self):
+        """Of a list of feature maps all count: the first comes before every sparse block."""
+        trunk = sam2_models.make("sam2").trunk
+        bsa.sparsify_(trunk, bsa.uniform_plan(trunk, "special", **SMALL))
+        assert compare(trunk, [sam2_models.image(batch=1)], rounds=1).errors[0] > 1e-2
 
     def test_wrong_input(self):
         model = models.make("vit")
         with pytest.raises(ValueError, match="no sparse heads"):
             compare(model, [models.image()])
         bsa.sparsify_(model, bsa.uniform_plan(model, "axial", block_size=8))
+        with bsa.dense(model), pytest.raises(ValueError, match="runs dense at the moment"):
+            compare(model, [models.image()])
         for images in ([], [models.image(), models.image(72, 40)], [models.image(batch=2)]):
             with pytest.raises(ValueError, match=r"expected at least one, each \(1, 3, h, w\), all of one size"):
                 compare(model, images)
@@ -121,6 +154,25 @@ class TestFeatures:
         model = two_towers("clip")
         with torch.no_grad():
             assert torch.equal(features(model, models.image()), models.features(model.vision_model, models.image()))
+
+    def test_timms_are_those_before_pooling(self):
+        model = timm_models.make("eva, dinov3", global_pool="avg")
+        with torch.no_grad():
+            assert features(model, timm_models.image()).shape == (2, 149, 48)
+            assert model(timm_models.image()).shape == (2, 48)
+
+    def test_the_models_own_size_is_not_interpolated(self):
+        from transformers import ViTConfig, ViTModel
+
+        sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+        model = ViTModel(ViTConfig(image_size=(64, 160), patch_size=16, **sizes)).eval()
+        pixels = torch.randn(1, 3, 64, 160)
+        with torch.no_grad():
+            assert torch.equal(features(model, pixels), model(pixels).last_hidden_state)
+
+    def test_a_model_that_wants_more(self):
+        with pytest.raises(ValueError, match=r"Siglip2.* was given pixels alone and said: .*pixel_attention_mask"):
+            features(models.make("siglip2"), models.image())
 
     def test_what_holds_no_tensor(self):
         class Strange(torch.nn.Module):
@@ -145,6 +197,20 @@ class TestPhotographs:
         assert out.shape == (1, 3, 40, 40)
         assert out[0, :, 20, 20].tolist() == pytest.approx([2.0, -1.0, 128 / 255 - 0.5], abs=1e-6)
         assert photographs.read(tmp_path / "wide.png", (16, 32)).shape == (1, 3, 16, 32)
+
+    def test_what_cannot_be_read_is_said(self, tmp_path):
+        Image.fromarray((np.arange(64).reshape(8, 8) * 1000).astype(np.uint16)).save(tmp_path / "deep.png")
+        with pytest.raises(ValueError, match="has mode I;16, more than 8 bits per channel"):
+            photographs.read(tmp_path / "deep.png", (8, 8))
+        (tmp_path / "folder.jpg").mkdir()
+        Image.new("RGB", (9, 9)).save(tmp_path / "real.png")
+        assert photographs.find(path for path in [tmp_path]) == [tmp_path / "deep.png", tmp_path / "real.png"]
+
+    def test_bombs(self, tmp_path, monkeypatch):
+        Image.new("RGB", (99, 99)).save(tmp_path / "big.png")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        with pytest.raises(ValueError, match="cannot be read"):
+            photographs.read(tmp_path / "big.png", (8, 8))
 
     def test_timms_normalisation(self):
         model = timm_models.make("vit")
@@ -188,6 +254,12 @@ class TestCommand:
         assert data["errors"][0] > 0
         assert data["times"]["sparse"]["ratio"] > 0
         assert data["size"] == [64, 64]
+
+    def test_half_precision_weights(self, capsys, photos, tmp_path):
+        models.make("dinov3").half().save_pretrained(tmp_path / "half")
+        code, out, err = run(capsys, f"compare transformers:{tmp_path}/half {photos} --pattern axial --rounds 1")
+        assert code == 0, err
+        assert "2 images of 8 x 8 patches" in out
 
     def test_without_torchvision_and_network(self, photos):
         arguments = [

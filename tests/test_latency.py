@@ -243,3 +243,13 @@ def layer_masks():
     spec = bsa.inspect(model)
     plan = bsa.uniform_plan(model, "local_window", radius=1, order="raster", block_size=4)
     return plan.compile("self.0", plan.layout(spec))
+
+
+def test_break_even_with_more_keys_than_tokens():
+    """Memory attention: seven times the keys, so that the cost of a call and of rows is made up for earlier."""
+    here = bsa.Latency("made up", 0, 1e-9, 1e-4, 1e-6, 1e-9, True)
+    alone, among_frames = here.break_even(1, 0.5), here.break_even(1, 0.5, keys=7.0)
+    assert among_frames < alone
+    rows = here.sparse_row * -(-among_frames // 128)
+    pays = here.sparse_call + rows + 0.5 * 7 * here.sparse_pair * among_frames**2
+    assert pays == pytest.approx(here.dense(1, among_frames, keys=7 * among_frames), rel=0.01)

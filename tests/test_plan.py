@@ -461,7 +461,7 @@ def test_bad_plans(name):
         make()
 
 
-class TestNames:
+class TestLayerNames:
     def test_layers_by_index_key_or_path(self):
         by = [uniform("axial", layers=[layer]) for layer in (1, "1", "self.1", SPEC.layers[1].name)]
         assert all(plan == by[0] for plan in by)
@@ -479,5 +479,5 @@ class TestNames:
     def test_unknown_names_and_what_is_near(self, layers, said):
         with pytest.raises(PlanError, match=said):
             uniform("axial", layers=layers)
-        with pytest.raises(PlanError, match="nearest are self.0"):
+        with pytest.raises(PlanError, match=r"nearest are self.0"):
             uniform("axial").replace(layers="self.00", pattern="dense")

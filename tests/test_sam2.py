@@ -15,6 +15,7 @@ import bsa_vision as bsa
 from bsa_vision.adapters.intercept import Interception
 from bsa_vision.adapters.layer import layers_of
 from masks import Pattern, TokenLayout
+from tests import sam_models
 from tests.sam2_models import (
     ENCODERS,
     GLOBAL,
@@ -207,6 +208,20 @@ class TestEncoder:
                     expected = run_twin(height=height, width=width)
                 assert relative(sparse, expected) < 1e-5
 
+    def test_without_global_blocks_there_is_nothing_to_serve(self):
+        from sam2.modeling.backbones.hieradet import Hiera
+
+        model = Hiera(embed_dim=16, num_heads=1, stages=(1, 1, 2, 1), window_spec=(8, 4, 4, 4), global_att_blocks=())
+        with pytest.raises(bsa.PlanError, match="no attention layer of Hiera is one this version serves"):
+            bsa.inspect(model)
+
+    def test_members_can_be_looked_at(self):
+        """sam2's modules know nothing of timm's `fused_attn`."""
+        model = make("sam2")
+        attention = bsa.sparsify_(model, local(model)).trunk.blocks[4].attn
+        assert not hasattr(attention, "fused_attn")
+        assert hasattr(make("timm hieradet").blocks[4].attn, "fused_attn")
+
     @pytest.mark.parametrize("kind", ["published", "large"])
     @pytest.mark.parametrize("size", [1024, 896])
     def test_flops_equal_torchs_counter(self, kind, size):
@@ -219,6 +234,16 @@ class TestEncoder:
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(torch.empty(1, 3, size, size, device="meta"))
         assert bsa.cost(bsa.inspect(model, size)).flops == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+    def test_flops_where_pooling_rounds_down(self):
+        """11 x 11 tokens leave 5 x 5."""
+        from sam2.modeling.backbones.hieradet import Hiera
+
+        options = dict(embed_dim=16, stages=(1, 2, 4, 1), window_spec=(4, 4, 4, 4), global_att_blocks=GLOBAL)
+        model = Hiera(**options).to("meta").requires_grad_(False)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(torch.empty(1, 3, 176, 176, device="meta"))
+        assert bsa.cost(bsa.inspect(model, 176)).flops == pytest.approx(counter.get_total_flops(), rel=0.01)
 
     def test_the_neck_counts(self):
         model = hiera().to("meta")
@@ -359,6 +384,18 @@ class TestMemory:
             bsa.sparsify_(model, bsa.SparsityPlan.from_head_masks(spec, {"mem_cross.0": masks}))
         with pytest.raises(bsa.PlanError, match="attends to remembered frames"):
             local(model).freeze(layout)
+
+    def test_sparsity_of_a_plan_counts_one_frame(self):
+        model = make("sam2", MEMORIES)
+        plan = local(model)
+        layout = plan.layout(bsa.inspect(model))
+        assert plan.sparsity(layout) == pytest.approx(plan.compile("mem_self.0", layout).sparsity)
+
+    def test_what_is_served_but_not_swapped_is_said(self):
+        model = torch.nn.ModuleList([make("sam2", MEMORIES), sam_models.make("segment_anything")])
+        bsa.sparsify_(model[0], local(model[0]))
+        (left,) = bsa.describe(model).left
+        assert "served, but not swapped: pass it to sparsify_ by itself" in str(left)
 
     def test_a_function_gets_both_layouts(self):
         model, run = build("memory", "sam2")

@@ -7,7 +7,7 @@ One file per family. An adapter is a module with `find(model) -> list[Found]`, w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from bsa_vision.adapters import hiera, memory, sam, timm_vit, torchvision_vit, transformers_vit
-from bsa_vision.adapters.layer import Found, Layer, Tower, layer_of, layers_of
+from bsa_vision.adapters.layer import Found, Layer, Observation, Tower, layer_of, layers_of
 from bsa_vision.adapters.left_dense import LeftDense, common_path, left_dense
 from bsa_vision.adapters.report import LayerReport, ModelReport, like_of, probe_problem, report_layer
+from bsa_vision.adapters.weights import output_weight
 from bsa_vision.backends import BACKENDS, choose
 from bsa_vision.cost import cost
 from bsa_vision.errors import PlanError
@@ -203,6 +204,24 @@ def context(model: Model, *, prompts: Prompts | Sequence[Prompts]) -> Iterator[M
         entry.leave()
 
 
+@contextmanager
+def observe(model: Model, see: Callable[[Observation], None]) -> Iterator[Model]:
+    """Inside, the model runs dense, and every layer shows `see` what it is about to attend with: `with bsa.observe(model, see): model(x)`.
+
+    The model must have no sparse heads; it gets its own attention back at the end, whatever happened. Calls outside the contract (attention
+    masks, unknown grids) raise BackendUnavailable: nothing would be seen of them. Not under torch.compile.
+    """
+    sparsify_(model, dense_plan(model), on_unsupported="error")
+    try:
+        for module in model.modules():
+            if (layer := layer_of(module)) is not None:
+                layer.weight = output_weight(module, layer.spec.heads * layer.spec.head_dim)
+                layer.tower.observer = see
+        yield model
+    finally:
+        restore_(model)
+
+
 def describe(
     model: nn.Module, image_size: int | tuple[int, int] | None = None, latency: Latency | None = None
 ) -> ModelReport:
@@ -229,7 +248,7 @@ def describe(
     reports = tuple(report_layer(layer, grid, like, latency, model_cost) for layer in layers)
     used = {name for names in tower.plan.layers.values() for name in names if name != "dense"}
     labels = tuple(f"{name}: {label}" for name in sorted(used) for label in _labels(tower.plan, name, spec))
-    left = left_dense(model)
+    left = left_dense(model, [module for module, _ in pairs], _is_served)
     return ModelReport(spec.family, grid, tower.plan.order, reports, latency.what, model_cost, left, labels)
 
 
@@ -284,6 +303,10 @@ def _find(model: nn.Module) -> tuple[ModuleType, Found]:
     return found[0]
 
 
+def _is_served(module: nn.Module) -> bool:
+    return any(adapter.serves(module) for adapter in ADAPTERS)
+
+
 def _adapter_of(module: nn.Module) -> ModuleType:
     return next(adapter for adapter in ADAPTERS if adapter.serves(module))
 
@@ -293,11 +316,13 @@ __all__ = [
     "LayerReport",
     "LeftDense",
     "ModelReport",
+    "Observation",
     "context",
     "dense",
     "dense_plan",
     "describe",
     "inspect",
+    "observe",
     "restore_",
     "sparsify_",
     "uniform_plan",

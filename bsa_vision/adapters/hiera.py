@@ -46,13 +46,16 @@ def find(model: nn.Module) -> list[Found]:
     # A dot before each name, so that an encoder that is the model itself has the name "".
     names = ["." + name for name, module in model.named_modules() if serves(module)]
     roots = dict.fromkeys(name.rpartition(".blocks.")[0].removeprefix(".") for name in names)
-    return [_found(model, root) for root in roots if hasattr(model.get_submodule(root), "patch_embed")]
+    found = [_found(model, root) for root in roots if hasattr(model.get_submodule(root), "patch_embed")]
+    return [one for one in found if one is not None]
 
 
-def _found(model: nn.Module, root: str) -> Found:
+def _found(model: nn.Module, root: str) -> Found | None:
     encoder: Any = model.get_submodule(root)
     blocks = list(enumerate(encoder.blocks))
     chosen = [(index, block) for index, block in blocks if not _window(block) and _q_stride(block) == 1]
+    if not chosen:
+        return None
     pixels = _pixels(encoder)
     scales, heads = {pixels[index] for index, _ in chosen}, {_heads(block.attn) for _, block in chosen}
     if len(scales) != 1 or len(heads) != 1:

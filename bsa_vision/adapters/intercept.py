@@ -72,6 +72,8 @@ class Intercepted(Swapped):
     @property
     def fused_attn(self) -> bool:
         """timm's switch to torch's attention: on where we answer that call, the module's own otherwise."""
+        if "fused_attn" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__} has no attribute 'fused_attn'")
         if torch.compiler.is_compiling():
             return self.__dict__["fused_attn"] or not self._layer.runs_original()
         return self.__dict__["fused_attn"] or getattr(_answering, "layer", None) is self._layer

@@ -38,6 +38,24 @@ class Found:
     grid_of: GridOf | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What one layer is about to attend with, in model order.
+
+    q, k, v  (B, H, N, D), (B, G, M, D), (B, G, M, Dv); positions applied, unscaled
+    weight   (C, H * Dv) of the projection that follows, None where it cannot be told
+    """
+
+    layer: LayerSpec
+    grid: tuple[int, int]
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    rel_pos: RelPos | None
+    weight: Tensor | None
+
+
 class Tower:
     """What the swapped layers of one encoder share: the plan, the grid of the current input, whether to run dense."""
 
@@ -52,6 +70,7 @@ class Tower:
         self.recomputed = False
         self.dense = 0  # how many `dense(model)` blocks are open
         self.context = Context()
+        self.observer: Callable[[Observation], None] | None = None
         self.hook: Any = None
         self._local = threading.local()
 
@@ -92,7 +111,7 @@ class Tower:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {key: value for key, value in self.__dict__.items() if key != "_local"}
-        return {**state, "dense": 0}  # a copy made inside `dense(model)` is not dense for ever
+        return {**state, "dense": 0, "observer": None}  # a copy made inside `dense(model)` is not dense for ever
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -113,13 +132,14 @@ class Layer:
         # runs as it is.
         self.untouched = self.masks.all_dense and tower.backend == "auto" and not exact
         self.fallbacks: Counter[str] = Counter()
+        self.weight: Tensor | None = None  # of the output projection, while the layer is observed
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.prepare()  # unpickled, maybe in a process that never called sparsify_
 
     def runs_original(self) -> bool:
-        return self.untouched or self.tower.dense > 0
+        return (self.untouched and self.tower.observer is None) or self.tower.dense > 0
 
     def wrong_grid(self, tokens: int, keys: int | None = None) -> str | None:
         """Why `tokens`, and so many remembered `keys`, do not fit the image seen last, or None when they do."""
@@ -171,6 +191,9 @@ class Layer:
         if self.masks.is_dynamic:
             self._check_prompts(q)
         grid = self.tower.current_grid(q.shape[2]) if grid is None else grid
+        if self.tower.observer is not None:
+            factor = q.shape[-1] ** -0.5 if scale is None else scale
+            self.tower.observer(Observation(self.spec, grid, q, k, v, factor, rel_pos, self.weight))
         options = dict(scale=scale, dropout_p=dropout_p, backend=self.tower.backend)
         return attend_masks(self.masks, q, k, v, grid=grid, rel_pos=rel_pos, **options)  # type: ignore[arg-type]
 

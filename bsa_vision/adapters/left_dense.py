@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -19,13 +20,18 @@ BIASED = "it adds a bias for every pair of tokens"
 WINDOWS = "it attends within windows, which are too small to skip anything in"
 HIERA = "it attends within windows, which are too small to skip anything in, or pools its queries"
 MEMORY = "memory attention takes a plan of its own: pass it to sparsify_ by itself"
+SERVED = "served, but not swapped: pass it to sparsify_ by itself"
 UNKNOWN = "not a class this version serves"
 
 # Module and class, as regular expressions -> why.
 REASONS: tuple[tuple[str, str, str], ...] = (
     (r"^sam2\.|\.(sam2|sam3_tracker)_video\.", r"RoPEAttention$", MEMORY),
     (r"^(segment_anything|sam2)\..*\.transformer$", r"Attention$", DECODER),
-    (r"^transformers\.models\.(sam|sam_hq|sam2|sam2_video)\.", r"^Sam(HQ|2|2Video)?Attention$", DECODER),
+    (
+        r"^transformers\.models\.(sam|sam_hq|sam2|sam2_video|sam3_tracker_video)\.",
+        r"^Sam(HQ|2|2Video|3TrackerVideo)?Attention$",
+        DECODER,
+    ),
     (r"(^|\.)(hieradet|hieradet_sam2|sam2\.modeling_sam2)$", r"MultiScaleAttention$", HIERA),
     (r"(^|\.)(deepencoder|clip_sdpa)$", r"^NoTPAttention$", CLIP),
     (r"^timm\.", r"^AttentionPool", POOL),
@@ -49,19 +55,20 @@ class LeftDense:
         return f"left dense: {self.where or 'model'}, {self.count} x {self.kind}: {self.reason}"
 
 
-def left_dense(model: nn.Module) -> tuple[LeftDense, ...]:
-    """Every attention module of `model` that is not swapped, by class."""
+def left_dense(
+    model: nn.Module, described: Collection[nn.Module] = (), serves: Callable[[nn.Module], bool] = lambda module: False
+) -> tuple[LeftDense, ...]:
+    """Every attention module of `model` that is neither swapped nor `described`, by class; `serves` knows which ones could be."""
+    known = set(described)
     names: dict[tuple[str, str], list[str]] = {}
     for name, module in model.named_modules():
-        if not _is_attention(module):
+        if not _is_attention(module) or module in known:
             continue
         # A wrapper that holds attention is none itself.
         if layer_of(module) is None and not any(_is_attention(x) for x in module.modules() if x is not module):
-            names.setdefault((type(module).__module__, type(module).__name__), []).append(name)
-    return tuple(
-        LeftDense(common_path(where), kind, len(where), _reason(library, kind))
-        for (library, kind), where in names.items()
-    )
+            kind, reason = type(module).__name__, _reason(type(module).__module__, type(module).__name__)
+            names.setdefault((kind, SERVED if reason == UNKNOWN and serves(module) else reason), []).append(name)
+    return tuple(LeftDense(common_path(where), kind, len(where), reason) for (kind, reason), where in names.items())
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -180,7 +180,9 @@ def report_layer(layer: Layer, grid: tuple[int, int], like: Tensor, latency: Lat
         sparsity=sparsity,
         head_sparsity=tuple(sparse),
         expected=latency.of_masks(masks, tokens, keys=keys) / latency.dense(spec.heads, tokens, keys=keys),
-        break_even=latency.break_even(spec.heads, 1 - sparsity, masks.block_size) if is_sparse else 0,
+        break_even=latency.break_even(spec.heads, 1 - sparsity, masks.block_size, keys=keys / tokens)
+        if is_sparse
+        else 0,
         better_dense=better_dense(masks, tokens, latency, keys=keys),
         backend=backend,
         why_not=why_not,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def block_weights(block: nn.Module, attention: nn.Module) -> dict[str, int]:
@@ -37,6 +37,15 @@ def outside_weights(encoder: nn.Module, blocks: Iterable[nn.Module], embeddings:
             else:
                 per_image += weights
     return {"patch_weights": per_patch, "image_weights": per_image}
+
+
+def output_weight(attention: nn.Module, width: int) -> Tensor | None:
+    """(C, width) of the projection that takes what the heads made, `width` channels; None where it has another name or shape."""
+    for name in ("proj", "o_proj", "out_proj"):
+        weight = getattr(getattr(attention, name, None), "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] == width:
+            return weight.detach()
+    return None
 
 
 def linear_weights(module: nn.Module) -> int:

@@ -21,6 +21,7 @@ from bsa_vision.bench.attention import FAILED, NOT_RUN, OK, WRONG, first_line
 from bsa_vision.bench.case import DTYPES
 from bsa_vision.bench.correct import Error, allowed, distance
 from bsa_vision.bench.machine import free_memory
+from bsa_vision.cost import cost
 from bsa_vision.errors import BackendUnavailable
 from bsa_vision.features import features
 from bsa_vision.loading import from_factory
@@ -76,7 +77,7 @@ class ModelRow:
     density     fraction of blocks computed over all layers and heads: counted, not asked for
     timings     "dense" (the original), "sparse" and "dense plan" (the original under a plan of dense heads); ratios are to dense in the
                 same round
-    amdahl      how much of the dense time is attention, and what that allows; None: not on the CPU, or attention is not torch's
+    amdahl      how much of the dense time is attention, and what that allows; None: not on the CPU, or not all of it is torch's attention
     error       features against the same masks applied by `reference`, a name of a backend in float64; None: not checked
     difference  relative error of the sparse features to the dense ones: what sparsity changes, with these weights
     dense_plan  largest difference between the original and the model under a plan of dense heads; 0 = equal to the bit, as it
@@ -226,7 +227,7 @@ def _measure(
     del exact
 
     timings, amdahl = _time(
-        {"dense": untouched_model, "sparse": model}, pixels, 1 - plan.sparsity(plan.layout(spec)), rounds, on_step
+        {"dense": untouched_model, "sparse": model}, pixels, _attention_density(spec, plan), rounds, on_step
     )
     adapters.restore_(model)
     found: dict[str, Any] = dict(
@@ -250,20 +251,30 @@ def _twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared)
 
 
+def _attention_density(spec: ModelSpec, plan: SparsityPlan) -> float | None:
+    """Of the FLOPs of all attention products, those that are left; None where time in attention is not all in torch's attention."""
+    if spec.others or any(layer.rel_pos for layer in spec.layers):
+        return None
+    layout = plan.layout(spec)
+    products = {layer.key: layer.products for layer in cost(spec).layers}
+    left = sum(flops * (1 - plan.compile(key, layout).sparsity) for key, flops in products.items())
+    return left / sum(products.values())
+
+
 def _time(
-    models: dict[str, nn.Module], pixels: Tensor, density: float, rounds: int, on_step: Callable[[str], Any]
+    models: dict[str, nn.Module], pixels: Tensor, density: float | None, rounds: int, on_step: Callable[[str], Any]
 ) -> tuple[dict[str, Timing], Amdahl | None]:
     """The models "dense" and "sparse", and the dense one under a plan of dense heads, alternating."""
     dense_plan = _twin(models["dense"])
     adapters.sparsify_(dense_plan, adapters.dense_plan(dense_plan))
-    clock, on_cpu = Clock(), pixels.device.type == "cpu"
+    clock, on_cpu = Clock(), pixels.device.type == "cpu" and density is not None
     runs: dict[str, Callable[[], Any]] = {
         name: partial(features, model, pixels) for name, model in {**models, "dense plan": dense_plan}.items()
     }
     if on_cpu:
         runs = {name: clock.timed(name, run) for name, run in runs.items()}
     timings = paired(runs, rounds, on_round=lambda: on_step("timing"))
-    return timings, clock.amdahl(density, skip=1) if on_cpu else None
+    return timings, clock.amdahl(density, skip=1) if on_cpu and density is not None else None
 
 
 def _wrong(found: dict[str, Any], untouched: bool) -> list[str]:

@@ -1,0 +1,402 @@
+"""Tuning: what statistics say against brute force, the solver against enumeration, plans against what was asked for."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bsa_vision as bsa
+from bsa_vision.adapters import Observation
+from bsa_vision.features import features
+from bsa_vision.model_spec import LayerSpec
+from bsa_vision.rel_pos import RelPos
+from bsa_vision.tuning import candidates, tune
+from bsa_vision.tuning.solve import Choice, solve
+from bsa_vision.tuning.statistics import BlockStatistics, CandidateErrors
+from bsa_vision.tuning.tune import make_plan, measure, solve_for
+from masks import Pattern, TokenLayout
+from tests import models, sam_models, timm_models
+
+SMALL = dict(tile=(4, 4), block_size=16)
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@st.composite
+def calls(draw):
+    """An observed call of a small layer, its layout, and masks of three candidates per head."""
+    grid = (draw(st.integers(2, 7)), draw(st.integers(2, 7)))
+    order = draw(st.sampled_from(["raster", "tile"]))
+    layout = TokenLayout(
+        grid,
+        start=draw(st.integers(0, 3)),
+        end=draw(st.integers(0, 2)),
+        order=order,
+        tile=(draw(st.integers(1, 3)), draw(st.integers(1, 3))),
+        block_size=draw(st.integers(3, 9)),
+    )
+    heads, group = draw(st.sampled_from([(2, 1), (4, 2)]))
+    dim, images = draw(st.integers(2, 5)), draw(st.integers(1, 2))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator)
+
+    tokens = layout.num_tokens
+    q, k, v = random(images, heads, tokens, dim), *(random(images, heads // group, tokens, dim) for _ in range(2))
+    rel_pos = (
+        RelPos(*(random(images, heads, tokens, side) for side in grid))
+        if layout.num_tokens == layout.num_patches
+        else None
+    )
+    weight = random(7, heads * dim) if draw(st.booleans()) else None
+    seen = Observation(LayerSpec("a", 0, heads, dim), grid, q, k, v, 0.9, rel_pos, weight)
+    masks = torch.rand(heads, 3, layout.num_blocks, layout.num_blocks, generator=generator) < 0.6
+    masks |= torch.eye(layout.num_blocks, dtype=torch.bool)
+    return seen, layout, masks
+
+
+def outputs(seen, layout, mask=None):
+    """(B, N, H, C) float64 in model order: every head after its part of the projection; mask (H, R, C) blocks, None = dense."""
+    heads = seen.q.shape[1]
+    q, k, v = (x.double() for x in (seen.q, seen.k, seen.v))
+    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+    logits = q @ k.transpose(-1, -2) * seen.scale
+    if seen.rel_pos is not None:
+        patches = torch.arange(layout.num_patches)
+        for term, place in zip(seen.rel_pos, (patches // layout.grid[1], patches % layout.grid[1]), strict=True):
+            logits = logits + term.double()[..., place]
+    if mask is not None:
+        of_token = layout.inverse // layout.block_size
+        logits = logits.masked_fill(~mask[:, of_token][:, :, of_token], -math.inf)
+    out = logits.softmax(-1) @ v
+    if seen.weight is None:
+        return out.transpose(1, 2)
+    return torch.einsum("bhnd,chd->bnhc", out, seen.weight.double().unflatten(1, (heads, -1)))
+
+
+class TestStatistics:
+    @settings(max_examples=60, deadline=None)
+    @given(calls())
+    def test_candidate_errors_are_those_of_masked_attention(self, call):
+        seen, layout, masks = call
+        found = CandidateErrors.empty(*masks.shape[:2])
+        found.add(seen, layout, masks)
+        dense = outputs(seen, layout)
+        for candidate in range(masks.shape[1]):
+            off = outputs(seen, layout, masks[:, candidate]) - dense
+            expected = off.square().sum((0, 1, 3))  # (H,)
+            assert torch.allclose(
+                found.error[:, candidate], expected, rtol=2e-3, atol=1e-5 * float(dense.square().sum())
+            )
+        assert found.total == pytest.approx(float(dense.square().sum()), rel=1e-4)
+        assert found.images == len(seen.q)
+
+    @settings(max_examples=40, deadline=None)
+    @given(calls())
+    def test_block_statistics(self, call):
+        """Rows of the mass add up to 1; one dropped block's loss is that of its `drop`, before renormalisation."""
+        seen, layout, _ = call
+        found = BlockStatistics.empty(seen.q.shape[1], layout)
+        found.add(seen, layout)
+        assert torch.allclose(found.mass.sum(-1), torch.full_like(found.mass[..., 0], float(len(seen.q))), atol=1e-4)
+        assert (found.drop >= 0).all()
+        if layout.num_blocks < 2:
+            return
+        masks = torch.ones(seen.q.shape[1], 1, layout.num_blocks, layout.num_blocks, dtype=torch.bool)
+        masks[:, :, 0, -1] = False
+        exact = CandidateErrors.empty(*masks.shape[:2])
+        exact.add(seen, layout, masks)
+        assert (
+            exact.error[:, 0] >= found.drop[:, 0, -1] * (1 - 1e-4) - 1e-6
+        ).all()  # divided by what is kept, at most 1
+
+    @settings(max_examples=20, deadline=None)
+    @given(calls())
+    def test_additive_over_images(self, call):
+        seen, layout, masks = call
+        one, each = (CandidateErrors.empty(*masks.shape[:2]) for _ in range(2))
+        one.add(seen, layout, masks)
+        for image in range(len(seen.q)):
+            inside = slice(image, image + 1)
+            rel_pos = None if seen.rel_pos is None else RelPos(*(term[inside] for term in seen.rel_pos))
+            part = Observation(
+                seen.layer, seen.grid, seen.q[inside], seen.k[inside], seen.v[inside], seen.scale, rel_pos, seen.weight
+            )
+            each.add(part, layout, masks)
+        assert torch.allclose(one.error, each.error, rtol=1e-4, atol=1e-6)
+        assert one.total == pytest.approx(each.total)
+        assert torch.allclose(one.kept, each.kept, rtol=1e-4)
+
+
+class TestCandidates:
+    LAYOUT = TokenLayout((16, 12), start=1, order="tile", **SMALL)
+
+    def test_every_mask_keeps_what_it_must(self):
+        torch.manual_seed(0)
+        statistics = BlockStatistics.empty(2, self.LAYOUT)
+        statistics.drop += torch.rand_like(statistics.drop)
+        special = Pattern("special")(self.LAYOUT)
+        found = candidates.geometric(candidates.NAMES, self.LAYOUT)
+        for _, mask in [*found, *(one for head in candidates.static(statistics, self.LAYOUT) for one in head)]:
+            assert (mask | ~special).all()
+            assert (mask.sum(-1) >= 2).all()
+            assert not mask.all()
+
+    def test_static_takes_the_blocks_that_matter(self):
+        statistics = BlockStatistics.empty(1, self.LAYOUT)
+        torch.manual_seed(0)
+        planted = torch.rand(statistics.drop.shape[1:]) < 0.1
+        statistics.drop += 1e-3 * torch.rand_like(statistics.drop) + planted
+        forced = Pattern("special")(self.LAYOUT)
+        density = (planted | forced).float().mean().item()
+        mask = min(
+            (one for one in candidates.static(statistics, self.LAYOUT)[0]),
+            key=lambda x: abs(x[1].float().mean() - density - 0.1),
+        )[1]
+        assert (mask | ~planted).all()
+
+    def test_no_mask_twice(self):
+        masks = [mask for _, mask in candidates.geometric(candidates.NAMES, TokenLayout((8, 8), order="tile", **SMALL))]
+        assert not any(torch.equal(a, b) for a, b in itertools.combinations(masks, 2))
+
+
+choices = st.lists(
+    st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), min_size=1, max_size=4), min_size=1, max_size=4
+)
+
+
+class TestSolver:
+    @settings(max_examples=80, deadline=None)
+    @given(choices, st.integers(0, 60), st.sampled_from(["budget", "max_error"]))
+    def test_equals_enumeration(self, heads, limit, kind):
+        problem = [Choice([e for e, _ in own], [c for _, c in own]) for own in heads]
+        every = [
+            (sum(o.errors[i] for o, i in zip(problem, picks)), sum(o.costs[i] for o, i in zip(problem, picks)))
+            for picks in itertools.product(*(range(len(own)) for own in heads))
+        ]
+        if kind == "max_error":
+            fitting = [(cost, error) for error, cost in every if error <= limit]
+        else:
+            fitting = [(error, cost) for error, cost in every if cost <= limit]
+        if not fitting:
+            with pytest.raises(bsa.PlanError, match="the least there is is"):
+                solve(problem, **{kind: limit})
+            return
+        picks = solve(problem, **{kind: limit})
+        error = sum(own.errors[pick] for own, pick in zip(problem, picks, strict=True))
+        cost = sum(own.costs[pick] for own, pick in zip(problem, picks, strict=True))
+        assert (cost if kind == "budget" else error) <= limit
+        assert (error if kind == "budget" else cost) == pytest.approx(min(fitting)[0], abs=1e-6)
+
+
+def images(count=4, size=(96, 96)):
+    return [models.image(*size, seed=seed) for seed in range(count)]
+
+
+class TestTune:
+    @pytest.mark.parametrize(
+        ("make", "picture"),
+        [
+            (lambda: models.make("dinov3"), lambda seed: models.image(96, 96, seed=seed)),
+            (lambda: timm_models.make("vit, not fused"), lambda seed: timm_models.image(batch=1) + seed / 10),
+            (lambda: sam_models.make("bsa_vision.encoder"), lambda seed: sam_models.image(batch=1) + seed / 10),
+        ],
+        ids=["transformers", "timm", "own sam"],
+    )
+    def test_at_a_sparsity(self, make, picture):
+        model, pictures = make(), [picture(seed) for seed in range(4)]
+        kinds, keys = [type(module) for module in model.modules()], list(model.state_dict())
+        plan = tune(model, pictures, sparsity=0.4, **SMALL)
+        assert [type(module) for module in model.modules()] == kinds
+        assert list(model.state_dict()) == keys
+        found = plan.notes["tuned"]
+        assert 0.4 <= found["sparsity"] < 0.55
+        assert found["images"] == {"chosen on": 3, "kept back": 1, "seed": 0}
+        with torch.no_grad():
+            kept = pictures[next(i for i in range(4) if i not in chosen_on(4))]
+            dense = features(model, kept)
+            bsa.sparsify_(model, plan)
+            assert relative(features(model, kept), dense) == pytest.approx(found["errors"][0], rel=1e-3)
+
+    def test_better_than_uniform_plans(self):
+        """At equal sparsity, on images it never saw."""
+        model = models.make("dinov3")
+        plan = tune(model, images(8), sparsity=0.5, **SMALL)
+        realised = plan.notes["tuned"]["sparsity"]
+        others = [bsa.uniform_plan(model, "random_blocks", sparsity=realised, **SMALL)]
+        others += [bsa.uniform_plan(model, "nearest", sparsity=realised, **SMALL)]
+        unseen = [models.image(96, 96, seed=seed) for seed in range(100, 106)]
+        with torch.no_grad():
+            dense = [features(model, one) for one in unseen]
+
+            def error(plan):
+                bsa.sparsify_(model, plan)
+                found = [relative(features(model, one), other) for one, other in zip(unseen, dense)]
+                bsa.restore_(model)
+                return sum(found) / len(found)
+
+            assert error(plan) < min(map(error, others))
+
+    @pytest.mark.parametrize("wanted", [0.05, 0.2])
+    def test_within_an_error(self, wanted):
+        model = models.make("dinov3")
+        plan = tune(model, images(6), max_error=wanted, **SMALL)
+        found = plan.notes["tuned"]
+        assert found["measured"] <= wanted
+        assert found["sparsity"] > 0
+        assert found["images above"] == sum(error > wanted for error in found["errors"])
+        assert any(one["measured"] > 0.7 * wanted for one in found["tried"])  # not needlessly dense
+
+    def test_at_a_speedup(self):
+        model = models.make("dinov3")
+        slow = bsa.Latency("made up", 0, 1e-9, 0, 0, 1e-9, True)
+        plan = tune(model, images(), speedup=2.0, latency=slow, **SMALL)
+        assert 0.5 <= plan.notes["tuned"]["sparsity"] < 0.6
+
+    def test_the_target_decides(self):
+        """With a target that reads only the first special token, other heads matter."""
+        model = models.make("dinov3")
+        plans = [
+            tune(model, images(), sparsity=0.5, target=target, **SMALL)
+            for target in (features, lambda model, image: features(model, image)[:, :1])
+        ]
+        assert plans[0].layers != plans[1].layers or plans[0].patterns != plans[1].patterns
+
+    def test_same_seed_same_plan(self):
+        model = models.make("vit")
+        plans = [tune(model, images(size=(64, 64)), sparsity=0.3, tile=(2, 4), block_size=8) for _ in range(2)]
+        assert plans[0] == plans[1]
+
+    def test_planted_heads_are_found(self):
+        """A head that attends nowhere in particular and one whose output is nothing: the second is made sparse first."""
+        model = models.make("dinov3")
+        with torch.no_grad():
+            for layer in model.model.layer:
+                layer.attention.o_proj.weight[:, :12] = 0  # what head 0 makes is thrown away
+        tuned = measure(model, images(), None, candidates.NAMES, features, order="tile", **SMALL)
+        picks = solve_for(tuned, "sparsity", 0.2)
+        density = [
+            [own[pick][1].float().mean().item() for own, pick in zip(heads, chosen)]
+            for heads, chosen in zip(tuned.options, picks)
+        ]
+        assert all(layer[0] == min(layer) for layer in density)
+        plan = make_plan(tuned, picks)
+        assert sum(names[0] != "dense" for names in plan.layers.values()) == 3
+
+    def test_only_some_layers(self):
+        model = models.make("dinov3")
+        name = bsa.inspect(model).layers[1].name
+        plan = tune(model, images(), sparsity=0.5, layers=[name], **SMALL)
+        assert {key for key, names in plan.layers.items() if set(names) != {"dense"}} == {"self.1"}
+
+    def test_saved_and_read(self, tmp_path):
+        plan = tune(models.make("vit"), images(3, (64, 64)), sparsity=0.3, tile=(2, 4), block_size=8)
+        plan.save(tmp_path / "plan.json")
+        assert bsa.SparsityPlan.load(tmp_path / "plan.json") == plan
+
+
+def chosen_on(count, verify=1 / 3, seed=0):
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(order[max(1, round(verify * count)) :])
+
+
+class TestWrongInput:
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            ({}, "tune got no budget: exactly one of sparsity, max_error, speedup"),
+            ({"sparsity": 0.5, "max_error": 0.1}, "tune got sparsity, max_error"),
+            ({"sparsity": 1.0}, "sparsity=1.0: expected a fraction from 0 to below 1"),
+            ({"max_error": 0}, "max_error=0: expected an error above 0"),
+            ({"speedup": 0.5}, "speedup=0.5: expected at least 1"),
+            ({"sparsity": 0.99}, r"sparsity=0.99 cannot be met with these candidates: at most 0\.\d+ can"),
+            ({"sparsity": 0.5, "candidates": ["locl"]}, "allowed are static, local_window"),
+            ({"sparsity": 0.5, "layers": [9]}, r"layers=\[9\]: allowed are those that attend"),
+            ({"sparsity": 0.5, "layers": ["model.layer.1.atention"]}, "nearest are .*model.layer.1.attention"),
+            ({"sparsity": 0.5, "verify": 1.0}, "verify=1.0: expected the share"),
+            ({"max_error": 1e-9}, "max_error=1e-09"),
+        ],
+    )
+    def test_budgets_and_options(self, options, said):
+        model = models.make("dinov3")
+        before = [dict(module.__dict__) for module in model.modules()]
+        if options == {"max_error": 1e-9}:  # dense has no error: it can always be met
+            assert tune(model, images(), **options, **SMALL).notes["tuned"]["sparsity"] == 0
+        else:
+            with pytest.raises(ValueError, match=said):
+                tune(model, images(), **options, **SMALL)
+        assert [dict(module.__dict__) for module in model.modules()] == before
+
+    def test_images(self):
+        model = models.make("dinov3")
+        for few in ([], images(1)):
+            with pytest.raises(ValueError, match=f"{len(few)} images: at least 2 are needed"):
+                tune(model, few, sparsity=0.5)
+        with pytest.raises(
+            ValueError, match=r"images of \(\d+, \d+\) and \(\d+, \d+\) patches: one plan is tuned for one size"
+        ):
+            tune(model, [models.image(96, 96), models.image(64, 96), models.image(64, 64)], sparsity=0.5, **SMALL)
+        broken = images(3)
+        for image in broken:
+            image[:, :, 5, 5] = torch.nan
+        with pytest.raises(ValueError, match="not finite"):
+            tune(model, broken, sparsity=0.5, **SMALL)
+        bsa.dense_plan(model)  # still a model without sparse heads
+        assert not [m for m in model.modules() if "_bsa_layer" in m.__dict__]
+
+    def test_a_model_with_sparse_heads(self):
+        model = models.make("dinov3")
+        bsa.sparsify_(model, bsa.uniform_plan(model, "axial", **SMALL))
+        with pytest.raises(ValueError, match="sparse heads already"):
+            tune(model, images(), sparsity=0.5, **SMALL)
+
+
+class TestObserve:
+    @pytest.mark.parametrize("name", ["vit", "dinov3", "clip", "siglip"])
+    def test_what_is_seen_is_what_attention_gets(self, name):
+        model, seen = models.make(name), []
+        before = [dict(module.__dict__) for module in model.modules()]
+        with torch.no_grad():
+            expected = models.features(model, models.image())
+            with bsa.observe(model, seen.append):
+                out = models.features(model, models.image())
+        assert relative(out, expected) < 1e-5
+        assert [one.layer.key for one in seen] == ["self.0", "self.1", "self.2"]
+        logits = models.attention_logits(model, models.image())
+        for one, expected_logits in zip(seen, logits):
+            assert torch.allclose(one.q @ one.k.transpose(-1, -2) * one.scale, expected_logits, atol=1e-4)
+            assert one.weight.shape == (48, 48)
+        assert [dict(module.__dict__) for module in model.modules()] == before
+
+    def test_relative_position(self):
+        model, seen = sam_models.make("segment_anything"), []
+        with torch.no_grad(), bsa.observe(model, seen.append):
+            model(sam_models.image())
+        assert all(one.rel_pos is not None for one in seen)
+
+    def test_the_model_comes_back_after_an_error(self):
+        model = models.make("vit")
+        before = [dict(module.__dict__) for module in model.modules()]
+
+        def fail(seen):
+            raise KeyError("mine")
+
+        with pytest.raises(KeyError), bsa.observe(model, fail):
+            models.features(model, models.image())
+        assert [dict(module.__dict__) for module in model.modules()] == before
+
+    def test_calls_outside_the_contract(self):
+        model = models.make("vit")
+        with (
+            pytest.raises(bsa.BackendUnavailable, match="an attention mask was passed"),
+            bsa.observe(model, lambda seen: None),
+        ):
+            models.features(model, models.image(), attention_mask=torch.arange(65)[None] < 60)
