@@ -56,6 +56,7 @@ from bsa_vision.packing import Packed, pack, pack_head_masks, unpack
 from bsa_vision.plan import SparsityPlan
 from bsa_vision.prompts import Prompts
 from bsa_vision.rel_pos import RelPos
+from bsa_vision.tuning import tune
 
 try:
     __version__ = _version("bsa-vision")
@@ -100,6 +101,7 @@ __all__ = [
     "sparse_attention",
     "sparsify_",
     "token_streaming_attn_func",
+    "tune",
     "uniform_plan",
     "unpack",
 ]

@@ -32,6 +32,7 @@ def main(args: Sequence[str] | None = None) -> None:
     app.command("doctor")(commands.show_doctor)
     app.command("describe")(commands.show_model)
     app.command("compare")(commands.show_comparison)
+    app.command("tune")(commands.tune_model)
     app.command("masks")(commands.show_masks)
     app.add_typer(bench, name="bench")
     app(args=given, prog_name="bsa-vision", obj=given)

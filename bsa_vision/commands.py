@@ -1,19 +1,20 @@
-"""`bsa-vision doctor`, `describe`, `compare` and `masks`: what is typed, and how it is shown. Needs typer and rich."""
+"""`bsa-vision doctor`, `describe`, `compare`, `tune` and `masks`: what is typed, and how it is shown. Needs typer and rich."""
 
 from __future__ import annotations
 
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 
 from bsa_vision import photographs
 from bsa_vision.adapters import dense_plan, describe, inspect, sparsify_, uniform_plan
@@ -153,11 +154,7 @@ def show_comparison(
         chosen = _plan(loaded, pattern, dense_heads, plan)
         if chosen is None:
             raise ValueError("neither --plan nor --pattern: one of the two says what heads do; give one.")
-        spec = inspect(loaded, image_size)
-        size = (spec.grid[0] * spec.patch_size[0], spec.grid[1] * spec.patch_size[1])
-        how = photographs.normalisation(loaded)
-        like = next(loaded.parameters())
-        read = [photographs.read(file, size, how).to(like.device, like.dtype) for file in files]
+        read, size, how = _read(loaded, files, image_size)
         sparsify_(loaded, chosen)
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("comparing", total=num_steps(read, rounds))
@@ -173,6 +170,70 @@ def show_comparison(
     print(f"images cut to {size[0]} x {size[1]} pixels, normalised with mean {how[0]} and standard deviation {how[1]}")
     if random:
         print("RANDOM WEIGHTS: these errors say nothing about a trained model.")
+
+
+def tune_model(
+    model: ModelName,
+    images: Annotated[list[Path], typer.Argument(help="Photographs, or folders of them: 16 or more are good.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan is written.")],
+    sparsity: Annotated[float | None, typer.Option(help="Fraction of the blocks to skip.")] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Relative error of the features, mean over the images kept back.")
+    ] = None,
+    speedup: Annotated[float | None, typer.Option(help="Of the tuned layers' attention, as expected here.")] = None,
+    random: Random = False,
+    checkpoint: Checkpoint = None,
+    image_size: ImageSize = None,
+    order: Annotated[str, typer.Option(help="tile or raster.")] = "tile",
+    tile: Annotated[str, typer.Option(help="Patches of a tile, rows x columns.")] = "8x16",
+    block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of which images are kept back.")] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """A plan for a model: which head uses which pattern, chosen on your images and checked on those that were kept back."""
+    from bsa_vision.tuning import tune
+
+    try:
+        files = photographs.find(images)
+        loaded = load(model, random=random, checkpoint=checkpoint, image_size=image_size)
+        read, _, _ = _read(loaded, files, image_size)
+        layout = dict(order=order, tile=parse.grid(tile), block_size=block_size)
+        budget = dict(sparsity=sparsity, max_error=max_error, speedup=speedup)
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("tuning", total=None)
+            step = partial(_show_step, progress, task)
+            plan = tune(loaded, read, **budget, **layout, seed=seed, on_step=step)  # type: ignore[arg-type]
+        plan.save(output)
+    except (ValueError, OSError) as error:
+        print(f"bsa-vision tune: {error}", file=sys.stderr)
+        raise typer.Exit(WRONG_USAGE) from None
+    found = plan.notes["tuned"]
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    print(plan)
+    kept = found["images"]["kept back"]
+    print(
+        f"{found['sparsity']:.1%} of the blocks are skipped; relative error of the features {found['measured']:.4f}, measured on {kept} images "
+        f"that were kept back ({found['predicted']:.4f} was predicted)"
+    )
+    if random:
+        print("RANDOM WEIGHTS: this error says nothing about a trained model.")
+    print(f"plan: {output}")
+
+
+def _show_step(progress: Progress, task: TaskID, what: str) -> None:
+    progress.update(task, description=what, advance=1)
+
+
+def _read(
+    model: nn.Module, files: list[Path], image_size: int | None
+) -> tuple[list[Tensor], tuple[int, int], photographs.Normalisation]:
+    """The photographs as the model wants them, their pixels (h, w), and how they were normalised."""
+    spec, how = inspect(model, image_size), photographs.normalisation(model)
+    size = (spec.grid[0] * spec.patch_size[0], spec.grid[1] * spec.patch_size[1])
+    like = next(model.parameters())
+    return [photographs.read(file, size, how).to(like.device, like.dtype) for file in files], size, how
 
 
 def _plan(model: nn.Module, pattern: str | None, dense_heads: int, file: Path | None) -> SparsityPlan | None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import settings
 
 from tests import neighbours
 
 neighbours.enable()
+settings.register_profile("shared machine", deadline=None)  # how long an example takes says nothing here
+settings.load_profile("shared machine")
 
 
 @pytest.fixture(autouse=True, scope="session")

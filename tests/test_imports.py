@@ -56,7 +56,7 @@ TABLE = {
     "compare": {"adapters", "features", "meter", "timing"},
     "doctor": {"backends", "head_masks"},
     "loading": {"encoder", "errors"},
-    "commands": {"masks", "adapters", "bench", "compare", "doctor", "loading", "photographs", "plan", "viz"},
+    "commands": {"masks", "adapters", "bench", "compare", "doctor", "loading", "photographs", "plan", "tuning", "viz"},
     "cli": {"bench", "commands"},
     "__main__": {"cli"},
 }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import bsa_vision as bsa
 from bsa_vision.adapters import Observation
@@ -21,6 +23,7 @@ from bsa_vision.tuning.statistics import BlockStatistics, CandidateErrors
 from bsa_vision.tuning.tune import make_plan, measure, solve_for
 from masks import Pattern, TokenLayout
 from tests import models, sam_models, timm_models
+from tests.test_commands import run
 
 SMALL = dict(tile=(4, 4), block_size=16)
 
@@ -218,7 +221,7 @@ class TestTune:
         assert [type(module) for module in model.modules()] == kinds
         assert list(model.state_dict()) == keys
         found = plan.notes["tuned"]
-        assert 0.4 <= found["sparsity"] < 0.55
+        assert 0.4 - 1e-9 <= found["sparsity"] < 0.55
         assert found["images"] == {"chosen on": 3, "kept back": 1, "seed": 0}
         with torch.no_grad():
             kept = pictures[next(i for i in range(4) if i not in chosen_on(4))]
@@ -400,3 +403,56 @@ class TestObserve:
             bsa.observe(model, lambda seen: None),
         ):
             models.features(model, models.image(), attention_mask=torch.arange(65)[None] < 60)
+
+
+class TestCommand:
+    def photos(self, folder, count=3):
+        folder.mkdir()
+        for seed in range(count):
+            pixels = torch.randint(
+                0, 255, (70, 90, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+            )
+            Image.fromarray(pixels.numpy()).save(folder / f"{seed}.png")
+        return folder
+
+    def test_a_plan_from_a_folder(self, capsys, tmp_path):
+        photos, plan = self.photos(tmp_path / "photos"), tmp_path / "plan.json"
+        options = "--sparsity 0.3 --tile 2x4 --block-size 8"
+        code, out, err = run(capsys, f"tune tests.models:dinov3 {photos} -o {plan} {options}")
+        assert code == 0, err
+        assert "measured on 1 images that were kept back" in out
+        model = models.dinov3().eval()
+        bsa.sparsify_(model, bsa.SparsityPlan.load(plan))
+        code, out, _ = run(capsys, f"compare tests.models:dinov3 {photos} --plan {plan} --rounds 1")
+        assert code == 0
+        assert "8 x 8 patches" in out
+
+    def test_json(self, capsys, tmp_path):
+        photos = self.photos(tmp_path / "photos")
+        options = "--max-error 0.3 --tile 2x4 --block-size 8 --json"
+        code, out, _ = run(capsys, f"tune tests.models:dinov3 {photos} -o {tmp_path}/plan.json {options}")
+        assert code == 0
+        assert json.loads(out)["measured"] <= 0.3
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ("", "tune got no budget"),
+            ("--sparsity 0.5 --speedup 2", "exactly one of"),
+            ("--sparsity 2", "sparsity=2.0: expected a fraction"),
+            ("--sparsity 0.5 --order spiral", "order='spiral'"),
+            ("--sparsity 0.5 --tile 3x", "allowed are grids of patches"),
+        ],
+    )
+    def test_wrong_input(self, capsys, tmp_path, options, message):
+        photos, plan = self.photos(tmp_path / "photos"), tmp_path / "plan.json"
+        code, _, err = run(capsys, f"tune tests.models:dinov3 {photos} -o {plan} {options}")
+        assert code == 2
+        assert message in err
+        assert not plan.exists()
+
+    def test_one_photograph(self, capsys, tmp_path):
+        photos = self.photos(tmp_path / "photos", count=1)
+        code, _, err = run(capsys, f"tune tests.models:dinov3 {photos} -o {tmp_path}/plan.json --sparsity 0.5")
+        assert code == 2
+        assert "1 images: at least 2 are needed" in err
