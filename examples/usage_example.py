@@ -1,4 +1,4 @@
-"""bsa-vision in three steps, on a CPU or on CUDA:
+"""bsa-vision in five steps, on a CPU or on CUDA:
 
     python examples/usage_example.py [--device cpu] [--rounds 3] [--out out/usage_example.png]
 
@@ -6,12 +6,14 @@
 (b) dense against 50 % and 75 % sparsity at 4096 tokens, timed here
 (c) a DINO-type ViT-B with sparse heads on a photograph; random weights, so the error says nothing about a trained model
 (d) SAM's ViT-B image encoder on it: as transformers runs it, exact without N x N, and with sparse global layers; random weights
+(e) a small model that has learned something: a click, and its dense and its sparse answer on one picture
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +26,14 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+if __package__ in (None, ""):  # run as a script: find `examples.testbed`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import bsa_vision as bsa
 from bsa_vision import masks
 from bsa_vision.timing import paired
 from bsa_vision.viz import View, block_at, plot_views
+from examples.testbed import evaluate, model, scenes, show
 
 BLOCK = 128
 console = Console()
@@ -37,7 +43,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds of (b) and (c)")
-    parser.add_argument("--out", type=Path, default=Path("out/usage_example.png"), help="where the picture of (c) goes")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/usage_example.png"),
+        help="where the picture of (c) goes; that of (e) beside it",
+    )
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -48,6 +59,7 @@ def main() -> None:
         sparsity_levels(device, dtype, arguments.rounds)
         model_on_photograph(device, arguments.rounds, arguments.out)
         sam_on_photograph(device, arguments.rounds)
+        testbed_on_a_scene(device, arguments.rounds, arguments.out.with_name("testbed.png"))
 
 
 # (a) The kernel's own function
@@ -269,6 +281,25 @@ def sam_on_photograph(device: torch.device, rounds: int) -> None:
         f"sparse: {report.layers[2].sparsity:.0%} of the global layers' blocks skipped; {report.cost.sentence}",
         soft_wrap=True,
     )
+
+
+# (e) A model that has learned something
+
+
+def testbed_on_a_scene(device: torch.device, rounds: int, out: Path) -> None:
+    """A trained model (examples/testbed), a scene it has not seen: what half of the blocks less does to its answer."""
+    testbed = model.load(device=device)
+    plan = evaluate.pattern_plan("nearest:0.5", bsa.inspect(testbed))
+    size = testbed.size.grid * testbed.size.patch
+    scene = scenes.make(scenes.held_out(4)[-1:], size, scenes.HARD, device)
+    table = Table(
+        "", "blocks skipped", "IoU", "time", title="(e) a trained model: every instance like the one clicked on"
+    )
+    for name, answer in zip(("dense", "sparse"), found := show.answers(testbed, plan, scene, rounds), strict=True):
+        table.add_row(name, f"{answer.sparsity:.0%}", f"{answer.iou:.3f}", f"{answer.milliseconds:.1f} ms")
+    console.print(table)
+    show.picture(scene, *found).savefig(out, dpi=110)
+    console.print(f"picture: {out}")
 
 
 if __name__ == "__main__":
