@@ -18,7 +18,7 @@ from bsa_vision.blocks import rotary_angles, rotate
 from bsa_vision.encoder import create_encoder
 from examples.testbed import evaluate, heads, scenes, train
 from examples.testbed.model import SHIPPED, Size, Testbed, load, save, untrained
-from examples.testbed.observe import block_mass, observe, probabilities
+from examples.testbed.observe import block_mass, probabilities
 from examples.testbed.scenes import EASY, HARD, SHIFTED
 from masks import TokenLayout
 
@@ -357,22 +357,18 @@ class TestTraining:
 
 
 class TestObserving:
-    def test_probabilities_give_the_attention(self, monkeypatch):
-        """softmax(q k) v of what is seen is what the layer computes."""
+    def test_probabilities_give_the_attention(self):
+        """softmax(q k) v of what is seen, projected, is what the layer returns."""
         model, batch, seen, outs = small(), small_batch(), [], []
         attention = model.encoder.blocks[1].attn
-        attend = attention.attend
-        monkeypatch.setattr(
-            type(attention),
-            "attend",
-            lambda self, q, k, v, *rest: outs.append((v, attend(q, k, v, *rest))) or outs[-1][1],
-        )
-        with torch.no_grad(), observe(model, lambda layer, q, k: seen.append((layer, probabilities(q, k)))):
+        attention.register_forward_hook(lambda module, args, out: outs.append(out))
+        with torch.no_grad(), bsa.observe(model, seen.append):
             model(*batch)
-        assert [layer for layer, _ in seen] == [0, 1]
-        v, out = outs[1]
-        assert relative(seen[1][1] @ v, out) < 1e-5
-        assert relative(seen[0][1] @ v, out) > 1e-2
+        assert [one.layer.index for one in seen] == [0, 1]
+        mixed = [probabilities(one.q, one.k) @ seen[1].v for one in seen]
+        first, second = (attention.proj(x.transpose(1, 2).flatten(2)) for x in mixed)
+        assert relative(second, outs[0]) < 1e-5
+        assert relative(first, outs[0]) > 1e-2
 
     def test_block_mass_is_a_sum_over_tokens(self):
         layout = TokenLayout((6, 10), start=1, order="tile", tile=(2, 4), block_size=8)

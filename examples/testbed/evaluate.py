@@ -44,7 +44,7 @@ from bsa_vision.adapters.layer import layers_of
 from bsa_vision.bench import parse
 from examples.testbed import scenes
 from examples.testbed.model import SHIPPED, Testbed, load, untrained, upsample
-from examples.testbed.observe import block_mass, observe, probabilities
+from examples.testbed.observe import block_mass, probabilities
 from examples.testbed.train import iou
 from masks import TokenLayout
 
@@ -209,13 +209,13 @@ def dense_masses(model: Testbed, batch: scenes.Scenes, layouts: set[TokenLayout]
     """Layout -> (B, layers, H, R, C): where the dense model's attention lies, all of a head's adding up to its queries."""
     found: dict[TokenLayout, list[Tensor]] = {layout: [] for layout in layouts}
 
-    def see(layer: int, q: Tensor, k: Tensor) -> None:
-        probs = probabilities(q[:, :, ::QUERIES], k)
+    def see(seen: bsa.Observation) -> None:
+        probs = probabilities(seen.q[:, :, ::QUERIES], seen.k)
         for layout, masses in found.items():
             masses.append(block_mass(probs, layout, QUERIES))
 
     if layouts:
-        with observe(model, see):
+        with bsa.observe(model, see):
             model.encode(batch.images, batch.click)
     return {layout: torch.stack(masses, dim=1) for layout, masses in found.items()}
 

@@ -35,7 +35,7 @@ import bsa_vision as bsa
 from examples.testbed import scenes
 from examples.testbed.evaluate import BLOCK_SIZE, TILE
 from examples.testbed.model import SHIPPED, Testbed, load
-from examples.testbed.observe import block_mass, observe, probabilities
+from examples.testbed.observe import block_mass, probabilities
 from masks import TokenLayout
 
 SHARE = 0.95  # of the attention
@@ -83,10 +83,10 @@ def measure(
         batch = scenes.make([seed], grid * model.size.patch, difficulty, device)
         alike = _alike(batch, model.size.patch)
 
-        def see(layer: int, q: Tensor, k: Tensor, alike: Tensor = alike) -> None:
-            found[layer].append(_statistics(probabilities(q, k)[0], layout, alike))
+        def see(seen: bsa.Observation, alike: Tensor = alike) -> None:
+            found[seen.layer.index].append(_statistics(probabilities(seen.q, seen.k)[0], layout, alike))
 
-        with observe(model, see):
+        with bsa.observe(model, see):
             model.encode(batch.images, batch.click)
         on_scene()
     means = {layer: torch.stack(rows).double().mean(0) for layer, rows in found.items()}  # (H, 6)

@@ -1,39 +1,11 @@
-"""What the heads of the testbed's model attend to: attention seen while it runs, as probabilities and as the mass of blocks."""
+"""Attention that `bsa.observe` has seen, as probabilities and as the mass of blocks."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.testbed.model import Testbed
 from masks import TokenLayout
-
-Seen = Callable[[int, Tensor, Tensor], None]  # layer, queries and keys (B, H, N, D), rotated
-
-
-@contextmanager
-def observe(model: Testbed, see: Seen) -> Iterator[None]:
-    """Inside, `see` is called by every layer of a model that runs dense, before it attends."""
-    blocks = cast(Any, model.encoder.blocks)
-    for index, block in enumerate(blocks):
-        block.attn.__dict__["attend"] = _seen(block.attn.attend, index, see)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.attn.__dict__["attend"]
-
-
-def _seen(attend: Callable[..., Tensor], index: int, see: Seen) -> Callable[..., Tensor]:
-    def seen(q: Tensor, k: Tensor, *others: Any) -> Tensor:
-        see(index, q, k)
-        return attend(q, k, *others)
-
-    return seen
 
 
 def probabilities(q: Tensor, k: Tensor) -> Tensor:
