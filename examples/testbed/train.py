@@ -205,7 +205,7 @@ class Training:
 
 
 def optimizers(model: Testbed, settings: Settings) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, which learns this task in half of AdamW's images; AdamW for everything else."""
+    """Muon for the matrices of the blocks, which learned this task faster in a trial; AdamW for everything else."""
     matrices = [p for p in model.encoder.blocks.parameters() if p.dim() == 2]
     taken = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in taken]
