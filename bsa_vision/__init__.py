@@ -56,7 +56,7 @@ from bsa_vision.packing import Packed, pack, pack_head_masks, unpack
 from bsa_vision.plan import SparsityPlan
 from bsa_vision.prompts import Prompts
 from bsa_vision.rel_pos import RelPos
-from bsa_vision.tuning import tune
+from bsa_vision.tuning import report, tune
 
 try:
     __version__ = _version("bsa-vision")
@@ -97,6 +97,7 @@ __all__ = [
     "observe",
     "pack",
     "pack_head_masks",
+    "report",
     "restore_",
     "sparse_attention",
     "sparsify_",

@@ -129,7 +129,7 @@ def num_steps(images: Sequence[Any], rounds: int) -> int:
 
 
 def _compare(model: nn.Module, images: Sequence[Tensor], rounds: int, on_step: Callable[[], None]) -> Comparison:
-    modules = {layer.spec.name: module for module in model.modules() if (layer := layer_of(module)) is not None}
+    modules = _modules(model)
     before = _fallbacks(model)
     errors, cosines = [], []
     alone: dict[str, list[float]] = {name: [] for name in modules}
@@ -137,10 +137,11 @@ def _compare(model: nn.Module, images: Sequence[Tensor], rounds: int, on_step: C
     for image in images:
         with dense(model), _outputs(modules) as expected:
             reference = features(model, image)
-        with _outputs(modules) as found, _errors_alone(model, modules, alone):
+        with _outputs(modules) as found, errors_alone(model) as own:
             out = features(model, image)
         for name in found:
             so_far[name].append(_error(found[name], expected[name]))
+            alone[name] += own[name]
         errors.append(_error(out, reference))
         cosines.append(float(torch.cosine_similarity(out.double().flatten(), reference.double().flatten(), dim=0)))
         on_step()
@@ -187,8 +188,10 @@ def _outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 
 @contextmanager
-def _errors_alone(model: nn.Module, modules: dict[str, nn.Module], errors: dict[str, list[float]]) -> Iterator[None]:
-    """Inside, each of these modules also runs dense on the input it got, and its error is added to the list of its name."""
+def errors_alone(model: nn.Module) -> Iterator[dict[str, list[float]]]:
+    """Inside, every layer with sparse heads also runs dense on the input it got; layer name -> its relative errors, call by call."""
+    modules = _modules(model)
+    errors: dict[str, list[float]] = {name: [] for name in modules}
 
     def rerun(name: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         with dense(model):
@@ -196,10 +199,15 @@ def _errors_alone(model: nn.Module, modules: dict[str, nn.Module], errors: dict[
 
     hooks = [module.register_forward_hook(partial(rerun, name), with_kwargs=True) for name, module in modules.items()]
     try:
-        yield
+        yield errors
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The attention modules of a swapped model, by layer name."""
+    return {layer.spec.name: module for module in model.modules() if (layer := layer_of(module)) is not None}
 
 
 def _tensor(out: Any) -> Tensor:

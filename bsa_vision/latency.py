@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bsa_vision import files
 from bsa_vision.attention import sparse_attention
 from bsa_vision.backends import compiled
 from bsa_vision.head_masks import DENSE, HeadMasks
@@ -220,9 +220,6 @@ def _write(known: dict[str, Latency]) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(entries, file, indent=2)
-        os.replace(temporary, path)
+        files.write(path, json.dumps(entries, indent=2).encode())
     except OSError:
         pass

@@ -282,6 +282,11 @@ class SparsityPlan:
 
     # Use
 
+    @property
+    def report(self) -> dict[str, Any]:
+        """What `bsa.tune` predicted and measured (`bsa_vision.tuning.findings.describe` says what is in it); empty for other plans."""
+        return dict(self.notes.get("tuned", {}))
+
     def layout(self, spec: ModelSpec, grid: tuple[int, int] | None = None) -> TokenLayout:
         """The layout of the plan's masks for `spec` at `grid` (None = the model's own)."""
         return TokenLayout(

@@ -24,7 +24,6 @@ import base64
 import binascii
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bsa_vision import files
 from bsa_vision.errors import PlanError
 from bsa_vision.plan import PatternLike, SparsityPlan
 from bsa_vision.static_mask import Static
@@ -45,20 +45,9 @@ LAYOUT_KEYS = {"order": str, "tile": list, "block_size": int}
 
 def save(plan: SparsityPlan, path: str | os.PathLike[str]) -> None:
     """Write `plan` to `path`. PlanError when a pattern is a Python function, which no file can hold."""
-    path = Path(path).resolve()  # a link stays a link
     text = dumps(plan)
     loads(text)  # what cannot be read back must not replace what can
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files private
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    files.write(path, text.encode())
 
 
 def load(path: str | os.PathLike[str]) -> SparsityPlan:

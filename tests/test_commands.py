@@ -62,7 +62,7 @@ class TestDoctor:
 
     def test_reasons_are_not_read_as_markup(self, capsys, monkeypatch):
         found = [doctor.Finding("library", "timm", doctor.BROKEN, "[Errno 2] no such file")]
-        monkeypatch.setattr("bsa_vision.commands.doctor", lambda: found)
+        monkeypatch.setattr("bsa_vision.commands.show.doctor", lambda: found)
         code, out, _ = run(capsys, "doctor")
         assert code == 1
         assert "[Errno 2] no such file" in out

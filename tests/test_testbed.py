@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import bsa_vision as bsa
 from bsa_vision.blocks import rotary_angles, rotate
 from bsa_vision.encoder import create_encoder
-from examples.testbed import evaluate, heads, scenes, train
+from examples.testbed import evaluate, heads, scenes, train, tuned
 from examples.testbed.model import SHIPPED, Size, Testbed, load, save, untrained
 from examples.testbed.observe import block_mass, probabilities
 from examples.testbed.scenes import EASY, HARD, SHIFTED
@@ -509,3 +509,43 @@ class TestShipped:
         """Smaller images still work: positions are in normalised coordinates."""
         found = evaluate.evaluate(load(), {}, scenes.held_out(10), replace(HARD, clutter=0.2), grid=24)[0]
         assert found.iou.mean > 0.4
+
+
+class TestTuned:
+    def test_simpler_plans_skip_as_much_and_no_more(self):
+        model = load()
+        images = tuned.calibration_scenes(model, 0, 3)
+        plan = bsa.tune(model, images, sparsity=0.6, target=tuned.encode, order="raster", **tuned.LAYOUT)
+        spec, most = bsa.inspect(model), plan.report["sparsity"]
+        for name, one in tuned.simpler_plans(model, plan, 0):
+            kept = evaluate.kept_blocks(one, spec)[0]
+            assert most - 0.1 < 1 - kept.float().mean() <= most + 1e-6, name
+            # Everybody sees the click's token, wherever the order puts it.
+            block = int(one.layout(spec).inverse[0]) // tuned.BLOCK_SIZE
+            assert kept[..., block, :].all(), name
+            assert kept[..., :, block].all(), name
+
+    def test_calibration_scenes_are_nobody_elses(self):
+        model = load()
+        first, other = (tuned.calibration_scenes(model, seed, 2)[0][0] for seed in (0, 1))
+        held_out = scenes.make(list(scenes.held_out(2)), 256, HARD).images
+        assert not torch.equal(first, other)
+        assert not torch.equal(first, held_out[:1])
+
+    def test_the_commands(self, capsys, monkeypatch):
+        monkeypatch.setattr(sys, "argv", ["tuned.py", "--seeds", "1", "--scenes", "4", "--sparsity", "0.6"])
+        tuned.main()
+        out = capsys.readouterr().out
+        for name in (
+            "tuned",
+            "uniform static",
+            "local windows",
+            "nearest",
+            "random",
+            "spatial locality",
+            "image to prompt",
+        ):
+            assert name in out
+        monkeypatch.setattr(sys, "argv", ["tuned.py", "--max-error", "0.2", "--runs", "2", "--scenes", "4"])
+        tuned.main()
+        assert "in 2 of 2 runs" in capsys.readouterr().out

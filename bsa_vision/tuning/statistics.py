@@ -4,16 +4,16 @@ Two passes over the calibration images. The first finds where attention goes and
 blocks are read from it. The second computes what every candidate does to the output of its head (`CandidateErrors`), exactly: with
 p the dense probabilities and u_iJ = sum over j in block J of p_ij (v_j - o_i), the output of query i without the blocks D is off by
 
-    o'_i - o_i = -(1 / m_i) sum over J in D of u_iJ,        m_i = the probability that is kept
+    o'_i - o_i = -(1 / m_i) sum over J in D of u_iJ = (1 / m_i) sum over J not in D of u_iJ,    m_i = the probability that is kept
 
-All vectors are taken after the output projection: v is multiplied by a square root of W_h^T W_h. Nothing is N x N; one block row of all
-heads is there at a time.
+All vectors are taken after the output projection: v is multiplied by a square root of W_h^T W_h. Nothing is N x N; a few block rows of all
+heads are there at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -23,103 +23,133 @@ from bsa_vision.adapters import Observation
 from bsa_vision.packing import key_places, order_tokens
 from masks import TokenLayout
 
+BINS = 100  # of the histograms of kept attention
+WORKING_MEMORY = 8 * 2**20  # bytes; one block of queries is worked on in any case
+
+
+class Sums:
+    """float64 tensors on the CPU that add up over images, whoever saw them."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64, device="cpu")
+
 
 @dataclass
-class BlockStatistics:
+class BlockStatistics(Sums):
     """Of one layer, summed over images.
 
     mass   (H, R, C) attention that the queries of a block pay to the keys of another, mean over the queries
     drop   (H, R, C) squared change of the output when only that block is dropped, before renormalisation, summed over the queries
+    total  () squared length of the layer's dense output
     """
 
     mass: Tensor
     drop: Tensor
-    images: int = 0
+    total: Tensor
 
     @classmethod
     def empty(cls, heads: int, layout: TokenLayout) -> BlockStatistics:
         shape = (heads, layout.num_blocks, layout.num_blocks)
-        mass, drop = (torch.zeros(shape, dtype=torch.float64, device="cpu") for _ in range(2))
-        return cls(mass, drop)
+        return cls(_zeros(*shape), _zeros(*shape), _zeros())
 
     def add(self, seen: Observation, layout: TokenLayout) -> None:
         """One dense call of this layer."""
-        for row, rows in enumerate(_block_rows(seen, layout)):
-            self.mass[:, row] += rows.mass.mean(2).sum(0).double().cpu()
-            self.drop[:, row] += rows.change.square().sum((2, 4)).sum(0).double().cpu()
-        self.images += len(seen.q)
+        for rows in _block_rows(seen, layout):
+            self.mass[:, rows.which] += rows.mass.mean(3).sum(0).double().cpu()
+            self.drop[:, rows.which] += rows.change.square().sum((3, 5)).sum(0).double().cpu()
+            self.total += _energy(rows.out, seen.weight).double().cpu()
 
 
 @dataclass
-class CandidateErrors:
+class CandidateErrors(Sums):
     """Of one layer, summed over images and queries.
 
-    error  (H, K) squared change of the output of each candidate's head, after the output projection
-    kept   (H, K) attention that is kept, mean over queries
-    total  squared length of the dense output, heads taken as orthogonal
+    error  (H, K) squared change of the output by each candidate's head, after the output projection
+    kept   (H, K, BINS) how many queries keep which share of their attention, in bins of equal width from 0 to 1
     """
 
     error: Tensor
     kept: Tensor
-    total: float = 0.0
-    images: int = 0
 
     @classmethod
     def empty(cls, heads: int, candidates: int) -> CandidateErrors:
-        error, kept = (torch.zeros(heads, candidates, dtype=torch.float64, device="cpu") for _ in range(2))
-        return cls(error, kept)
+        return cls(_zeros(heads, candidates), _zeros(heads, candidates, BINS))
 
     def add(self, seen: Observation, layout: TokenLayout, masks: Tensor) -> None:
         """One dense call of this layer; masks (H, K, R, C) bool, True = compute, of every head's candidates."""
-        tokens = layout.num_tokens
-        for row, rows in enumerate(_block_rows(seen, layout)):
-            dropped = (~masks[:, :, row]).to(rows.mass)  # (H, K, C)
-            lost = torch.einsum("bhic,hkc->bhki", rows.mass, dropped)
-            change = torch.einsum("bhicd,hkc->bhkid", rows.change, dropped)
-            kept = (1 - lost).clamp(min=1e-6)
-            off = change.square().sum(-1) / kept.square()  # (B, H, K, i)
-            self.error += off.sum((0, 3)).double().cpu()
-            self.kept += (1 - lost).sum((0, 3)).double().cpu() / tokens
-            self.total += float(rows.out.square().sum())
-        self.images += len(seen.q)
+        for rows in _block_rows(seen, layout):
+            here = masks[:, :, rows.which]  # (H, K, r, C)
+            # By what is kept, not by what is dropped: 1 - lost has no digits left where little is kept. Both sums are the same but for the sign.
+            kept = torch.einsum("bhric,hkrc->bhkri", rows.mass, here.to(rows.mass))
+            change = torch.einsum("bhricd,hkrc->bhkrid", rows.change, here.to(rows.change))
+            off = change.square().sum(-1) / kept.square().clamp(min=1e-30)
+            off = off * ~here.all(-1)[..., None]  # nothing dropped is no change, not a rounding error
+            self.error += off.sum((0, 3, 4)).double().cpu()
+            self.kept += _histogram(kept).double().cpu()
+
+
+def _histogram(kept: Tensor) -> Tensor:
+    """(B, H, K, r, i) shares -> (H, K, BINS) counts."""
+    bins = (kept * BINS).long().clamp(0, BINS - 1).permute(1, 2, 0, 3, 4).flatten(2)
+    return torch.zeros(*bins.shape[:2], BINS, device=kept.device).scatter_add_(
+        -1, bins, torch.ones_like(bins, dtype=torch.float32)
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """One block of queries.
+    """Some blocks of queries, of i tokens each.
 
-    mass    (B, H, i, C) probability of each block of keys
-    change  (B, H, i, C, D) u of each block of keys, after the output projection
-    out     (B, i, H, D) outputs, after the output projection, head by head
+    which   the r blocks
+    mass    (B, H, r, i, C) probability of each block of keys
+    change  (B, H, r, i, C, D) u of each block of keys, after the output projection
+    out     (B, H, r * i, D) outputs, before the output projection
     """
 
+    which: slice
     mass: Tensor
     change: Tensor
     out: Tensor
 
 
 def _block_rows(seen: Observation, layout: TokenLayout) -> Iterator[_Rows]:
-    """The blocks of queries, one after the other."""
+    """All blocks of queries, as many at once as `WORKING_MEMORY` allows; a last one that is shorter comes alone."""
     heads = seen.q.shape[1]
     q, k, v = (order_tokens(x.float(), layout) for x in (seen.q, seen.k, seen.v))
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-    v = torch.einsum("bhnd,hde->bhne", v, _metric(seen))
+    metric = _metric(seen)
     size, blocks = layout.block_size, layout.num_blocks
     padding = blocks * size - layout.num_tokens
-    by_block = F.pad(v, (0, 0, 0, padding)).unflatten(2, (blocks, size))  # (B, H, C, j, D)
+    weighed = torch.einsum("bhnd,hde->bhne", v, metric)
+    by_block = F.pad(weighed, (0, 0, 0, padding)).unflatten(2, (blocks, size))  # (B, H, C, j, D)
     bias = None if seen.rel_pos is None else [order_tokens(term.float(), layout) for term in seen.rel_pos]
     places = key_places(layout, True, q.device)
-    for first in range(0, layout.num_tokens, size):
-        inside = slice(first, first + size)
-        logits = q[:, :, inside] @ k.transpose(-1, -2) * seen.scale  # (B, H, i, N)
+    full = layout.num_tokens // size
+    step = max(1, WORKING_MEMORY // (4 * size * weighed[:, :, 0].numel() * blocks))
+    starts = [*range(0, full, step), *([full] if full < blocks else [])]
+    for first, last in zip(starts, [*starts[1:], blocks], strict=True):
+        inside = slice(first * size, last * size)
+        logits = q[:, :, inside] @ k.transpose(-1, -2) * seen.scale  # (B, H, r * i, N)
         if bias is not None:
             logits += sum(term[:, :, inside].index_select(-1, place) for term, place in zip(bias, places, strict=True))
         probs = logits.softmax(-1)
-        out = probs @ v  # (B, H, i, D)
-        probs = F.pad(probs, (0, padding)).unflatten(-1, (blocks, size))  # (B, H, i, C, j)
+        out = probs @ v
+        probs = F.pad(probs, (0, padding)).unflatten(-1, (blocks, size))  # (B, H, r * i, C, j)
         mass = probs.sum(-1)
         own = torch.einsum("bhicj,bhcjd->bhicd", probs, by_block)
-        yield _Rows(mass, own - mass[..., None] * out[..., None, :], out)
+        change = own - mass[..., None] * (out @ metric)[..., None, :]
+        rows = last - first
+        yield _Rows(slice(first, last), mass.unflatten(2, (rows, -1)), change.unflatten(2, (rows, -1)), out)
+
+
+def _energy(out: Tensor, weight: Tensor | None) -> Tensor:
+    """Squared length of outputs (B, H, tokens, D) after the output projection, () float32."""
+    joined = out.transpose(1, 2).flatten(2)
+    return (joined if weight is None else joined @ weight.float().T).square().sum()
 
 
 def _metric(seen: Observation) -> Tensor:

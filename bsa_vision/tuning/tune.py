@@ -1,44 +1,34 @@
-"""`tune`: statistics, candidates, a solver, and a check on images that none of these saw."""
+"""`tune`: a plan for a budget, from statistics, candidates and a solver, checked on images that none of these saw."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bsa_vision.adapters import Observation, inspect, observe, restore_, sparsify_
+from bsa_vision.adapters import inspect, observe
 from bsa_vision.errors import PlanError
 from bsa_vision.features import features
 from bsa_vision.latency import Latency
 from bsa_vision.latency import latency as latency_here
-from bsa_vision.model_spec import LayerSpec, ModelSpec
-from bsa_vision.plan import PatternLike, SparsityPlan
+from bsa_vision.plan import SparsityPlan
 from bsa_vision.tuning import candidates as table
+from bsa_vision.tuning import processes
+from bsa_vision.tuning.calibration import OnStep, Options, Store, calibrate, digest, layers_to_tune
+from bsa_vision.tuning.certificate import mean_at_most
+from bsa_vision.tuning.findings import describe
 from bsa_vision.tuning.solve import Choice, solve
-from bsa_vision.tuning.statistics import BlockStatistics, CandidateErrors
+from bsa_vision.tuning.trial import Picks, Target, Tuned, layer_errors, make_plan, target_errors, time_plan
 from masks import TokenLayout
 
-Target = Callable[[Any, Any], Tensor]
-ROUNDS = 6  # of adjusting a plan until its measured error is what was asked for
-
-
-@dataclass(frozen=True, eq=False)
-class Tuned:
-    """What the passes found, from which plans for any budget follow.
-
-    options  [layer][head]: candidates, the first one dense (pattern None)
-    errors   [layer]: (H, K) squared error of the target, as a share of its squared length, that each candidate is expected to cause
-    """
-
-    spec: ModelSpec
-    layout: TokenLayout
-    layers: tuple[LayerSpec, ...]
-    options: tuple[tuple[tuple[tuple[PatternLike | None, Tensor], ...], ...], ...]
-    errors: tuple[Tensor, ...]
+ROUNDS = 6  # of adjusting a plan until what was asked for holds where it is measured
+TIMED = 5  # rounds of a measured speed-up
 
 
 def tune(
@@ -50,48 +40,89 @@ def tune(
     speedup: float | None = None,
     layers: Iterable[int | str] | None = None,
     candidates: Sequence[str] = table.NAMES,
-    order: str = "tile",
+    order: str = "auto",
     tile: tuple[int, int] = (8, 16),
     block_size: int = 128,
     verify: float = 1 / 3,
     target: Target = features,
     seed: int = 0,
     latency: Latency | None = None,
-    on_step: Callable[[str], None] = lambda what: None,
+    statistics: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    on_step: OnStep = lambda what, done, of: None,
 ) -> SparsityPlan:
     """A plan for `model`, chosen on some of `images` and checked on the others.
 
-    images      what `target` takes with the model, all of one size: by default pixels (B, 3, h, w). At least two
+    images      what `target` takes with the model, all of one size: by default pixels (B, 3, h, w). At least two; 24 are good
     sparsity    fraction of the blocks of all tuned layers to skip, 0 to 1: least error among those plans; or
-    max_error   relative L2 error of the target, mean over the images kept back: as sparse as it gets within it; or
-    speedup     of the tuned layers' attention, as `bsa.latency` expects it on this machine: least error among those plans
+    max_error   relative L2 error of the target, mean over images: as sparse as it gets while the mean over images like those kept back
+                stays below it, at 99 % confidence; or
+    speedup     of the target, how many times as fast as dense: least error among those plans; measured here, and adjusted until it holds
     layers      indices, keys or module paths; None = all that attend to the whole image
     candidates  among "static" (best blocks of the mean map), "local_window", "axial", "strided", "special"
+    order       of tokens: "tile", "raster", or "auto", whichever loses least on a few of the images
+    tile        (rows, columns) in patches, and half as high and twice as wide when orders are compared
     verify      share of the images that is kept back
     target      (model, image) -> the features that are used; their error is what counts
+    seed        of which images are kept back
+    latency     what attention costs, for `speedup`; None = `bsa.latency`, measured here
+    statistics  a file that keeps what was measured, so that another budget needs no new pass over the images
+    resume      go on from that file, whether it is complete or not
+    on_step     (what is done, how much of it, of how much), for progress bars
 
-    The model must have no sparse heads, and has none afterwards. What was predicted and measured is in the plan's notes. ValueError or
-    PlanError for budgets that cannot be met (with what can), too few images, images of several sizes, and results that are not finite.
+    The model must have no sparse heads, and has none afterwards. `plan.report` holds what was predicted and measured, `bsa.report` makes a
+    page of it. Where `torch.distributed` has a process group, its processes share the images: all must be given all of them, and all get
+    the plan. ValueError or PlanError for budgets that cannot be met (with what can), too few images, images of several sizes, and
+    results that are not finite; FileExistsError for statistics that would be overwritten.
     """
-    asked = {"sparsity": sparsity, "max_error": max_error, "speedup": speedup}
-    name, wanted = _asked(asked)
+    _check_installed()
+    name, wanted = _asked({"sparsity": sparsity, "max_error": max_error, "speedup": speedup})
     chosen, kept_back = _split(list(images), verify, seed)
     unknown = [one for one in candidates if one not in table.NAMES]
     if unknown or not candidates:
         raise ValueError(f"candidates={list(candidates)}: allowed are {', '.join(table.NAMES)}; choose among them.")
-    was_training = model.training
+    spec = inspect(model)
+    tuned_layers = layers_to_tune(spec, layers)
+    layout = dict(order=order, tile=tile, block_size=block_size)
+    TokenLayout((1, 1), **{**layout, "order": "tile" if order == "auto" else order})  # type: ignore[arg-type]
+    store = Store(statistics)
+    identity = {
+        **{"model": spec.fingerprint, "layers": [layer.key for layer in tuned_layers], "candidates": list(candidates)},
+        **{"order": order, "tile": list(tile), "block_size": block_size, "target": _name_of(target)},
+        **{"images": digest(chosen), "kept back": digest(kept_back), "weights": digest(model.state_dict().items())},
+    }
+    _check_processes(identity)
+    calibration = store.open(identity, resume)
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
-            options = dict(order=order, tile=tile, block_size=block_size)
-            tuned = measure(model, chosen, layers, candidates, target, on_step, **options)
-            latency = latency or (latency_here(tuned.layers[0].head_dim) if name == "speedup" else None)
-            references = [target(model, image) for image in kept_back]
-            plan, found = _within(tuned, model, name, wanted, kept_back, references, target, latency, on_step)
+            options = Options(tuned_layers, tuple(candidates), target, layout)
+            tuned = calibrate(model, chosen, calibration, store, options, on_step)
+            mine = processes.share(kept_back)
+            if name == "speedup":
+                latency = processes.of_the_first(latency or latency_here(tuned_layers[0].head_dim))
+            trials = _Trials(tuned, model, name, wanted, mine, kept_back[0], target, latency, on_step)
+            best = trials.search()
+            measured = layer_errors(model, best.plan, mine, target, tuned_layers)
+            curve = trials.curve()
     finally:
-        model.train(was_training)
-    notes = {"asked": {name: wanted}, "images": {"chosen on": len(chosen), "kept back": len(kept_back), "seed": seed}}
-    return replace(plan, notes={"tuned": {**notes, **found}})
+        for module, training in modes:
+            module.training = training
+    about = {"chosen on": len(chosen), "kept back": len(kept_back), "seed": seed}
+    notes = describe(tuned, best, trials.tried, {name: wanted}, about, calibration.orders, measured, curve)
+    return replace(best.plan, notes={"tuned": notes})
+
+
+def _check_installed() -> None:
+    """Before minutes are spent."""
+    try:
+        import safetensors.torch  # noqa: F401
+        import scipy.optimize  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"tuning needs scipy and safetensors ({error}): plans that exist, and everything else, work without; pip install 'bsa-vision[tune]'."
+        ) from None
 
 
 def _asked(asked: dict[str, float | None]) -> tuple[str, float]:
@@ -101,8 +132,11 @@ def _asked(asked: dict[str, float | None]) -> tuple[str, float]:
             f"tune got {', '.join(given) or 'no budget'}: exactly one of {', '.join(asked)} is needed; give e.g. sparsity=0.5."
         )
     ((name, value),) = given.items()
-    fits = 0 <= value < 1 if name == "sparsity" else value > 0 if name == "max_error" else value >= 1
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = number and (
+        0 <= value < 1 if name == "sparsity" else 0 < value < math.inf if name == "max_error" else 1 <= value < math.inf
+    )
+    if not fits:
         allowed = {"sparsity": "a fraction from 0 to below 1", "max_error": "an error above 0", "speedup": "at least 1"}
         raise ValueError(f"{name}={value!r}: expected {allowed[name]}; give such a number.")
     return name, float(value)
@@ -112,7 +146,7 @@ def _split(images: list[Any], verify: float, seed: int) -> tuple[list[Any], list
     """Those to choose on, those kept back."""
     if len(images) < 2:
         raise ValueError(
-            f"{len(images)} images: at least 2 are needed, one to choose on and one kept back to check; 16 or more are better."
+            f"{len(images)} images: at least 2 are needed, one to choose on and one kept back to check; 24 are better."
         )
     if not 0 < verify < 1:
         raise ValueError(
@@ -123,191 +157,190 @@ def _split(images: list[Any], verify: float, seed: int) -> tuple[list[Any], list
     return [images[i] for i in sorted(order[back:])], [images[i] for i in sorted(order[:back])]
 
 
-# What candidates would cost
+def _name_of(target: Target) -> str:
+    inner = target.func if isinstance(target, partial) else target
+    return f"{getattr(inner, '__module__', '')}.{getattr(inner, '__qualname__', type(inner).__qualname__)}"
 
 
-@torch.no_grad()
-def measure(
-    model: nn.Module,
-    images: Sequence[Any],
-    layers: Iterable[int | str] | None,
-    names: Sequence[str],
-    target: Target,
-    on_step: Callable[[str], None] = lambda what: None,
-    **layout_options: Any,
-) -> Tuned:
-    """Both passes over `images`, and how much the target feels each layer."""
-    spec = inspect(model)
-    tuned_layers = _layers(spec, layers)
-    keys = {layer.key: index for index, layer in enumerate(tuned_layers)}
-    layouts: list[TokenLayout] = []
-
-    def layout_of(seen: Observation) -> TokenLayout:
-        options = dict(start=spec.start, end=spec.end, **layout_options)
-        layout = TokenLayout(seen.grid, **options)
-        layouts[:] = layouts or [layout]
-        if layout != layouts[0] or seen.k.shape[2] != layout.num_tokens:
-            raise ValueError(
-                f"images of {layouts[0].grid} and {layout.grid} patches: one plan is tuned for one size; resize or crop the images."
-            )
-        return layout
-
-    statistics: dict[int, BlockStatistics] = {}
-
-    def first(seen: Observation) -> None:
-        if seen.layer.key in keys:
-            layout = layout_of(seen)
-            own = statistics.setdefault(keys[seen.layer.key], BlockStatistics.empty(seen.layer.heads, layout))
-            own.add(seen, layout)
-
-    _pass(model, images, target, first, on_step, "where attention goes")
-    (layout,) = layouts
-    options = [_options(names, statistics[index], layout) for index in range(len(tuned_layers))]
-    masks = [torch.stack([torch.stack([mask for _, mask in head]) for head in layer]) for layer in options]
-    found = [CandidateErrors.empty(*mask.shape[:2]) for mask in masks]
-
-    def second(seen: Observation) -> None:
-        if seen.layer.key in keys:
-            index = keys[seen.layer.key]
-            found[index].add(seen, layout, masks[index].to(seen.q.device))
-
-    _pass(model, images, target, second, on_step, "what candidates cost")
-    if not all(bool(one.error.isfinite().all()) and math.isfinite(one.total) for one in found):
+def _check_processes(identity: Mapping[str, Any]) -> None:
+    all_of_them = processes.collect([dict(identity)])
+    other = [name for name in identity if any(one[name] != all_of_them[0][name] for one in all_of_them)]
+    if other:
         raise ValueError(
-            "attention of these images is not finite: check the images (NaN, infinite values) and the model's weights."
+            f"processes were given different {', '.join(other)}: every process needs the same model and all images; tune deals them out itself."
         )
-    relative = [one.error / max(one.total, 1e-300) for one in found]
-    tuned = Tuned(spec, layout, tuned_layers, tuple(options), tuple(relative))
-    weights = _layer_weights(model, tuned, images, target, on_step)
-    return replace(tuned, errors=tuple(weight * error for weight, error in zip(weights, relative, strict=True)))
 
 
-def _layers(spec: ModelSpec, layers: Iterable[int | str] | None) -> tuple[LayerSpec, ...]:
-    able = [layer for layer in spec.layers if not layer.window and not layer.frames]
-    if layers is None:
-        if not able:
-            raise PlanError("no layer of this model attends to the whole image: there is nothing to tune.")
-        return tuple(able)
-    wanted = [layers] if isinstance(layers, (int, str)) else list(layers)
-    found = [
-        next((layer for layer in able if layer.index == one), None) if isinstance(one, int) else spec.find(one)
-        for one in wanted
-    ]
-    if not wanted or any(layer not in able for layer in found):
-        raise PlanError(
-            f"layers={wanted}: allowed are those that attend to the whole image, {', '.join(layer.name for layer in able)}; choose among them."
-        )
-    return tuple(layer for layer in found if layer is not None)
+# From a budget to a plan
 
 
-def _pass(
-    model: nn.Module,
-    images: Sequence[Any],
-    target: Target,
-    see: Callable[[Observation], None],
-    on_step: Callable[[str], None],
-    what: str,
-) -> None:
-    with observe(model, see):
-        for image in images:
-            target(model, image)
-            on_step(what)
+@dataclass(frozen=True)
+class Trial:
+    """A plan that was run on the images kept back.
+
+    asked      of the solver
+    errors     of the target, one per image
+    speedup    measured, where it was asked for
+    """
+
+    asked: float
+    picks: Picks
+    plan: SparsityPlan
+    errors: tuple[float, ...]
+    speedup: float | None
+
+    @property
+    def measured(self) -> float:
+        """Mean error."""
+        return sum(self.errors) / len(self.errors)
+
+    @property
+    def bound(self) -> float:
+        """What the mean over all such images is at most, at 99 % confidence."""
+        return mean_at_most(self.errors)
 
 
-def _options(names: Sequence[str], statistics: BlockStatistics, layout: TokenLayout) -> Any:
-    """[head]: (pattern, mask) of every candidate, dense first; as many for each head."""
-    dense = (None, torch.ones(layout.num_blocks, layout.num_blocks, dtype=torch.bool, device="cpu"))
-    shared = table.geometric(names, layout)
-    own = table.static(statistics, layout) if "static" in names else [[] for _ in statistics.mass]
-    return tuple((dense, *shared, *head) for head in own)
+@dataclass
+class _Trials:
+    """Plans that were tried for one budget, `name` = `wanted`."""
 
+    tuned: Tuned
+    model: nn.Module
+    name: str
+    wanted: float
+    images: Sequence[Any]  # of those kept back, this process's share
+    timed: Any  # the image that speed-ups are measured on
+    target: Target
+    latency: Latency | None
+    on_step: OnStep
+    tried: list[Trial] = field(default_factory=list)
 
-def _layer_weights(
-    model: nn.Module, tuned: Tuned, images: Sequence[Any], target: Target, on_step: Callable[[str], None]
-) -> list[float]:
-    """Per layer: squared error of the target over that of the layer's output, with half of the layer's blocks skipped."""
-    some = images[: max(1, 4 * len(images) // (len(tuned.layers) + 1))]
-    references = [target(model, image) for image in some]
-    weights = []
-    for index in range(len(tuned.layers)):
-        picks = [_nearest_half(head) for head in tuned.options[index]]
-        expected = sum(float(tuned.errors[index][head, pick]) for head, pick in enumerate(picks))
-        plan = make_plan(tuned, [picks if i == index else [0] * len(picks) for i in range(len(tuned.layers))])
-        errors = _errors(model, plan, some, references, target)
-        weights.append(sum(error**2 for error in errors) / len(errors) / max(expected, 1e-300))
-        on_step("how much each layer matters")
-    return weights
+    def search(self) -> Trial:
+        """The plan, adjusted until what was asked for holds where it is measured."""
+        self.references = [self.target(self.model, image) for image in self.images]
+        if self.name == "sparsity":
+            return self._at_sparsity()
+        return self._within_error() if self.name == "max_error" else self._fast_enough()
 
+    def curve(self) -> list[tuple[float, float]]:
+        """(sparsity, predicted error) of the best choices, as far as candidates allow."""
+        found = []
+        for tenth in range(1, 10):
+            try:
+                picks = solve_for(self.tuned, share=1 - tenth / 10)
+            except PlanError:
+                break
+            found.append((1 - self.tuned.density(picks), self.tuned.predicted(picks)))
+        return found
 
-def _nearest_half(head: Sequence[tuple[Any, Tensor]]) -> int:
-    """The candidate that skips about half of the blocks, best blocks before geometry."""
-    return min(range(len(head)), key=lambda i: (abs(head[i][1].float().mean().item() - 0.5), -i))
+    def _try(self, asked: float, picks: list[list[int]]) -> Trial:
+        """These candidates, run on the images kept back."""
+        picks = processes.of_the_first(picks)
+        plan = make_plan(self.tuned, picks)
+        errors = target_errors(self.model, plan, self.images, self.references, self.target)
+        faster = None
+        if self.name == "speedup":
+            faster, _ = time_plan(self.model, plan, self.timed, self.target, TIMED)
+        self.tried.append(Trial(asked, picks, plan, tuple(errors), faster))
+        self.on_step("checking on images kept back", len(self.tried), ROUNDS)
+        return self.tried[-1]
 
-
-def _errors(
-    model: nn.Module, plan: SparsityPlan, images: Sequence[Any], references: Sequence[Tensor], target: Target
-) -> list[float]:
-    """Relative L2 error of the target, image by image."""
-    sparsify_(model, plan)
-    try:
-        outs = [target(model, image) for image in images]
-    finally:
-        restore_(model)
-    errors = [float((a - b).double().norm() / b.double().norm()) for a, b in zip(outs, references, strict=True)]
-    if not all(map(math.isfinite, errors)):
-        raise ValueError(
-            "the features of these images are not finite: check the images (NaN, infinite values) and the weights."
-        )
-    return errors
-
-
-# Plans
-
-
-def make_plan(tuned: Tuned, picks: Sequence[Sequence[int]]) -> SparsityPlan:
-    """The plan with these candidates, [layer][head]."""
-    patterns: dict[str, PatternLike] = {}
-    layers = {layer.key: ("dense",) * layer.heads for layer in tuned.spec.layers}
-    for layer, heads, chosen in zip(tuned.layers, tuned.options, picks, strict=True):
-        names = []
-        for head, (own, pick) in enumerate(zip(heads, chosen, strict=True)):
-            pattern = own[pick][0]
-            static = pattern is not None and type(pattern).__name__ == "Static"
-            name = "dense" if pattern is None else f"{layer.key}/{head}" if static else repr(pattern)
-            if pattern is not None:
-                patterns[name] = pattern
-            names.append(name)
-        layers[layer.key] = tuple(names)
-    layout = tuned.layout
-    return SparsityPlan(tuned.spec.fingerprint, patterns, layers, layout.order, layout.tile, layout.block_size)
-
-
-def solve_for(tuned: Tuned, name: str, wanted: float, latency: Latency | None = None) -> list[list[int]]:
-    """[layer][head] candidates: least error at that sparsity or speedup, or least density within that error."""
-    choices, costs = [], []
-    for errors, heads in zip(tuned.errors, tuned.options, strict=True):
-        for head, own in enumerate(heads):
-            cost = [_cost(mask, index, tuned.layout, latency) for index, (_, mask) in enumerate(own)]
-            choices.append(Choice(errors[head].tolist(), cost))
-            costs.append(cost[0])
-    if name == "max_error":
-        found = solve(choices, max_error=wanted**2)
-    else:
-        share = 1 - wanted if name == "sparsity" else 1 / wanted
+    def _at_sparsity(self) -> Trial:
         try:
-            found = solve(choices, budget=share * sum(costs))
+            picks = solve_for(self.tuned, share=1 - self.wanted)
         except PlanError:
-            least = sum(min(choice.costs) for choice in choices) / sum(costs)
-            can = 1 - least if name == "sparsity" else 1 / least
             raise PlanError(
-                f"{name}={wanted:g} cannot be met with these candidates: at most {can:.3g} can; ask for less, or allow more candidates."
+                f"sparsity={self.wanted:g} cannot be met with these candidates: at most {1 - least_share(self.tuned):.3g} can; ask for less, or "
+                "allow more candidates."
             ) from None
+        return self._try(self.wanted, picks)
+
+    def _within_error(self) -> Trial:
+        """Bisect on the predicted error until the bound on the measured one is just within what is wanted."""
+        low, high, asked = 0.0, math.inf, self.wanted
+        best: Trial | None = None
+        for _ in range(ROUNDS):
+            trial = self._try(asked, solve_for(self.tuned, max_error=asked))
+            if trial.bound <= self.wanted:
+                low = asked
+                best = trial if best is None or trial.asked > best.asked else best
+            else:
+                high = asked
+            if best is not None and best.bound > 0.95 * self.wanted:
+                break
+            # Error is nearly proportional to what is asked for; between known ends, take the middle of their logarithms.
+            step = asked * self.wanted / max(trial.bound, 1e-12)
+            asked = (
+                step if low < step < high else math.sqrt(max(low, 1e-3 * self.wanted) * min(high, 1e3 * self.wanted))
+            )
+        return best if best is not None else self._try(0.0, [[0] * len(heads) for heads in self.tuned.options])
+
+    def _fast_enough(self) -> Trial:
+        """As much attention as fits, by what is measured: what the first plans save tells what attention takes."""
+        dense = make_plan(self.tuned, [[0] * len(heads) for heads in self.tuned.options])
+        _, seconds = time_plan(self.model, dense, self.timed, self.target, TIMED)
+        least = least_share(self.tuned, self.latency)
+        attention = min(
+            attention_seconds(self.model, self.tuned, self.timed, self.target, self.latency), 0.95 * seconds
+        )
+        for _ in range(ROUNDS):
+            share = min(max(1 - (1 - 1 / self.wanted) * seconds / attention, least), 1.0)
+            trial = self._try(share, solve_for(self.tuned, share=share * (1 + 1e-9), latency=self.latency))
+            assert trial.speedup is not None
+            saved = 1 - 1 / trial.speedup
+            if trial.speedup >= self.wanted and (share == 1 or saved < 1.15 * (1 - 1 / self.wanted)):
+                break
+            if trial.speedup < self.wanted and share == least:
+                break
+            attention = min(max(0.98 * saved / max(1 - share, 1e-3), 0.01), 0.95) * seconds
+        enough = [one for one in self.tried if one.speedup is not None and one.speedup >= self.wanted]
+        if not enough:
+            most = max(one.speedup or 0 for one in self.tried)
+            raise PlanError(
+                f"speedup={self.wanted:g} cannot be met: {most:.3g} is the most that was measured, and attention of these layers takes about "
+                f"{attention / seconds:.0%} of the time; ask for less, or tune at a higher resolution, where attention takes more."
+            )
+        return max(enough, key=lambda one: one.asked)
+
+
+# From what was measured to candidates
+
+
+def solve_for(
+    tuned: Tuned, *, share: float | None = None, max_error: float | None = None, latency: Latency | None = None
+) -> list[list[int]]:
+    """[layer][head] candidates: least error with this share of the dense cost, or least cost within this error.
+
+    Costs are blocks, or expected seconds where `latency` is given. PlanError where no choice fits.
+    """
+    choices = _choices(tuned, latency)
+    if max_error is not None:
+        found = solve(choices, max_error=max_error**2)
+    else:
+        assert share is not None
+        found = solve(choices, budget=share * sum(choice.costs[0] for choice in choices))
     each = iter(found)
     return [[next(each) for _ in heads] for heads in tuned.options]
 
 
+def least_share(tuned: Tuned, latency: Latency | None = None) -> float:
+    """Of the dense cost, what the cheapest candidates take."""
+    choices = _choices(tuned, latency)
+    return sum(min(choice.costs) for choice in choices) / sum(choice.costs[0] for choice in choices)
+
+
+def _choices(tuned: Tuned, latency: Latency | None) -> list[Choice]:
+    return [
+        Choice(
+            errors[head].tolist(), [_cost(mask, index, tuned.layout, latency) for index, (_, mask) in enumerate(own)]
+        )
+        for errors, heads in zip(tuned.errors, tuned.options, strict=True)
+        for head, own in enumerate(heads)
+    ]
+
+
 def _cost(mask: Tensor, index: int, layout: TokenLayout, latency: Latency | None) -> float:
-    """Blocks, or expected seconds of a head; the first candidate is dense."""
+    """Blocks, or expected seconds of a head and an image; the first candidate is dense."""
     if latency is None:
         return float(mask.sum())
     rows = layout.num_blocks if index else 0
@@ -316,74 +349,11 @@ def _cost(mask: Tensor, index: int, layout: TokenLayout, latency: Latency | None
     return latency.sparse_row * rows + (latency.sparse_pair if index else dense) * pairs
 
 
-def _within(
-    tuned: Tuned,
-    model: nn.Module,
-    name: str,
-    wanted: float,
-    images: Sequence[Any],
-    references: Sequence[Tensor],
-    target: Target,
-    latency: Latency | None,
-    on_step: Callable[[str], None],
-) -> tuple[SparsityPlan, dict[str, Any]]:
-    """The plan, adjusted until what was asked for holds where it is measured, and what was found on the way."""
-    tried: list[dict[str, Any]] = []
-
-    def attempt(asked: float) -> tuple[SparsityPlan, float]:
-        picks = solve_for(tuned, name, asked, latency)
-        plan = make_plan(tuned, picks)
-        errors = _errors(model, plan, images, references, target)
-        predicted = sum(
-            float(error[head, pick])
-            for error, chosen in zip(tuned.errors, picks, strict=True)
-            for head, pick in enumerate(chosen)
-        )
-        density = _density(tuned, picks)
-        mean = sum(errors) / len(errors)
-        tried.append(
-            {"asked": asked, "sparsity": 1 - density, "predicted": predicted**0.5, "measured": mean, "errors": errors}
-        )
-        on_step("checking")
-        return plan, mean
-
-    plan, mean = attempt(wanted)
-    if name == "max_error":
-        plan, mean = _adjust(attempt, wanted, plan, mean)
-    best = next(one for one in reversed(tried) if one["measured"] == mean)
-    over = None if name != "max_error" else sum(error > wanted for error in best["errors"])
-    return plan, {
-        **best,
-        "images above": over,
-        "tried": [{k: v for k, v in one.items() if k != "errors"} for one in tried],
-    }
-
-
-def _adjust(
-    attempt: Callable[[float], tuple[SparsityPlan, float]], wanted: float, plan: SparsityPlan, mean: float
-) -> tuple[SparsityPlan, float]:
-    """Bisect on the predicted error until the measured one is just within what is wanted."""
-    low, high = 0.0, math.inf
-    asked, best = wanted, (plan, mean) if mean <= wanted else None
-    for _ in range(ROUNDS):
-        low, high = (asked, high) if mean <= wanted else (low, asked)
-        if best is not None and best[1] > 0.95 * wanted:
-            break
-        # Error is nearly proportional to what is asked for; between known ends, take the middle of their logarithms.
-        step = asked * wanted / max(mean, 1e-12)
-        asked = step if low < step < high else math.sqrt(max(low, 1e-3 * wanted) * min(high, 1e3 * wanted))
-        plan, mean = attempt(asked)
-        if mean <= wanted and (best is None or asked > low):
-            best = (plan, mean)
-    if best is None:
-        raise PlanError(f"max_error={wanted:g} cannot be met: the least that was measured is {mean:.3g}; ask for more.")
-    return best
-
-
-def _density(tuned: Tuned, picks: Sequence[Sequence[int]]) -> float:
-    kept = [
-        own[pick][1].double().mean().item()
-        for heads, chosen in zip(tuned.options, picks, strict=True)
-        for own, pick in zip(heads, chosen, strict=True)
-    ]
-    return sum(kept) / len(kept)
+def attention_seconds(model: nn.Module, tuned: Tuned, image: Any, target: Target, latency: Latency | None) -> float:
+    """What the tuned layers' dense attention is expected to take for this image (or batch)."""
+    assert latency is not None
+    sizes: list[int] = []
+    with observe(model, lambda seen: sizes.append(seen.q.shape[0])):
+        target(model, image)
+    tokens = tuned.layout.num_tokens
+    return sum(latency.dense(layer.heads, tokens, max(sizes)) for layer in tuned.layers)

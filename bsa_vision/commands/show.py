@@ -1,32 +1,40 @@
-"""`bsa-vision doctor`, `describe`, `compare`, `tune` and `masks`: what is typed, and how it is shown. Needs typer and rich."""
+"""`bsa-vision doctor`, `describe`, `compare` and `masks`: what is typed, and how it is shown."""
 
 from __future__ import annotations
 
 import json
 import sys
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor, nn
 
 from bsa_vision import photographs
-from bsa_vision.adapters import dense_plan, describe, inspect, sparsify_, uniform_plan
+from bsa_vision.adapters import dense_plan, describe, sparsify_
 from bsa_vision.bench import parse
+from bsa_vision.commands.options import (
+    SOMETHING_WRONG,
+    WRONG_USAGE,
+    Checkpoint,
+    DenseHeads,
+    ImageSize,
+    JsonFlag,
+    ModelName,
+    PatternName,
+    PlanFile,
+    Random,
+    chosen_plan,
+    read_images,
+)
 from bsa_vision.compare import compare, num_steps
 from bsa_vision.doctor import BROKEN, OK, doctor
-from bsa_vision.loading import FORMS, load
-from bsa_vision.plan import SparsityPlan
+from bsa_vision.loading import load
 from masks import TokenLayout, draw
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="Data instead of a table.")]
-SOMETHING_WRONG, WRONG_USAGE = 1, 2
 
 
 def show_doctor(as_json: JsonFlag = False) -> None:
@@ -101,15 +109,6 @@ def show_masks(
         print(f"picture: {png}")
 
 
-ModelName = Annotated[str, typer.Argument(help=FORMS)]
-Random = Annotated[bool, typer.Option("--random", help="Fresh weights; nothing is downloaded.")]
-Checkpoint = Annotated[Path | None, typer.Option(help="Of segment_anything, for sam:...")]
-ImageSize = Annotated[int | None, typer.Option(help="Pixels per side. [the model's own]")]
-PatternName = Annotated[str | None, typer.Option(help="Sparse heads in all global layers: local:8, window:14:shift=7.")]
-DenseHeads = Annotated[int, typer.Option(help="So many first heads of each layer stay dense.")]
-PlanFile = Annotated[Path | None, typer.Option(help="A plan file instead of a pattern.")]
-
-
 def show_model(
     model: ModelName,
     random: Random = False,
@@ -123,7 +122,7 @@ def show_model(
     """What each attention layer of a model does, what sparsity could gain, and what stays dense and why."""
     try:
         loaded = load(model, random=random, checkpoint=checkpoint, image_size=image_size)
-        chosen = _plan(loaded, pattern, dense_heads, plan) or dense_plan(loaded)
+        chosen = chosen_plan(loaded, pattern, dense_heads, plan) or dense_plan(loaded)
         report = describe(sparsify_(loaded, chosen), image_size)
     except (ValueError, OSError) as error:
         print(f"bsa-vision describe: {error}", file=sys.stderr)
@@ -151,10 +150,10 @@ def show_comparison(
     try:
         files = photographs.find(images)
         loaded = load(model, random=random, checkpoint=checkpoint, image_size=image_size)
-        chosen = _plan(loaded, pattern, dense_heads, plan)
+        chosen = chosen_plan(loaded, pattern, dense_heads, plan)
         if chosen is None:
             raise ValueError("neither --plan nor --pattern: one of the two says what heads do; give one.")
-        read, size, how = _read(loaded, files, image_size)
+        read, size, how = read_images(loaded, files, image_size)
         sparsify_(loaded, chosen)
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("comparing", total=num_steps(read, rounds))
@@ -170,79 +169,6 @@ def show_comparison(
     print(f"images cut to {size[0]} x {size[1]} pixels, normalised with mean {how[0]} and standard deviation {how[1]}")
     if random:
         print("RANDOM WEIGHTS: these errors say nothing about a trained model.")
-
-
-def tune_model(
-    model: ModelName,
-    images: Annotated[list[Path], typer.Argument(help="Photographs, or folders of them: 16 or more are good.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan is written.")],
-    sparsity: Annotated[float | None, typer.Option(help="Fraction of the blocks to skip.")] = None,
-    max_error: Annotated[
-        float | None, typer.Option(help="Relative error of the features, mean over the images kept back.")
-    ] = None,
-    speedup: Annotated[float | None, typer.Option(help="Of the tuned layers' attention, as expected here.")] = None,
-    random: Random = False,
-    checkpoint: Checkpoint = None,
-    image_size: ImageSize = None,
-    order: Annotated[str, typer.Option(help="tile or raster.")] = "tile",
-    tile: Annotated[str, typer.Option(help="Patches of a tile, rows x columns.")] = "8x16",
-    block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 128,
-    seed: Annotated[int, typer.Option(help="Of which images are kept back.")] = 0,
-    as_json: JsonFlag = False,
-) -> None:
-    """A plan for a model: which head uses which pattern, chosen on your images and checked on those that were kept back."""
-    from bsa_vision.tuning import tune
-
-    try:
-        files = photographs.find(images)
-        loaded = load(model, random=random, checkpoint=checkpoint, image_size=image_size)
-        read, _, _ = _read(loaded, files, image_size)
-        layout = dict(order=order, tile=parse.grid(tile), block_size=block_size)
-        budget = dict(sparsity=sparsity, max_error=max_error, speedup=speedup)
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("tuning", total=None)
-            step = partial(_show_step, progress, task)
-            plan = tune(loaded, read, **budget, **layout, seed=seed, on_step=step)  # type: ignore[arg-type]
-        plan.save(output)
-    except (ValueError, OSError) as error:
-        print(f"bsa-vision tune: {error}", file=sys.stderr)
-        raise typer.Exit(WRONG_USAGE) from None
-    found = plan.notes["tuned"]
-    if as_json:
-        print(json.dumps(found, indent=2))
-        return
-    print(plan)
-    kept = found["images"]["kept back"]
-    print(
-        f"{found['sparsity']:.1%} of the blocks are skipped; relative error of the features {found['measured']:.4f}, measured on {kept} images "
-        f"that were kept back ({found['predicted']:.4f} was predicted)"
-    )
-    if random:
-        print("RANDOM WEIGHTS: this error says nothing about a trained model.")
-    print(f"plan: {output}")
-
-
-def _show_step(progress: Progress, task: TaskID, what: str) -> None:
-    progress.update(task, description=what, advance=1)
-
-
-def _read(
-    model: nn.Module, files: list[Path], image_size: int | None
-) -> tuple[list[Tensor], tuple[int, int], photographs.Normalisation]:
-    """The photographs as the model wants them, their pixels (h, w), and how they were normalised."""
-    spec, how = inspect(model, image_size), photographs.normalisation(model)
-    size = (spec.grid[0] * spec.patch_size[0], spec.grid[1] * spec.patch_size[1])
-    like = next(model.parameters())
-    return [photographs.read(file, size, how).to(like.device, like.dtype) for file in files], size, how
-
-
-def _plan(model: nn.Module, pattern: str | None, dense_heads: int, file: Path | None) -> SparsityPlan | None:
-    """What --pattern and --plan say; None where neither does."""
-    if pattern is not None and file is not None:
-        raise ValueError("--pattern and --plan: one of the two says what heads do; leave the other out.")
-    if file is not None:
-        return SparsityPlan.load(file)
-    return None if pattern is None else uniform_plan(model, parse.pattern(pattern), dense_heads=dense_heads)
 
 
 def _picture(path: Path, title: str, layout: TokenLayout, mask: object, place: tuple[int, ...]) -> None:

@@ -1,0 +1,44 @@
+"""What several commands take, and what they make of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from torch import Tensor, nn
+
+from bsa_vision import photographs
+from bsa_vision.adapters import inspect, uniform_plan
+from bsa_vision.bench import parse
+from bsa_vision.loading import FORMS
+from bsa_vision.plan import SparsityPlan
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Data instead of a table.")]
+SOMETHING_WRONG, WRONG_USAGE = 1, 2
+ModelName = Annotated[str, typer.Argument(help=FORMS)]
+Random = Annotated[bool, typer.Option("--random", help="Fresh weights; nothing is downloaded.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Of segment_anything, for sam:...")]
+ImageSize = Annotated[int | None, typer.Option(help="Pixels per side. [the model's own]")]
+PatternName = Annotated[str | None, typer.Option(help="Sparse heads in all global layers: local:8, window:14:shift=7.")]
+DenseHeads = Annotated[int, typer.Option(help="So many first heads of each layer stay dense.")]
+PlanFile = Annotated[Path | None, typer.Option(help="A plan file instead of a pattern.")]
+
+
+def read_images(
+    model: nn.Module, files: list[Path], image_size: int | None
+) -> tuple[list[Tensor], tuple[int, int], photographs.Normalisation]:
+    """The photographs as the model wants them, their pixels (h, w), and how they were normalised."""
+    spec, how = inspect(model, image_size), photographs.normalisation(model)
+    size = (spec.grid[0] * spec.patch_size[0], spec.grid[1] * spec.patch_size[1])
+    like = next(model.parameters())
+    return [photographs.read(file, size, how).to(like.device, like.dtype) for file in files], size, how
+
+
+def chosen_plan(model: nn.Module, pattern: str | None, dense_heads: int, file: Path | None) -> SparsityPlan | None:
+    """What --pattern and --plan say; None where neither does."""
+    if pattern is not None and file is not None:
+        raise ValueError("--pattern and --plan: one of the two says what heads do; leave the other out.")
+    if file is not None:
+        return SparsityPlan.load(file)
+    return None if pattern is None else uniform_plan(model, parse.pattern(pattern), dense_heads=dense_heads)
