@@ -45,7 +45,7 @@ TABLE = {
     "encoder": {"masks", "adapters", "blocks", "errors", "plan"},
     "bench": {
         *("masks", "adapters", "attention", "backends", "cost", "errors", "loading"),
-        *("features", "head_masks", "meter", "model_spec", "plan", "rel_pos", "timing"),
+        *("features", "files", "head_masks", "meter", "model_spec", "plan", "rel_pos", "timing", "tuning"),
     },
     "features": set(),
     "files": set(),

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -89,6 +90,25 @@ def outputs(seen, layout, mask=None):
     return torch.einsum("bhnd,chd->bnhc", out, seen.weight.double().unflatten(1, (heads, -1)))
 
 
+def changes_of(seen, layout):
+    """(B, H, N, C, channels) float64, packed order: what each block of keys adds to the output of a query, less the output for their mass."""
+    heads = seen.q.shape[1]
+    q, k, v = (x.double()[:, :, layout.permutation] for x in (seen.q, seen.k, seen.v))
+    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+    logits = q @ k.transpose(-1, -2) * seen.scale
+    if seen.rel_pos is not None:
+        patches = layout.permutation
+        for term, place in zip(seen.rel_pos, (patches // layout.grid[1], patches % layout.grid[1]), strict=True):
+            logits = logits + term.double()[:, :, layout.permutation][..., place]
+    probs = logits.softmax(-1)
+    out = probs @ v
+    own = probs[..., None] * (v[:, :, None] - out[..., None, :])  # (B, H, N, N, D)
+    parts = torch.stack([part.sum(3) for part in own.split(layout.block_size, dim=3)], dim=3)
+    if seen.weight is None:
+        return parts
+    return torch.einsum("bhnkd,chd->bhnkc", parts, seen.weight.double().unflatten(1, (heads, -1)))
+
+
 class TestStatistics:
     @settings(max_examples=60, deadline=None)
     @given(calls())
@@ -125,6 +145,24 @@ class TestStatistics:
             exact.error[:, 0] >= found.drop[:, 0, -1] * (1 - 1e-4) - 1e-6
         ).all()  # divided by what is kept, at most 1
 
+    @settings(max_examples=30, deadline=None)
+    @given(calls(), st.integers(0, 10**6))
+    def test_products(self, call, seed):
+        """Of the changes by two blocks each, for all blocks and for some."""
+        seen, layout, _ = call
+        heads, blocks, size = seen.q.shape[1], layout.num_blocks, layout.block_size
+        generator = torch.Generator().manual_seed(seed)
+        some = torch.rand(heads, blocks, blocks, generator=generator).argsort(-1)[..., : max(1, blocks - 1)]
+        changes = changes_of(seen, layout)  # (B, H, N, C, channels), packed order
+        for among in (torch.arange(blocks).expand(heads, blocks, blocks), some):
+            found = BlockStatistics.empty(heads, layout, among.shape[-1])
+            found.add(seen, layout, among)
+            for row in range(blocks):
+                own = changes[:, :, row * size : (row + 1) * size]  # (B, H, i, C, channels)
+                own = own.gather(3, among[None, :, row, None, :, None].expand(*own.shape[:3], -1, own.shape[-1]))
+                expected = torch.einsum("bhikc,bhijc->hkj", own, own)
+                assert torch.allclose(found.gram[:, row], expected, rtol=1e-3, atol=1e-5 * float(found.total))
+
     @settings(max_examples=20, deadline=None)
     @given(calls())
     def test_additive_over_images(self, call):
@@ -142,32 +180,115 @@ class TestStatistics:
         assert (one.kept - each.kept).abs().sum() <= 2  # one query at the border of a bin
 
 
+def made_up(layout, heads, among=None, seed=0):
+    """Statistics of made-up changes (H, R, queries, C, D), and the changes; `among` (H, R, K), None = all blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = layout.num_blocks
+    changes = torch.randn(heads, blocks, 3, blocks, 2, generator=generator, dtype=torch.float64)
+    changes *= torch.rand(heads, blocks, 1, blocks, 1, generator=generator, dtype=torch.float64) ** 2
+    changes -= changes.mean(3, keepdim=True)  # all together change nothing
+    mass = torch.randn(heads, blocks, blocks, generator=generator, dtype=torch.float64).softmax(-1)
+    among = torch.arange(blocks).expand(heads, blocks, blocks) if among is None else among
+    some = changes.gather(3, among[:, :, None, :, None].expand(-1, -1, 3, -1, 2))
+    gram = torch.einsum("hrikd,hrijd->hrkj", some, some)
+    total = torch.tensor(1.0, dtype=torch.float64)
+    return BlockStatistics(mass, changes.square().sum((2, 4)), gram, total), changes, among
+
+
+def path(changes, mass, may):
+    """Of one row: blocks in the order in which they go, each the one after which the squared change is least, and those changes."""
+    kept, gone, costs = list(range(len(mass))), [], [0.0]
+    while any(may[j] for j in kept):
+
+        def after(j, kept=tuple(kept)):
+            left = [k for k in kept if k != j]
+            return float(changes[:, left].sum(1).square().sum() / mass[left].sum() ** 2)
+
+        best = min((j for j in kept if may[j]), key=after)
+        costs.append(after(best))
+        kept.remove(best)
+        gone.append(best)
+    return gone, costs
+
+
 class TestCandidates:
     LAYOUT = TokenLayout((16, 12), start=1, order="tile", **SMALL)
 
     def test_every_mask_keeps_what_it_must(self):
-        torch.manual_seed(0)
-        statistics = BlockStatistics.empty(2, self.LAYOUT)
-        statistics.drop += torch.rand_like(statistics.drop)
+        statistics, _, among = made_up(self.LAYOUT, 2)
         special = Pattern("special")(self.LAYOUT)
         found = candidates.geometric(candidates.NAMES, self.LAYOUT)
-        for _, mask in [*found, *(one for head in candidates.static(statistics, self.LAYOUT) for one in head)]:
+        for _, mask in [*found, *(one for head in candidates.static(statistics, self.LAYOUT, among) for one in head)]:
             assert (mask | ~special).all()
             assert (mask.sum(-1) >= 2).all()
             assert not mask.all()
 
-    def test_static_takes_the_blocks_that_matter(self):
-        statistics = BlockStatistics.empty(1, self.LAYOUT)
-        torch.manual_seed(0)
-        planted = torch.rand(statistics.drop.shape[1:]) < 0.1
-        statistics.drop += 1e-3 * torch.rand_like(statistics.drop) + planted
-        forced = Pattern("special")(self.LAYOUT)
-        density = (planted | forced).float().mean().item()
-        mask = min(
-            (one for one in candidates.static(statistics, self.LAYOUT)[0]),
-            key=lambda x: abs(x[1].float().mean() - density - 0.1),
-        )[1]
-        assert (mask | ~planted).all()
+    @settings(max_examples=15, deadline=None)
+    @given(st.integers(0, 10**6), st.integers(0, 1))
+    def test_rows_go_block_by_block(self, seed, start):
+        """Against a loop in Python, with other numbers where products are left out."""
+        layout = TokenLayout((8, 6), start=start, order="tile", tile=(2, 4), block_size=8)
+        statistics, changes, among = made_up(layout, 2, seed=seed)
+        order = candidates.order_of_dropping(statistics, layout, among)
+        diagonal = torch.diag_embed(statistics.gram.diagonal(dim1=-2, dim2=-1))
+        without = candidates.order_of_dropping(replace(statistics, gram=diagonal), layout, among)
+        for head, row in itertools.product(range(2), range(layout.num_blocks)):
+            may = order[head, row].isfinite()
+            expected, _ = path(changes[head, row], statistics.mass[head, row], may.tolist())
+            by_order = order[head, row].argsort().tolist()[: len(expected)]
+            assert by_order == expected
+        assert not torch.equal(order, without)
+        kept_always = Pattern("special")(layout)
+        assert order[:, kept_always].isinf().all()
+        assert (order.isinf().sum(-1) >= 2).all()
+
+    def test_rows_share_a_budget(self):
+        """What goes first costs least, all that must go before it included."""
+        statistics, changes, among = made_up(self.LAYOUT, 1)
+        order = candidates.order_of_dropping(statistics, self.LAYOUT, among)[0]
+        prices = []
+        for row in range(self.LAYOUT.num_blocks):
+            gone, costs = path(changes[0, row], statistics.mass[0, row], order[row].isfinite().tolist())
+            steps = [after - before for before, after in itertools.pairwise(costs)]
+            prices += [(order[row, j].item(), price) for j, price in zip(gone, itertools.accumulate(steps, max))]
+        prices.sort()
+        assert [place for place, _ in prices] == list(range(len(prices)))
+        assert all(a <= b + 1e-9 for (_, a), (_, b) in itertools.pairwise(prices))
+
+    def test_blocks_that_are_not_compared_go_first(self, monkeypatch):
+        monkeypatch.setattr(candidates, "COMPARED", 5)
+        whole, _, _ = made_up(self.LAYOUT, 2)
+        among = candidates.compared(whole, self.LAYOUT)
+        assert among.shape == (2, self.LAYOUT.num_blocks, 5)
+        statistics, _, _ = made_up(self.LAYOUT, 2, among)
+        order = candidates.order_of_dropping(statistics, self.LAYOUT, among)
+        compared = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, among, True) & order.isfinite()
+        rest = ~compared & order.isfinite()
+        assert order[rest].max() < 0 <= order[compared].min()
+        for head in range(2):  # among themselves by `drop`
+            by_drop = statistics.drop[head][rest[head]].argsort()
+            assert torch.equal(order[head][rest[head]].argsort(), by_drop)
+        for mask in (mask for head in candidates.static(statistics, self.LAYOUT, among) for _, mask in head):
+            assert (mask | ~Pattern("special")(self.LAYOUT)).all()
+
+    def test_better_than_one_by_one(self):
+        """On changes that add up, the squared change of all that is dropped is smaller than by `drop` alone, at every density."""
+        statistics, changes, among = made_up(self.LAYOUT, 1)
+
+        def change(mask):
+            kept = (changes[0] * mask[:, None, :, None]).sum(2).square().sum((1, 2))
+            return float((kept / (statistics.mass[0] * mask).sum(-1).square()).sum())
+
+        chosen = candidates.static(statistics, self.LAYOUT, among)[0]
+        alone = replace(statistics, gram=torch.diag_embed(statistics.gram.diagonal(dim1=-2, dim2=-1)))
+        pairs = [
+            (mask, other) for (_, mask), (_, other) in zip(chosen, candidates.static(alone, self.LAYOUT, among)[0])
+        ]
+        different = [(mask, other) for mask, other in pairs if not torch.equal(mask, other)]
+        assert len(different) > 5
+        for mask, other in different:
+            assert mask.sum() == other.sum()
+            assert change(mask) < change(other)
 
     def test_no_mask_twice(self):
         masks = [mask for _, mask in candidates.geometric(candidates.NAMES, TokenLayout((8, 8), order="tile", **SMALL))]
@@ -495,3 +616,31 @@ class TestCommand:
         code, _, err = run(capsys, f"tune tests.models:dinov3 {folder} -o {tmp_path}/plan.json --sparsity 0.5")
         assert code == 2
         assert "1 images: at least 2 are needed" in err
+
+
+class TestBench:
+    LINE = "bench tune --model tests.models:dinov3 --image-size 96 --images 4 --sparsity 0.3 --block-size 16"
+
+    def test_cost(self, capsys, tmp_path):
+        code, out, err = run(capsys, f"{self.LINE} --json {tmp_path}/cost.json")
+        assert code == 0, err
+        assert "dense forwards" in out
+        assert "as reported" in out
+        found = json.loads((tmp_path / "cost.json").read_text())
+        assert found["sparsity"] >= 0.3
+        assert found["peak"] >= 0
+        assert found["forwards"] == pytest.approx(found["seconds"] / 4 / found["dense"])
+        assert sum(found["parts"].values()) == pytest.approx(found["seconds"], rel=0.01)
+
+    def test_a_wrong_report_is_found(self, capsys, monkeypatch):
+        from bsa_vision.bench import tuning as module
+
+        def wrong(*args, **options):
+            plan = tune(*args, **options)
+            found = {**plan.notes["tuned"], "errors": [2 * error for error in plan.notes["tuned"]["errors"]]}
+            return replace(plan, notes={"tuned": found})
+
+        monkeypatch.setattr(module, "tune", wrong)
+        code, out, _ = run(capsys, self.LINE)
+        assert code == 1
+        assert "WRONG: reported were" in out

@@ -133,12 +133,15 @@ class TestStatisticsFile:
 
     def test_written_and_read(self, tmp_path):
         layout = TokenLayout((4, 6), start=1, order="tile", tile=(2, 3), block_size=5)
-        kept = Calibration({"a": [1, 2]}, layout, blocks=[BlockStatistics.empty(2, layout)], weights=[[0.1, 0.2]])
+        among = torch.arange(6).view(1, 2, 3)
+        blocks = [BlockStatistics.empty(2, layout, 3)]
+        kept = Calibration({"a": [1, 2]}, layout, compared=[among], blocks=blocks, weights=[[0.1, 0.2]])
         kept.blocks[0].drop += torch.rand(kept.blocks[0].drop.shape)
         (tmp_path / "file").write_bytes(kept.dumps())
         read = Calibration.load(tmp_path / "file")
         assert (read.identity, read.layout, read.weights, read.done) == (kept.identity, layout, [[0.1, 0.2]], kept.done)
         assert torch.equal(read.blocks[0].drop, kept.blocks[0].drop)
+        assert torch.equal(read.compared[0], among)
 
     @settings(max_examples=30)
     @given(st.lists(st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=3), min_size=1, max_size=3))

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from bsa_vision import files
 from bsa_vision.backends import BACKENDS
 from bsa_vision.bench import parse, report
 from bsa_vision.bench.attention import Options, num_steps, run_case
@@ -27,10 +29,11 @@ from bsa_vision.bench.models import (
     run_model_case,
 )
 from bsa_vision.bench.output import Output, finish, run_all, show_attention, show_models
+from bsa_vision.bench.tuning import run_tune_case
 from bsa_vision.bench.ways import WAYS
 from masks import Pattern
 
-WRONG_USAGE = 2
+SOMETHING_WRONG, WRONG_USAGE = 1, 2
 
 
 class AttentionByDefault(TyperGroup):
@@ -201,6 +204,35 @@ def model(
     output.write("model", rows, machine, command_of(ctx), len(cases))
     show_models(rows, rounds, machine)
     finish(rows, stopped, len(cases))
+
+
+@app.command()
+def tune(
+    model: ModelName = "dinov3",
+    image_size: ImageSize = None,
+    images: Annotated[int, _option(WHAT, "How many, a third of them kept back.")] = 4,
+    sparsity: Annotated[float, _option(WHAT, "Asked of the tuner.")] = 0.6,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    block_size: BlockSize = 128,
+    seed: Seed = 0,
+    threads: Threads = None,
+    quick: Quick = False,
+    json: JsonFile = None,
+) -> None:
+    """What tuning costs: time in dense forwards, memory; and whether the plan does what its report says. Random weights."""
+    with _wrong_usage(), _threads(threads):
+        (size,) = _image_sizes(model, image_size, quick)[:1]
+        parse.one_of("--dtype", tuple(parse.DTYPES))(dtype)
+        case = ModelCase(model, size, Pattern("dense"), 0, dtype, device, 1, "auto", block_size, seed)
+        found = run_tune_case(case, images, sparsity)
+    machine = describe_machine([device])
+    print(f"{model} at {size[0]} x {size[1]} pixels, {dtype}; {machine}")
+    print(found)
+    if json is not None:
+        files.write(json, (dumps({"case": case.to_json(), **found.to_json()}, indent=2) + "\n").encode())
+    if not found.ok:
+        raise typer.Exit(SOMETHING_WRONG)
 
 
 # What is typed

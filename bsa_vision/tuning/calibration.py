@@ -1,7 +1,7 @@
 """What is measured on the images that a plan is chosen on: additive, shared by processes, saved as it goes.
 
-    order         with order="auto", on a few images: what the best blocks of each order would lose
-    blocks        pass 1: where attention goes and what dropping a block would do (`BlockStatistics`)
+    order         a first look at a few images: what the best blocks of each order would lose, and which blocks may matter
+    blocks        pass 1: where attention goes and what dropping blocks would do (`BlockStatistics`)
     candidates    pass 2: what each candidate does to the output of its head (`CandidateErrors`)
     weights       how much the target feels each layer: the error with half of that layer's blocks skipped, and of all layers together
 
@@ -36,7 +36,7 @@ from masks import Pattern, TokenLayout
 
 FORMAT, VERSION = "bsa-vision/statistics", 1
 KEPT = (0.25, 0.5)  # of the blocks, when orders are compared
-LOOK = 2  # images that orders are compared on
+LOOK = 2  # images of a first look, on which orders are compared
 SECONDS = 5.0  # between two savings
 
 OnStep = Callable[[str, int, int], None]  # what is done, how much of it, of how much
@@ -48,12 +48,14 @@ class Calibration:
 
     identity  what the sums are of: the model, its weights, the images, the options
     orders    what each order would lose, where orders were compared
+    compared  [layer]: (H, R, K) blocks of each row that are compared with each other
     weights   per layer, and of all together at last: the target's error for each of some images
     """
 
     identity: Mapping[str, Any]
     layout: TokenLayout | None = None
     orders: list[dict[str, Any]] = field(default_factory=list)
+    compared: list[Tensor] = field(default_factory=list)
     blocks: list[BlockStatistics] = field(default_factory=list)
     candidates: list[CandidateErrors] = field(default_factory=list)
     weights: list[list[float]] = field(default_factory=list)
@@ -69,6 +71,7 @@ class Calibration:
             for index, sums in enumerate(all_sums)
             for name, tensor in sums.tensors().items()
         }
+        tensors |= {f"compared.{index}": tensor.contiguous() for index, tensor in enumerate(self.compared)}
         about = {
             "identity": self.identity,
             "layout": None if self.layout is None else asdict(self.layout),
@@ -98,8 +101,12 @@ class Calibration:
         if layout is not None:
             grid, tile = tuple(layout.pop("grid")), tuple(layout.pop("tile"))
             layout = TokenLayout(grid, tile=tile, **layout)
+        compared = [
+            tensors.pop(f"compared.{index}") for index in range(sum(x.startswith("compared.") for x in tensors))
+        ]
         return cls(
             layout=layout,
+            compared=compared,
             blocks=_sums(BlockStatistics, "blocks", tensors),
             candidates=_sums(CandidateErrors, "candidates", tensors),
             **about,
@@ -207,9 +214,14 @@ def calibrate(
     assert calibration.layout is not None
     where = calibration.layout
     if not calibration.blocks:
-        calibration.blocks = [BlockStatistics.empty(layer.heads, where) for layer in options.layers]
-    passes.run("blocks", calibration.blocks, lambda sums, index, seen: sums.add(seen, where))
-    found = [_options(options.names, own, where) for own in calibration.blocks]
+        calibration.blocks = [BlockStatistics.empty(x.shape[0], where, x.shape[-1]) for x in calibration.compared]
+    passes.run(
+        "blocks", calibration.blocks, lambda sums, index, seen: sums.add(seen, where, calibration.compared[index])
+    )
+    found = [
+        _options(options.names, own, where, among)
+        for own, among in zip(calibration.blocks, calibration.compared, strict=True)
+    ]
     masks = [torch.stack([torch.stack([mask for _, mask in head]) for head in layer]) for layer in found]
     if not calibration.candidates:
         calibration.candidates = [CandidateErrors.empty(*mask.shape[:2]) for mask in masks]
@@ -246,7 +258,7 @@ class _Passes:
     on_step: OnStep
 
     def choose_layout(self, spec: ModelSpec, options: Mapping[str, Any]) -> None:
-        """The layout of these images; with order="auto", the order that loses least.
+        """The layout of these images, with order="auto" the one that loses least, and the blocks to compare.
 
         By `drop`, not by mass: on heads that matter little, attention that spreads over the image can outvote those that must be local.
         """
@@ -261,21 +273,21 @@ class _Passes:
                 layout = TokenLayout(seen.grid, start=spec.start, end=spec.end, **one)
                 _same_size(layout, next(iter(found), layout), seen)
                 own = found.setdefault(layout, {})
-                if auto:
-                    own.setdefault(seen.layer.key, BlockStatistics.empty(seen.layer.heads, layout)).add(seen, layout)
+                own.setdefault(seen.layer.key, BlockStatistics.empty(seen.layer.heads, layout)).add(seen, layout)
 
-        some = self.images[: LOOK if auto else 1]
+        some = self.images[:LOOK]
         with observe(self.model, see):
             for number, image in enumerate(some):
                 self.target(self.model, image)
                 self.on_step("order of tokens", number + 1, len(some))
         losses = {layout: sum(_loss(own, layout) for own in sums.values()) for layout, sums in found.items()}
-        best = processes.of_the_first(min(losses, key=lambda layout: losses[layout]))
+        best = min(losses, key=lambda layout: losses[layout])
         if auto:
             self.calibration.orders = [
                 {"order": x.order, "tile": list(x.tile), "lost": loss / len(self.layers)} for x, loss in losses.items()
             ]
-        self.calibration.layout = best
+        compared = [table.compared(found[best][layer.key], best) for layer in self.layers]
+        self.calibration.layout, self.calibration.compared = processes.of_the_first((best, compared))
 
     def run(self, name: str, sums: Sequence[Sums], add: Callable[[Any, int, Observation], None]) -> None:
         """Every image from the first that is not done on, one for each process at a time."""
@@ -358,7 +370,7 @@ def _same_size(layout: TokenLayout, first: TokenLayout, seen: Observation) -> No
         )
 
 
-def _options(names: Sequence[str], statistics: BlockStatistics, layout: TokenLayout) -> Any:
+def _options(names: Sequence[str], statistics: BlockStatistics, layout: TokenLayout, among: Tensor) -> Any:
     """[head]: (pattern, mask) of every candidate, dense first; as many for each head."""
     dense = (None, torch.ones(layout.num_blocks, layout.num_blocks, dtype=torch.bool, device="cpu"))
     shared = table.geometric(names, layout)
@@ -366,7 +378,7 @@ def _options(names: Sequence[str], statistics: BlockStatistics, layout: TokenLay
     if "static" in names:
         own = [
             [dense if mask.all() else (pattern, mask) for pattern, mask in head]
-            for head in table.static(statistics, layout)
+            for head in table.static(statistics, layout, among)
         ]
     return tuple((dense, *shared, *head) for head in own)
 

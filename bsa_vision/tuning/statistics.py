@@ -44,24 +44,39 @@ class BlockStatistics(Sums):
 
     mass   (H, R, C) attention that the queries of a block pay to the keys of another, mean over the queries
     drop   (H, R, C) squared change of the output when only that block is dropped, before renormalisation, summed over the queries
+    gram   (H, R, K, K) products of the changes by two blocks, summed over the queries: the change by several is the sum of all
+           products of two of them. For K blocks of each row only, so that it grows with the number of rows, not with its cube
     total  () squared length of the layer's dense output
     """
 
     mass: Tensor
     drop: Tensor
+    gram: Tensor
     total: Tensor
 
     @classmethod
-    def empty(cls, heads: int, layout: TokenLayout) -> BlockStatistics:
+    def empty(cls, heads: int, layout: TokenLayout, compared: int = 0) -> BlockStatistics:
+        """`compared` is K."""
         shape = (heads, layout.num_blocks, layout.num_blocks)
-        return cls(_zeros(*shape), _zeros(*shape), _zeros())
+        return cls(_zeros(*shape), _zeros(*shape), _zeros(*shape[:2], compared, compared), _zeros())
 
-    def add(self, seen: Observation, layout: TokenLayout) -> None:
-        """One dense call of this layer."""
+    def add(self, seen: Observation, layout: TokenLayout, compared: Tensor | None = None) -> None:
+        """One dense call of this layer; `compared` (H, R, K) are the blocks of each row that `gram` is about."""
         for rows in _block_rows(seen, layout):
             self.mass[:, rows.which] += rows.mass.mean(3).sum(0).double().cpu()
             self.drop[:, rows.which] += rows.change.square().sum((3, 5)).sum(0).double().cpu()
             self.total += _energy(rows.out, seen.weight).double().cpu()
+            if compared is not None:
+                some = _of_blocks(rows.change, compared[:, rows.which].to(rows.change.device))
+                self.gram[:, rows.which] += torch.einsum("bhrikd,bhrijd->hrkj", some, some).double().cpu()
+
+
+def _of_blocks(change: Tensor, blocks: Tensor) -> Tensor:
+    """(B, H, r, i, C, D) and (H, r, K) -> (B, H, r, i, K, D)"""
+    if blocks.shape[-1] == change.shape[4]:  # all of them, in order
+        return change
+    images, _, _, queries, _, dim = change.shape
+    return change.gather(4, blocks[None, :, :, None, :, None].expand(images, -1, -1, queries, -1, dim))
 
 
 @dataclass
