@@ -24,7 +24,7 @@ from bsa_vision.packing import key_places, order_tokens
 from masks import TokenLayout
 
 BINS = 100  # of the histograms of kept attention
-WORKING_MEMORY = 8 * 2**20  # bytes; one block of queries is worked on in any case
+WORKING_MEMORY = 2 * 2**20  # bytes; one block of queries is worked on in any case
 
 
 class Sums:
