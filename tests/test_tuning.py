@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import itertools
 import json
 import math
+import os
 import sys
 from dataclasses import replace
 
@@ -289,7 +291,7 @@ class TestCandidates:
         assert all(mask.sum() == other.sum() for mask, other in different)
         ratios = [change(mask) / change(other) for mask, other in different]
         assert sum(ratios) / len(ratios) < 0.8
-        assert max(ratios) < 1.05  # block by block is not the best there is
+        assert max(ratios) < 1.1  # block by block is not the best there is
 
     def test_no_mask_twice(self):
         masks = [mask for _, mask in candidates.geometric(candidates.NAMES, TokenLayout((8, 8), order="tile", **SMALL))]
@@ -323,6 +325,19 @@ class TestSolver:
         cost = sum(own.costs[pick] for own, pick in zip(problem, picks, strict=True))
         assert (cost if kind == "budget" else error) <= limit
         assert (error if kind == "budget" else cost) == pytest.approx(min(fitting)[0], abs=1e-6)
+
+    def test_standard_output_stays_clean(self, capfd):
+        """The solver's own line is taken out, everything else comes through."""
+        from bsa_vision.tuning.solve import LINE, _without_the_line
+
+        with _without_the_line():
+            print("before", flush=True)
+            os.write(1, LINE + b" tmpSolver.run();\n")
+            ctypes.CDLL(None).puts(b"from C")
+        print("after")
+        assert capfd.readouterr().out == "before\nfrom C\nafter\n"
+        os.write(1, LINE)  # the twin: it would be seen
+        assert LINE.decode() in capfd.readouterr().out
 
 
 def images(count=4, size=(96, 96)):
@@ -382,6 +397,12 @@ class TestTune:
         assert found["sparsity"] > 0
         assert found["images above"] == sum(error > wanted for error in found["errors"])
         assert found["bound"] > 0.7 * wanted  # not needlessly dense
+
+    def test_an_error_that_anything_keeps(self):
+        """The sparsest plan there is, without trying it again and again."""
+        plan = tune(models.make("dinov3"), images(4), max_error=50.0, **SMALL)
+        assert len(plan.report["tried"]) == 2
+        assert plan.report["sparsity"] > 0.6
 
     def with_times(self, monkeypatch, attention, off=1.0):
         """Dense runs take a second, of which this share is attention; the latency model is off by a factor."""

@@ -131,10 +131,23 @@ class Store:
         self.saved = time.monotonic()
 
     def open(self, identity: Mapping[str, Any], resume: bool) -> Calibration:
-        """What is in the file, where one may go on from it; otherwise nothing yet.
+        """What is in the first process's file, where one may go on from it; otherwise nothing yet.
 
         FileExistsError for a file and no `resume`, ValueError for one made of something else.
         """
+        found: Calibration | Exception | None = None
+        if processes.place()[0] == 0:
+            try:
+                found = self._open(identity, resume)
+            except (ValueError, OSError) as error:
+                found = error
+        found = processes.of_the_first(found)
+        if isinstance(found, Exception):
+            raise found
+        assert found is not None
+        return found
+
+    def _open(self, identity: Mapping[str, Any], resume: bool) -> Calibration:
         if self.path is None or not self.path.exists():
             return Calibration(identity)
         if not resume:
@@ -273,14 +286,19 @@ class _Passes:
                 layout = TokenLayout(seen.grid, start=spec.start, end=spec.end, **one)
                 _same_size(layout, next(iter(found), layout), seen)
                 own = found.setdefault(layout, {})
-                own.setdefault(seen.layer.key, BlockStatistics.empty(seen.layer.heads, layout)).add(seen, layout)
+                sums = own.setdefault(seen.layer.key, BlockStatistics.empty(seen.layer.heads, layout))
+                sums.add(seen, layout, total=one is given[0])
 
         some = self.images[:LOOK]
         with observe(self.model, see):
             for number, image in enumerate(some):
                 self.target(self.model, image)
                 self.on_step("order of tokens", number + 1, len(some))
-        losses = {layout: sum(_loss(own, layout) for own in sums.values()) for layout, sums in found.items()}
+        first = next(iter(found.values()))  # its totals are those of all
+        losses = {
+            layout: sum(_loss(own, layout, first[key].total) for key, own in sums.items())
+            for layout, sums in found.items()
+        }
         best = min(losses, key=lambda layout: losses[layout])
         if auto:
             self.calibration.orders = [
@@ -354,13 +372,12 @@ def _orders(options: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**options, "order": order, "tile": tile} for order, tile in orders]
 
 
-def _loss(statistics: BlockStatistics, layout: TokenLayout) -> float:
+def _loss(statistics: BlockStatistics, layout: TokenLayout, total: Tensor) -> float:
     """Squared change of a layer's output, as a share of its squared length, by all blocks but each head's best; mean over `KEPT`."""
     score = statistics.drop.masked_fill(Pattern("special")(layout), torch.inf).flatten(1)
     worst_first = score.sort(-1).values
     lost = [worst_first[:, : round((1 - keep) * score.shape[1])] for keep in KEPT]
-    total = statistics.total.clamp(min=1e-300)
-    return sum(float(one[one.isfinite()].sum() / total) for one in lost) / len(KEPT)
+    return sum(float(one[one.isfinite()].sum() / total.clamp(min=1e-300)) for one in lost) / len(KEPT)
 
 
 def _same_size(layout: TokenLayout, first: TokenLayout, seen: Observation) -> None:

@@ -60,12 +60,14 @@ class BlockStatistics(Sums):
         shape = (heads, layout.num_blocks, layout.num_blocks)
         return cls(_zeros(*shape), _zeros(*shape), _zeros(*shape[:2], compared, compared), _zeros())
 
-    def add(self, seen: Observation, layout: TokenLayout, compared: Tensor | None = None) -> None:
-        """One dense call of this layer; `compared` (H, R, K) are the blocks of each row that `gram` is about."""
+    def add(self, seen: Observation, layout: TokenLayout, compared: Tensor | None = None, total: bool = True) -> None:
+        """One dense call of this layer; `compared` (H, R, K) are the blocks of each row that `gram` is about, `total` may be left out."""
+        v = order_tokens(seen.v.float(), layout).repeat_interleave(seen.q.shape[1] // seen.v.shape[1], dim=1)
         for rows in _block_rows(seen, layout):
             self.mass[:, rows.which] += rows.mass.mean(3).sum(0).double().cpu()
             self.drop[:, rows.which] += rows.change.square().sum((3, 5)).sum(0).double().cpu()
-            self.total += _energy(rows.out, seen.weight).double().cpu()
+            if total:
+                self.total += _energy(rows.probs @ v, seen.weight).double().cpu()
             if compared is not None:
                 some = _of_blocks(rows.change, compared[:, rows.which].to(rows.change.device))
                 self.gram[:, rows.which] += torch.einsum("bhrikd,bhrijd->hrkj", some, some).double().cpu()
@@ -122,13 +124,13 @@ class _Rows:
     which   the r blocks
     mass    (B, H, r, i, C) probability of each block of keys
     change  (B, H, r, i, C, D) u of each block of keys, after the output projection
-    out     (B, H, r * i, D) outputs, before the output projection
+    probs   (B, H, r * i, N)
     """
 
     which: slice
     mass: Tensor
     change: Tensor
-    out: Tensor
+    probs: Tensor
 
 
 def _block_rows(seen: Observation, layout: TokenLayout) -> Iterator[_Rows]:
@@ -136,10 +138,9 @@ def _block_rows(seen: Observation, layout: TokenLayout) -> Iterator[_Rows]:
     heads = seen.q.shape[1]
     q, k, v = (order_tokens(x.float(), layout) for x in (seen.q, seen.k, seen.v))
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-    metric = _metric(seen)
     size, blocks = layout.block_size, layout.num_blocks
     padding = blocks * size - layout.num_tokens
-    weighed = torch.einsum("bhnd,hde->bhne", v, metric)
+    weighed = torch.einsum("bhnd,hde->bhne", v, _metric(seen))
     by_block = F.pad(weighed, (0, 0, 0, padding)).unflatten(2, (blocks, size))  # (B, H, C, j, D)
     bias = None if seen.rel_pos is None else [order_tokens(term.float(), layout) for term in seen.rel_pos]
     places = key_places(layout, True, q.device)
@@ -152,13 +153,12 @@ def _block_rows(seen: Observation, layout: TokenLayout) -> Iterator[_Rows]:
         if bias is not None:
             logits += sum(term[:, :, inside].index_select(-1, place) for term, place in zip(bias, places, strict=True))
         probs = logits.softmax(-1)
-        out = probs @ v
-        probs = F.pad(probs, (0, padding)).unflatten(-1, (blocks, size))  # (B, H, r * i, C, j)
-        mass = probs.sum(-1)
-        own = torch.einsum("bhicj,bhcjd->bhicd", probs, by_block)
-        change = own - mass[..., None] * (out @ metric)[..., None, :]
+        by_key = F.pad(probs, (0, padding)).unflatten(-1, (blocks, size))  # (B, H, r * i, C, j)
+        mass = by_key.sum(-1)
+        change = torch.einsum("bhicj,bhcjd->bhicd", by_key, by_block)
+        change -= mass[..., None] * change.sum(3, keepdim=True)  # all blocks together are the output
         rows = last - first
-        yield _Rows(slice(first, last), mass.unflatten(2, (rows, -1)), change.unflatten(2, (rows, -1)), out)
+        yield _Rows(slice(first, last), mass.unflatten(2, (rows, -1)), change.unflatten(2, (rows, -1)), probs)
 
 
 def _energy(out: Tensor, weight: Tensor | None) -> Tensor:

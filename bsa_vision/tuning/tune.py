@@ -266,7 +266,8 @@ class _Trials:
                 best = trial if best is None or trial.asked > best.asked else best
             else:
                 high = asked
-            if best is not None and best.bound > 0.95 * self.wanted:
+            same = len(self.tried) > 1 and trial.picks == self.tried[-2].picks  # the sparsest there is
+            if same or (best is not None and best.bound > 0.95 * self.wanted):
                 break
             # Error is nearly proportional to what is asked for; between known ends, take the middle of their logarithms.
             step = asked * self.wanted / max(trial.bound, 1e-12)

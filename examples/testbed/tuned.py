@@ -1,6 +1,6 @@
 """What the tuner is worth on the testbed: against simpler plans at equal sparsity, and whether the error that was asked for holds.
 
-    python examples/testbed/tuned.py                              # 50 % and 70 %, three tuning seeds, 300 held-out scenes
+    python examples/testbed/tuned.py                              # 50, 70 and 80 %, three tuning seeds, 300 held-out scenes
     python examples/testbed/tuned.py --max-error 0.1 --runs 20    # 20 tunings, each on scenes of its own
 
 Tuning sees 24 scenes of its own for each seed, 16 to choose on and 8 to check; held-out scenes are others again. Simpler plans have the order of
@@ -12,6 +12,8 @@ nearest            the same number of nearest blocks in every row
 spatial locality   `masks.generate_vit_spatial_locality_mask`
 image to prompt    `masks.generate_sam_image_to_prompt_mask`, the click as its prompt
 random             the same number of random blocks in every row
+
+agreement is the IoU of the sparse and the dense answer, feature error the relative L2 distance of the tokens that leave the encoder.
 """
 
 from __future__ import annotations
@@ -175,36 +177,46 @@ def against_simpler(model: Testbed, sparsities: Sequence[float], seeds: int, cou
         rows = evaluate(model, plans, scenes.held_out(count), on_batch=lambda done: progress.advance(task, done))
     found = {row.name: row for row in rows}
     for level in sparsities:
-        Console(width=130).print(_table(found, level, count))
+        Console(width=170).print(_table(found, level, count))
 
 
 def _table(found: dict[str, Row], level: float, count: int) -> Table:
-    title = f"{level:.0%}, {count} held-out scenes; intervals are 95 %, paired by scene"
     table = Table(
-        "", "skipped", "lost mIoU against dense", "of each seed", "more than tuned", "feature error", title=title
+        title=f"{level:.0%}, {count} held-out scenes; intervals are 95 %, paired by scene", title_justify="left"
     )
+    for column in (
+        "",
+        "skipped",
+        "mIoU lost",
+        "of each seed",
+        "more than tuned",
+        "agreement",
+        "less than tuned",
+        "feature error",
+    ):
+        table.add_column(column)
     dense = torch.tensor(found["dense"].per_scene["iou"])
     names = dict.fromkeys(key.rsplit(" ", 2)[0] for key in found if f" {level} " in key)
-    tuned = _lost(found, f"tuned {level} ", dense)
+    tuned, agreed = (_of(found, f"tuned {level} ", metric) for metric in ("iou", "agreement"))
     for name in names:
-        own = [row for key, row in found.items() if key.startswith(f"{name} {level} ")]
-        lost = _lost(found, f"{name} {level} ", dense)
+        iou, agreement, error = (_of(found, f"{name} {level} ", x) for x in ("iou", "agreement", "feature_error"))
+        simpler = name != "tuned"
         table.add_row(
             name,
-            f"{mean(row.sparsity for row in own):.1%}",
-            str(bootstrap(lost.mean(0))),
-            ", ".join(f"{x:.3f}" for x in lost.mean(1).tolist()),
-            "" if name == "tuned" else str(bootstrap(lost.mean(0) - tuned.mean(0))),
-            f"{mean(row.feature_error.mean for row in own):.3f}",
+            f"{mean(row.sparsity for key, row in found.items() if key.startswith(f'{name} {level} ')):.1%}",
+            str(bootstrap(dense - iou.mean(0))),
+            ", ".join(f"{x:.3f}" for x in (dense - iou).mean(1).tolist()),
+            str(bootstrap(tuned.mean(0) - iou.mean(0))) if simpler else "",
+            f"{agreement.mean():.3f}",
+            str(bootstrap(agreed.mean(0) - agreement.mean(0))) if simpler else "",
+            f"{error.mean():.3f}",
         )
     return table
 
 
-def _lost(found: dict[str, Row], prefix: str, dense: Tensor) -> Tensor:
+def _of(found: dict[str, Row], prefix: str, metric: str) -> Tensor:
     """(tuning seeds, scenes)"""
-    return torch.stack(
-        [dense - torch.tensor(row.per_scene["iou"]) for key, row in found.items() if key.startswith(prefix)]
-    )
+    return torch.stack([torch.tensor(row.per_scene[metric]) for key, row in found.items() if key.startswith(prefix)])
 
 
 @torch.inference_mode()
@@ -239,7 +251,7 @@ def holds(model: Testbed, max_error: float, runs: int, count: int, console: Cons
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, default=SHIPPED, help="a file of train.py")
-    parser.add_argument("--sparsity", type=float, action="append", help="several times; 0.5 and 0.7 if left out")
+    parser.add_argument("--sparsity", type=float, action="append", help="several times; 0.5, 0.7 and 0.8 if left out")
     parser.add_argument("--seeds", type=int, default=3, help="of tuning")
     parser.add_argument("--scenes", type=int, default=300, help="held out")
     parser.add_argument("--max-error", type=float, help="instead: whether this error holds")
@@ -251,7 +263,7 @@ def main() -> None:
         if arguments.max_error is not None:
             holds(model, arguments.max_error, arguments.runs, arguments.scenes, console)
         else:
-            against_simpler(model, arguments.sparsity or [0.5, 0.7], arguments.seeds, arguments.scenes, console)
+            against_simpler(model, arguments.sparsity or [0.5, 0.7, 0.8], arguments.seeds, arguments.scenes, console)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
