@@ -532,6 +532,10 @@ class TestWrongInput:
         bsa.dense_plan(model)  # still a model without sparse heads
         assert not [m for m in model.modules() if "_bsa_layer" in m.__dict__]
 
+    def test_a_target_that_runs_nothing(self):
+        with pytest.raises(ValueError, match="target ran no attention of the layers to tune"):
+            tune(models.make("dinov3"), images(), sparsity=0.5, target=lambda model, image: image, **SMALL)
+
     @pytest.mark.parametrize("name", ["scipy.optimize", "safetensors.torch"])
     def test_without_what_it_needs(self, monkeypatch, name):
         monkeypatch.setitem(sys.modules, name, None)

@@ -243,11 +243,6 @@ def calibrate(
         calibration.candidates,
         lambda sums, index, seen: sums.add(seen, where, masks[index].to(seen.q.device)),
     )
-    sums = [*calibration.blocks, *calibration.candidates]
-    if not all(bool(tensor.isfinite().all()) for one in sums for tensor in one.tensors().values()):
-        raise ValueError(
-            "attention of these images is not finite: check the images (NaN, infinite values) and the model's weights."
-        )
     alone = tuple(
         own.error / blocks.total.clamp(min=1e-300)
         for own, blocks in zip(calibration.candidates, calibration.blocks, strict=True)
@@ -294,6 +289,11 @@ class _Passes:
             for number, image in enumerate(some):
                 self.target(self.model, image)
                 self.on_step("order of tokens", number + 1, len(some))
+        if not found:
+            raise ValueError(
+                "target ran no attention of the layers to tune: they must run, inside the model that is given; check target and layers."
+            )
+        _check_finite(own for sums in found.values() for own in sums.values())
         first = next(iter(found.values()))  # its totals are those of all
         losses = {
             layout: sum(_loss(own, layout, first[key].total) for key, own in sums.items())
@@ -332,6 +332,7 @@ class _Passes:
                     total += new
                     new.zero_()
                 done[name] = min(done[name] + count, len(self.images))
+                _check_finite(sums)
                 self.store.save(self.calibration, now=done[name] == len(self.images))
                 self.on_step(what, done[name], len(self.images))
 
@@ -360,6 +361,13 @@ class _Passes:
         return tuple(
             error * (together * here / max(share, 1e-300))
             for error, here, share in zip(tuned.alone, felt, expected, strict=False)
+        )
+
+
+def _check_finite(all_sums: Iterable[Sums]) -> None:
+    if not all(bool(tensor.isfinite().all()) for sums in all_sums for tensor in sums.tensors().values()):
+        raise ValueError(
+            "attention of these images is not finite: check the images (NaN, infinite values) and the model's weights."
         )
 
 

@@ -259,21 +259,22 @@ class _Trials:
         """Bisect on the predicted error until the bound on the measured one is just within what is wanted."""
         low, high, asked = 0.0, math.inf, self.wanted
         best: Trial | None = None
-        for _ in range(ROUNDS):
+        while len(self.tried) < ROUNDS or (best is None and asked > 1e-3 * self.wanted):
             trial = self._try(asked, solve_for(self.tuned, max_error=asked))
             if trial.bound <= self.wanted:
                 low = asked
                 best = trial if best is None or trial.asked > best.asked else best
             else:
                 high = asked
-            same = len(self.tried) > 1 and trial.picks == self.tried[-2].picks  # the sparsest there is
-            if same or (best is not None and best.bound > 0.95 * self.wanted):
+            sparsest = best is trial and len(self.tried) > 1 and trial.picks == self.tried[-2].picks
+            if sparsest or (best is not None and best.bound > 0.95 * self.wanted):
                 break
             # Error is nearly proportional to what is asked for; between known ends, take the middle of their logarithms.
-            step = asked * self.wanted / max(trial.bound, 1e-12)
-            asked = (
-                step if low < step < high else math.sqrt(max(low, 1e-3 * self.wanted) * min(high, 1e3 * self.wanted))
-            )
+            step = asked * 0.97 * self.wanted / max(trial.bound, 1e-12)
+            if best is None:
+                asked = min(step, 0.9 * asked) if len(self.tried) < ROUNDS else asked / 2
+            else:
+                asked = step if low < step < high else math.sqrt(low * high)
         return best if best is not None else self._try(0.0, [[0] * len(heads) for heads in self.tuned.options])
 
     def _fast_enough(self) -> Trial:
