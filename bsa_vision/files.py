@@ -10,13 +10,17 @@ from pathlib import Path
 def write(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` to `path` at once: on any error (a full disk, say) what was there before is still there."""
     path = Path(path).resolve()  # a link stays a link
+    if path.exists() and not path.is_file():  # a pipe, /dev/null
+        path.write_bytes(data)
+        return
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files private
+        mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~umask  # mkstemp makes files private
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

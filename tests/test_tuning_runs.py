@@ -71,17 +71,15 @@ class TestStatisticsFile:
         whole = tune(models.make("dinov3"), images(6), **options)
         with pytest.raises(Stop):
             tune(models.make("dinov3"), images(6), statistics=file, on_step=stop_at(step), **options)
-        target = Counted()
         resumed = tune(models.make("dinov3"), images(6), statistics=file, resume=True, **options)
         assert resumed == whole
-        assert target.calls == 0
 
     def test_another_budget_without_a_new_pass(self, tmp_path):
         model, file, target = models.make("dinov3"), tmp_path / "statistics", Counted()
         tune(model, images(9), sparsity=0.5, statistics=file, target=target, **SMALL)
         first, target.calls = target.calls, 0
         again = tune(model, images(9), sparsity=0.2, statistics=file, resume=True, target=target, **SMALL)
-        assert target.calls == 3 * 3  # kept back: dense, with the plan, layer by layer
+        assert target.calls == 1 + 3 * 3  # a witness; of those kept back: dense, with the plan, layer by layer
         assert first > 25
         assert again == tune(model, images(9), sparsity=0.2, target=Counted(), **SMALL)
 
@@ -113,6 +111,17 @@ class TestStatisticsFile:
             next(model.parameters()).view(-1)[0] += 1e-3
         with pytest.raises(ValueError, match="weights"):
             tune(model, images(4), sparsity=0.4, statistics=file, resume=True, **SMALL)
+
+    def test_another_function_of_the_same_name(self, tmp_path):
+        """Functions made in one place have one name, and their results tell them apart."""
+
+        def of(channels):
+            return lambda model, image: features_module.features(model, image)[..., :channels]
+
+        file, model = tmp_path / "statistics", models.make("dinov3")
+        tune(model, images(4), sparsity=0.4, statistics=file, target=of(24), **SMALL)
+        with pytest.raises(ValueError, match="statistics were made for another target"):
+            tune(model, images(4), sparsity=0.4, statistics=file, resume=True, target=of(12), **SMALL)
 
     def test_never_overwritten_unasked(self, tmp_path):
         file, model = tmp_path / "statistics", models.make("dinov3")
@@ -221,16 +230,27 @@ except OSError as error:
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
+class FailsInOne(Counted):
+    """In the second process, at its second image of the first pass."""
+
+    def __call__(self, model, image):
+        if dist.get_rank() == 1 and self.calls == 4:  # a witness, the first look at two, one
+            raise RuntimeError("its camera is broken")
+        return super().__call__(model, image)
+
+
 def tune_in(rank, address, folder, count, options):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(address)}
     neighbours.enable()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     given = images(count) if options.pop("same", True) else images(count + rank)
+    if options.pop("fails", False):
+        options["target"] = FailsInOne()
     try:
         plan = tune(models.make("dinov3"), given, statistics=Path(folder) / "statistics", **options, **SMALL)
         plan.save(Path(folder) / f"{rank}.json")
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         (Path(folder) / f"{rank}.json").write_text(str(error))
     dist.destroy_process_group()
 
@@ -257,6 +277,16 @@ class TestProcesses:
         mp.spawn(tune_in, args=(free_port(), str(tmp_path), 2, dict(sparsity=0.5)), nprocs=2)
         alone = tune(models.make("dinov3"), images(2), sparsity=0.5, **SMALL)
         assert bsa.SparsityPlan.load(tmp_path / "1.json").layers == alone.layers
+
+    def test_one_fails(self, tmp_path):
+        """None waits for it."""
+        mp.spawn(tune_in, args=(free_port(), str(tmp_path), 7, dict(sparsity=0.5, fails=True)), nprocs=2)
+        assert (tmp_path / "1.json").read_text() == "its camera is broken"
+        assert (
+            (tmp_path / "0.json")
+            .read_text()
+            .startswith("process 1 of 2 failed, and all stop with it: RuntimeError: its")
+        )
 
     def test_different_images(self, tmp_path):
         mp.spawn(tune_in, args=(free_port(), str(tmp_path), 3, dict(sparsity=0.5, same=False)), nprocs=2)
@@ -306,7 +336,7 @@ class TestCertificate:
         assert (draws.mean(1) >= true).float().mean() < 0.6
 
     def test_one_image(self):
-        assert mean_at_most([0.25]) == 0.25
+        assert mean_at_most([0.25]) == float("inf")
 
 
 class TestOrder:

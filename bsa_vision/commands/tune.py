@@ -27,6 +27,7 @@ from bsa_vision.commands.options import (
     Random,
     read_images,
 )
+from bsa_vision.errors import BackendUnavailable
 from bsa_vision.loading import load
 from bsa_vision.meter import Meter
 from bsa_vision.plan import SparsityPlan
@@ -57,9 +58,8 @@ def tune_model(
 ) -> None:
     """A plan for a model: which head uses which pattern, chosen on your images and checked on those that were kept back."""
     start, budget = time.monotonic(), dict(sparsity=sparsity, max_error=max_error, speedup=speedup)
-    statistics, page = statistics or output.with_suffix(".statistics.safetensors"), page or output.with_suffix(".html")
     try:
-        _check_folders(output, statistics, page)
+        statistics, page = _paths(output, statistics, page)
         with _processes(device) as (rank, where):
             files = photographs.find(images)
             loaded = load(model, random=random, checkpoint=checkpoint, image_size=image_size).to(where)
@@ -73,7 +73,7 @@ def tune_model(
                 return
             plan.save(output)
             report(plan, page, loaded, read[0])
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, BackendUnavailable) as error:
         print(f"bsa-vision tune: {error}", file=sys.stderr)
         raise typer.Exit(WRONG_USAGE) from None
     took = {"seconds": time.monotonic() - start, "peak_bytes": meter.peak(), "random_weights": random}
@@ -105,14 +105,23 @@ def _show(plan: SparsityPlan, took: dict[str, Any], files_made: dict[str, str]) 
         print(f"{what}: {path}")
 
 
-def _check_folders(*paths: Path) -> None:
-    """Before minutes are spent on what could not be written."""
+def _paths(output: Path, statistics: Path | None, page: Path | None) -> tuple[Path, Path]:
+    """Where statistics and page go; OSError before minutes are spent on what could not be written, or would overwrite the plan."""
+    if not output.name:
+        raise OSError(f"-o {str(output)!r}: expected a file for the plan; give e.g. plan.json.")
+    statistics = statistics or output.with_suffix(".statistics.safetensors")
+    page = page or output.with_suffix(".html")
+    paths = [path.resolve() for path in (output, statistics, page)]
+    if len(set(paths)) < len(paths):
+        raise OSError(
+            f"plan {output}, statistics {statistics}, report {page}: three files are needed; give other names."
+        )
     for path in paths:
-        folder = path.resolve().parent
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
+        if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise OSError(
-                f"{path} cannot be written: {folder} is no folder, or not yours to write to; give another path."
+                f"{path} cannot be written: it is a folder, or its own is none or not yours to write to; give another path."
             )
+    return statistics, page
 
 
 @contextmanager
@@ -123,6 +132,10 @@ def _processes(device: str | None) -> Iterator[tuple[int, torch.device]]:
         where = torch.device(device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise ValueError(f"--device {device}: allowed are cpu, cuda and cuda:1 and so on; give one of them.") from None
+    if where.type not in ("cpu", "cuda") or (where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(
+            f"--device {device}: this machine has cpu and {torch.cuda.device_count()} GPUs; give one of these."
+        )
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         yield 0, where
         return

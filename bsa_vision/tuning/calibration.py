@@ -17,9 +17,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -47,6 +49,7 @@ class Calibration:
     """Sums over the first images, as many as `done` says, and the weights of the first layers.
 
     identity  what the sums are of: the model, its weights, the images, the options
+    witness   size and length of the target of the first image: functions have no name that tells them apart
     orders    what each order would lose, where orders were compared
     compared  [layer]: (H, R, K) blocks of each row that are compared with each other
     weights   per layer, and of all together at last: the target's error for each of some images
@@ -54,6 +57,7 @@ class Calibration:
 
     identity: Mapping[str, Any]
     layout: TokenLayout | None = None
+    witness: list[float] = field(default_factory=list)
     orders: list[dict[str, Any]] = field(default_factory=list)
     compared: list[Tensor] = field(default_factory=list)
     blocks: list[BlockStatistics] = field(default_factory=list)
@@ -75,6 +79,7 @@ class Calibration:
         about = {
             "identity": self.identity,
             "layout": None if self.layout is None else asdict(self.layout),
+            "witness": self.witness,
             "orders": self.orders,
             "weights": self.weights,
             "done": self.done,
@@ -92,11 +97,14 @@ class Calibration:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
                 raise ValueError(f"format {metadata.get('format')!r}, version {metadata.get('version')!r}")
-            about = json.loads(metadata["about"])
-        except (SafetensorError, ValueError, KeyError) as error:
+            return cls._of(tensors, json.loads(metadata["about"]))
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} holds no statistics that this bsa-vision reads ({error}): give another file, or delete it to start anew."
             ) from None
+
+    @classmethod
+    def _of(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Calibration:
         layout = about.pop("layout")
         if layout is not None:
             grid, tile = tuple(layout.pop("grid")), tuple(layout.pop("tile"))
@@ -128,6 +136,8 @@ class Store:
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         self.path = None if path is None else Path(path)
+        if self.path is not None and (self.path.is_dir() or not self.path.resolve().parent.is_dir()):
+            raise ValueError(f"statistics={str(path)!r}: expected a file in a folder that is there; give such a path.")
         self.saved = time.monotonic()
 
     def open(self, identity: Mapping[str, Any], resume: bool) -> Calibration:
@@ -184,6 +194,8 @@ def digest(items: Iterable[Any]) -> str:
         if isinstance(item, Tensor):
             found.update(f"{tuple(item.shape)} {item.dtype}".encode())
             found.update(item.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        elif hasattr(item, "__array_interface__"):  # arrays, photographs
+            found.update(digest([torch.from_numpy(np.array(item))]).encode())
         elif isinstance(item, Mapping):
             found.update(digest(x for pair in item.items() for x in pair).encode())
         elif isinstance(item, (list, tuple)):
@@ -221,6 +233,7 @@ def calibrate(
 ) -> Tuned:
     """Whatever of the passes `calibration` does not hold yet; every process gets all images, and looks at its share."""
     spec = inspect(model)
+    _check_witness(calibration, options.target(model, images[0]))
     passes = _Passes(model, images, calibration, store, options.layers, options.target, on_step)
     if calibration.layout is None:
         passes.choose_layout(spec, options.layout)
@@ -289,9 +302,12 @@ class _Passes:
             for number, image in enumerate(some):
                 self.target(self.model, image)
                 self.on_step("order of tokens", number + 1, len(some))
-        if not found:
+        ran = next(iter(found.values()), {})
+        missing = [layer for layer in self.layers if layer.key not in ran]
+        if missing:
             raise ValueError(
-                "target ran no attention of the layers to tune: they must run, inside the model that is given; check target and layers."
+                f"target ran no attention of {', '.join(layer.name for layer in missing)}: all layers to tune must run, inside the model that is "
+                "given; check target, or choose among the others with layers=."
             )
         _check_finite(own for sums in found.values() for own in sums.values())
         first = next(iter(found.values()))  # its totals are those of all
@@ -324,8 +340,8 @@ class _Passes:
 
         with observe(self.model, see):
             while done[name] < len(self.images):
-                if done[name] + own < len(self.images):
-                    self.target(self.model, self.images[done[name] + own])
+                here = self.images[done[name] + own : done[name] + own + 1]  # nothing, at the end
+                processes.together(partial(self._look_at, here))
                 news = [x for one in fresh for x in one.tensors().values()]
                 processes.add_up(news)
                 for total, new in zip((x for one in sums for x in one.tensors().values()), news, strict=True):
@@ -335,6 +351,9 @@ class _Passes:
                 _check_finite(sums)
                 self.store.save(self.calibration, now=done[name] == len(self.images))
                 self.on_step(what, done[name], len(self.images))
+
+    def _look_at(self, images: Sequence[Any]) -> list[Tensor]:
+        return [self.target(self.model, image) for image in images]
 
     def weigh(self, tuned: Tuned) -> tuple[Tensor, ...]:
         """Errors of candidates as shares of the target's squared length: those of layers times what the target feels of each.
@@ -349,7 +368,7 @@ class _Passes:
             for error, picks in zip(tuned.alone, halves, strict=True)
         ]
         weights, own = self.calibration.weights, processes.share(some)
-        references = [self.target(self.model, image) for image in own] if len(weights) <= layers else []
+        references = processes.together(partial(self._look_at, own)) if len(weights) <= layers else []
         while len(weights) <= layers:
             now = len(weights)  # the last one is for all layers
             picks = [half if now in (index, layers) else [0] * len(half) for index, half in enumerate(halves)]
@@ -362,6 +381,25 @@ class _Passes:
             error * (together * here / max(share, 1e-300))
             for error, here, share in zip(tuned.alone, felt, expected, strict=False)
         )
+
+
+def _check_witness(calibration: Calibration, found: Any) -> None:
+    if not isinstance(found, Tensor) or not found.is_floating_point() or not found.numel():
+        raise ValueError(
+            f"target returned a {type(found).__name__}: expected a tensor of floating-point features; return one."
+        )
+    length = float(found.double().norm())
+    if not 0 < length < torch.inf:
+        raise ValueError(
+            f"target returned features of length {length}, of these images: they must be finite and not all zero; check images, weights and target."
+        )
+    known = calibration.witness or [found.numel(), length]
+    if known[0] != found.numel() or abs(known[1] - length) > 1e-2 * length:
+        raise ValueError(
+            f"statistics were made for another target: {known[0]:.0f} numbers of length {known[1]:.6g}, now {found.numel()} of {length:.6g}; "
+            "pass the same target, or another file."
+        )
+    calibration.witness = known
 
 
 def _check_finite(all_sums: Iterable[Sums]) -> None:
@@ -429,4 +467,4 @@ def layers_to_tune(spec: ModelSpec, layers: Iterable[int | str] | None) -> tuple
         raise PlanError(
             f"layers={wanted}: allowed are those that attend to the whole image, {', '.join(layer.name for layer in able)}; choose among them."
         )
-    return tuple(layer for layer in found if layer is not None)
+    return tuple(layer for layer in able if layer in found)

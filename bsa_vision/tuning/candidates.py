@@ -118,6 +118,6 @@ def _ranks(values: Tensor, ties: Tensor) -> Tensor:
 def _highest(score: Tensor, density: float) -> Tensor:
     """(R, C) -> the blocks of the highest score, as many as `density` says, and never fewer than those of infinite score."""
     wanted = max(round(density * score.numel()), int(torch.isinf(score).sum()))
-    mask = torch.zeros(score.numel(), dtype=torch.bool)
+    mask = torch.zeros(score.numel(), dtype=torch.bool, device="cpu")
     mask[score.flatten().topk(wanted).indices] = True
     return mask.view_as(score)

@@ -20,11 +20,11 @@ def share_above(images: int, above: int, confidence: float = CONFIDENCE) -> floa
 
 
 def mean_at_most(errors: Sequence[float], confidence: float = MEAN_CONFIDENCE) -> float:
-    """Upper bound on the mean error of all images (Student's t, one-sided); of a single one, its error: one image has no spread."""
+    """Upper bound on the mean error of all images (Student's t, one-sided); infinite for a single one, which has no spread."""
     from scipy.stats import t
 
     images, mean = len(errors), sum(errors) / len(errors)
     if images == 1:
-        return mean
+        return math.inf
     variance = sum((error - mean) ** 2 for error in errors) / (images - 1)
     return mean + float(t.ppf(confidence, images - 1)) * math.sqrt(variance / images)

@@ -34,7 +34,8 @@ def describe(
     grid               patches of an image (h, w), and how many special tokens besides
     sparsity           of all tuned layers together
     predicted          error of the target that was expected
-    measured, errors   on the images kept back: the mean, and one by one; bound: what the mean of all such images is at most, 99 %
+    measured, errors   on the images kept back: the mean, and one by one; bound: what the mean of all such images is at most, 99 %;
+                       None of a single image
     images above       those with an error above the one asked for; None where none was
     certificate        what share of all such images is above `limit` at most, by Clopper and Pearson
     orders             what each order of tokens would lose, where orders were compared: squared error of layers without all but their best
@@ -60,7 +61,7 @@ def describe(
         "sparsity": 1 - tuned.density(best.picks),
         "predicted": tuned.predicted(best.picks),
         "measured": best.measured,
-        "bound": best.bound,
+        "bound": best.bound if len(best.errors) > 1 else None,
         "speedup": best.speedup,
         "errors": list(best.errors),
         "images above": above if name == "max_error" else None,

@@ -22,7 +22,10 @@ from bsa_vision.tuning.trial import Target
 from bsa_vision.tuning.views import choose, look, photograph, pixels_of
 from masks.layout import whole_number
 
-NEEDED = {"asked", "images", "grid", "certificate", "curve", "tried", "correlation", "orders", "layers"}
+NEEDED = {
+    *("asked", "images", "grid", "special tokens", "sparsity", "predicted", "measured", "bound", "speedup", "errors"),
+    *("certificate", "orders", "tried", "curve", "correlation", "layers"),
+}
 ASKED = {
     "sparsity": "to skip {:.1%} of the blocks at the least error",
     "max_error": "to skip as many blocks as a mean error of at most {:.3g} allows",

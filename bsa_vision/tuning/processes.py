@@ -5,7 +5,7 @@ Without a process group, one process does everything. Any backend serves (gloo, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +36,26 @@ def collect(own: list[T]) -> list[T]:
     parts: list[Any] = [None] * count
     torch.distributed.all_gather_object(parts, own)
     return [parts[i % count][i // count] for i in range(sum(map(len, parts)))]
+
+
+def together(run: Callable[[], T]) -> T:
+    """What `run` returns in this process; where it fails in one of them, an error in all, so that none waits for it."""
+    _, count = place()
+    if count == 1:
+        return run()
+    error: Exception | None = None
+    try:
+        result = run()
+    except Exception as raised:
+        error = raised
+    said: list[str | None] = [None] * count
+    torch.distributed.all_gather_object(said, None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for other, text in enumerate(said):
+        if text is not None:
+            raise RuntimeError(f"process {other} of {count} failed, and all stop with it: {text}")
+    return result
 
 
 def add_up(tensors: Sequence[Tensor]) -> None:

@@ -103,7 +103,7 @@ class CandidateErrors(Sums):
             # By what is kept, not by what is dropped: 1 - lost has no digits left where little is kept. Both sums are the same but for the sign.
             kept = torch.einsum("bhric,hkrc->bhkri", rows.mass, here.to(rows.mass))
             change = torch.einsum("bhricd,hkrc->bhkrid", rows.change, here.to(rows.change))
-            off = change.square().sum(-1) / kept.square().clamp(min=1e-30)
+            off = (change / kept.clamp(min=1e-30)[..., None]).square().sum(-1)
             off = off * ~here.all(-1)[..., None]  # nothing dropped is no change, not a rounding error
             self.error += off.sum((0, 3, 4)).double().cpu()
             self.kept += _histogram(kept).double().cpu()

@@ -85,7 +85,7 @@ def target_errors(
     """Relative L2 error of the target for every image; `images` and `references` are this process's share."""
     sparsify_(model, plan)
     try:
-        outs = [target(model, image) for image in images]
+        outs = processes.together(lambda: [target(model, image) for image in images])
     finally:
         restore_(model)
     errors = [float((a - b).double().norm() / b.double().norm()) for a, b in zip(outs, references, strict=True)]

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from bsa_vision.adapters import inspect, observe
 from bsa_vision.errors import PlanError
 from bsa_vision.features import features
 from bsa_vision.latency import Latency
 from bsa_vision.latency import latency as latency_here
+from bsa_vision.model_spec import LayerSpec
 from bsa_vision.plan import SparsityPlan
 from bsa_vision.tuning import candidates as table
 from bsa_vision.tuning import processes
@@ -77,7 +79,14 @@ def tune(
     """
     _check_installed()
     name, wanted = _asked({"sparsity": sparsity, "max_error": max_error, "speedup": speedup})
-    chosen, kept_back = _split(list(images), verify, seed)
+    images = list(images)
+    _check_images(images, target)
+    chosen, kept_back = _split(images, verify, seed)
+    if name == "max_error" and len(kept_back) < 2:
+        raise ValueError(
+            f"{len(images)} images, of which 1 is kept back: one image says nothing about how far others are from it; give max_error more images "
+            "(24 are good), or a larger verify=."
+        )
     unknown = [one for one in candidates if one not in table.NAMES]
     if unknown or not candidates:
         raise ValueError(f"candidates={list(candidates)}: allowed are {', '.join(table.NAMES)}; choose among them.")
@@ -88,6 +97,7 @@ def tune(
     store = Store(statistics)
     identity = {
         **{"model": spec.fingerprint, "layers": [layer.key for layer in tuned_layers], "candidates": list(candidates)},
+        **{"table": digest([repr(table.GEOMETRIC), table.DENSITIES, table.COMPARED])},
         **{"order": order, "tile": list(tile), "block_size": block_size, "target": _name_of(target)},
         **{"images": digest(chosen), "kept back": digest(kept_back), "weights": digest(model.state_dict().items())},
     }
@@ -101,7 +111,7 @@ def tune(
             tuned = calibrate(model, chosen, calibration, store, options, on_step)
             mine = processes.share(kept_back)
             if name == "speedup":
-                latency = processes.of_the_first(latency or latency_here(tuned_layers[0].head_dim))
+                latency = _latency(model, chosen[0], target, tuned_layers[0]) if latency is None else latency
             trials = _Trials(tuned, model, name, wanted, mine, kept_back[0], target, latency, on_step)
             best = trials.search()
             measured = layer_errors(model, best.plan, mine, target, tuned_layers)
@@ -142,6 +152,21 @@ def _asked(asked: dict[str, float | None]) -> tuple[str, float]:
     return name, float(value)
 
 
+def _check_images(images: Sequence[Any], target: Target) -> None:
+    """What can be seen of them before anything runs."""
+    pixels = [[x for x in tree_leaves(image) if isinstance(x, Tensor) and x.dim() == 4] for image in images]
+    if target is features and not all(isinstance(image, Tensor) and image.dim() == 4 for image in images):
+        found = sorted({f"{type(image).__name__} {tuple(getattr(image, 'shape', ()))}" for image in images})
+        raise ValueError(
+            f"images hold {', '.join(found)}: expected a list of tensors (B, 3, h, w); stack them so, or pass a target that takes yours."
+        )
+    sizes = {tuple(tensors[0].shape[-2:]) for tensors in pixels if tensors}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"images of {' and '.join(f'{h} x {w}' for h, w in sorted(sizes))} pixels: one plan is tuned for one size; resize or crop them."
+        )
+
+
 def _split(images: list[Any], verify: float, seed: int) -> tuple[list[Any], list[Any]]:
     """Those to choose on, those kept back."""
     if len(images) < 2:
@@ -152,14 +177,25 @@ def _split(images: list[Any], verify: float, seed: int) -> tuple[list[Any], list
         raise ValueError(
             f"verify={verify!r}: expected the share of the images to keep back, between 0 and 1; give e.g. 0.33."
         )
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(
+        len(images), generator=torch.Generator(device="cpu").manual_seed(seed), device="cpu"
+    ).tolist()
     back = min(max(1, round(verify * len(images))), len(images) - 1)
     return [images[i] for i in sorted(order[back:])], [images[i] for i in sorted(order[:back])]
 
 
 def _name_of(target: Target) -> str:
     inner = target.func if isinstance(target, partial) else target
-    return f"{getattr(inner, '__module__', '')}.{getattr(inner, '__qualname__', type(inner).__qualname__)}"
+    given = f"({digest([*target.args, target.keywords])})" if isinstance(target, partial) else ""
+    return f"{getattr(inner, '__module__', '')}.{getattr(inner, '__qualname__', type(inner).__qualname__)}{given}"
+
+
+def _latency(model: nn.Module, image: Any, target: Target, layer: LayerSpec) -> Latency:
+    """Of this layer's head dim, dtype and device, measured by the first process."""
+    kinds: list[tuple[torch.dtype, torch.device]] = []
+    with observe(model, lambda seen: kinds.append((seen.q.dtype, seen.q.device)) if seen.layer == layer else None):
+        target(model, image)
+    return processes.of_the_first(None if processes.place()[0] else latency_here(layer.head_dim, *kinds[0]))  # type: ignore[return-value]
 
 
 def _check_processes(identity: Mapping[str, Any]) -> None:
@@ -217,7 +253,7 @@ class _Trials:
 
     def search(self) -> Trial:
         """The plan, adjusted until what was asked for holds where it is measured."""
-        self.references = [self.target(self.model, image) for image in self.images]
+        self.references = processes.together(lambda: [self.target(self.model, image) for image in self.images])
         if self.name == "sparsity":
             return self._at_sparsity()
         return self._within_error() if self.name == "max_error" else self._fast_enough()
@@ -266,11 +302,11 @@ class _Trials:
                 best = trial if best is None or trial.asked > best.asked else best
             else:
                 high = asked
-            sparsest = best is trial and len(self.tried) > 1 and trial.picks == self.tried[-2].picks
-            if sparsest or (best is not None and best.bound > 0.95 * self.wanted):
+            same = len(self.tried) > 1 and trial.picks == self.tried[-2].picks
+            if (same and high == math.inf) or (best is not None and best.bound > 0.95 * self.wanted):
                 break
             # Error is nearly proportional to what is asked for; between known ends, take the middle of their logarithms.
-            step = asked * 0.97 * self.wanted / max(trial.bound, 1e-12)
+            step = asked * min(0.97 * self.wanted / max(trial.bound, 1e-12), 10.0)
             if best is None:
                 asked = min(step, 0.9 * asked) if len(self.tried) < ROUNDS else asked / 2
             else:
@@ -278,31 +314,35 @@ class _Trials:
         return best if best is not None else self._try(0.0, [[0] * len(heads) for heads in self.tuned.options])
 
     def _fast_enough(self) -> Trial:
-        """As much attention as fits, by what is measured: what the first plans save tells what attention takes."""
+        """As much attention as fits: bisected by what is measured, from what is expected; the plan chosen is timed again."""
         dense = make_plan(self.tuned, [[0] * len(heads) for heads in self.tuned.options])
         _, seconds = time_plan(self.model, dense, self.timed, self.target, TIMED)
         least = least_share(self.tuned, self.latency)
-        attention = min(
-            attention_seconds(self.model, self.tuned, self.timed, self.target, self.latency), 0.95 * seconds
-        )
+        expected = attention_seconds(self.model, self.tuned, self.timed, self.target, self.latency)
+        share = 1 - (1 - 1 / self.wanted) * seconds / min(expected, 0.95 * seconds)
+        slow, fast = 1.0, least  # shares of dense attention: too slow, fast enough as far as is known
         for _ in range(ROUNDS):
-            share = min(max(1 - (1 - 1 / self.wanted) * seconds / attention, least), 1.0)
+            share = min(max(share, least), 1.0)
             trial = self._try(share, solve_for(self.tuned, share=share * (1 + 1e-9), latency=self.latency))
             assert trial.speedup is not None
-            saved = 1 - 1 / trial.speedup
-            if trial.speedup >= self.wanted and (share == 1 or saved < 1.15 * (1 - 1 / self.wanted)):
+            if trial.speedup >= self.wanted:
+                fast = max(fast, share)
+            else:
+                slow = min(slow, share)
+            if share == (1.0 if trial.speedup >= self.wanted else least) or slow - fast < 0.03:
                 break
-            if trial.speedup < self.wanted and share == least:
-                break
-            attention = min(max(0.98 * saved / max(1 - share, 1e-3), 0.01), 0.95) * seconds
-        enough = [one for one in self.tried if one.speedup is not None and one.speedup >= self.wanted]
-        if not enough:
-            most = max(one.speedup or 0 for one in self.tried)
-            raise PlanError(
-                f"speedup={self.wanted:g} cannot be met: {most:.3g} is the most that was measured, and attention of these layers takes about "
-                f"{attention / seconds:.0%} of the time; ask for less, or tune at a higher resolution, where attention takes more."
-            )
-        return max(enough, key=lambda one: one.asked)
+            share = (slow + fast) / 2 if len(self.tried) > 1 or fast > least else least
+        for best in sorted(self.tried, key=lambda one: -one.asked):
+            if best.speedup is not None and best.speedup >= self.wanted:
+                again, _ = time_plan(self.model, best.plan, self.timed, self.target, 2 * TIMED)
+                if again >= self.wanted:
+                    return replace(best, speedup=again)
+        most = max(one.speedup or 0 for one in self.tried)
+        attention = (1 - 1 / most) / (1 - self.tried[-1].asked) if most > 1 and self.tried[-1].asked < 1 else 0.0
+        raise PlanError(
+            f"speedup={self.wanted:g} cannot be met: {most:.3g} is the most that was measured, and attention of these layers takes about "
+            f"{attention:.0%} of the time; ask for less, or tune at a higher resolution, where attention takes more."
+        )
 
 
 # From what was measured to candidates
@@ -355,7 +395,7 @@ def attention_seconds(model: nn.Module, tuned: Tuned, image: Any, target: Target
     """What the tuned layers' dense attention is expected to take for this image (or batch)."""
     assert latency is not None
     sizes: list[int] = []
-    with observe(model, lambda seen: sizes.append(seen.q.shape[0])):
+    with observe(model, lambda seen: sizes.append(seen.q.shape[0]) if seen.layer in tuned.layers else None):
         target(model, image)
     tokens = tuned.layout.num_tokens
     return sum(latency.dense(layer.heads, tokens, max(sizes)) for layer in tuned.layers)
