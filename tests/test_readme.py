@@ -9,17 +9,29 @@ import pytest
 import torch
 
 import bsa_vision as bsa
+from tests import models
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-def test_there_are_two_snippets_of_about_ten_lines():
-    assert len(SNIPPETS) == 2
+def test_snippets_have_about_ten_lines():
+    assert len(SNIPPETS) == 3
     assert all(len(snippet.strip().splitlines()) <= 12 for snippet in SNIPPETS)
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=["model", "tensors"])
+def test_tuning(monkeypatch, tmp_path, capsys):
+    """The third one goes on with a model and images that the reader has."""
+    monkeypatch.chdir(tmp_path)
+    names = {"bsa": bsa, "model": models.make("dinov3"), "images": [models.image(256, 256, seed=i) for i in range(9)]}
+    exec(SNIPPETS[2], names)
+    measured, bound = map(float, capsys.readouterr().out.split())
+    assert measured <= bound <= 0.05
+    assert names["plan"].report["sparsity"] > 0
+    assert "What single heads see" in (tmp_path / "plan.html").read_text()
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS[:2], ids=["model", "tensors"])
 def test_snippet(snippet, capsys):
     small = "hidden_size=64, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64, patch_size=32, "
     code = snippet.replace("image_size=1024, ", "image_size=1024, " + small)
