@@ -243,6 +243,8 @@ def tune_in(rank, address, folder, count, options):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(address)}
     neighbours.enable()
     torch.set_num_threads(1)
+    from torch.distributed import nn  # noqa: F401 - as `bsa-vision tune` does, and why
+
     dist.init_process_group("gloo", rank=rank, world_size=2)
     given = images(count) if options.pop("same", True) else images(count + rank)
     if options.pop("fails", False):
@@ -306,6 +308,22 @@ class TestProcesses:
         assert run(capsys, f"{line} -o {tmp_path}/one.json")[0] == 0
         one, two = (bsa.SparsityPlan.load(tmp_path / f"{name}.json") for name in ("one", "two"))
         assert (one.layers, one.patterns) == (two.layers, two.patterns)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="names of threads are read from /proc")
+    def test_nothing_outlives_the_command(self):
+        """Threads of a process group that are left when the interpreter ends abort it now and then."""
+        code = (
+            "import os; from pathlib import Path; from bsa_vision.commands.tune import _processes\n"
+            "with _processes('cpu') as (rank, where):\n"
+            "    import transformers.modeling_utils\n"
+            "print(*[(task / 'comm').read_text().strip() for task in Path('/proc/self/task').iterdir()])"
+        )
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **alone}
+        )
+        assert done.returncode == 0, done.stderr
+        assert "gloo" not in done.stdout
 
     def test_alone(self):
         assert collect(share([3, 1, 2])) == [3, 1, 2]

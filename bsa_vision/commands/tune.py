@@ -141,6 +141,10 @@ def _processes(device: str | None) -> Iterator[tuple[int, torch.device]]:
         return
     if where.type == "cuda":
         torch.cuda.set_device(where)
+    # Defaults of its functions are the group that is there when it is imported: imported inside (by transformers), it would keep the group
+    # and its threads alive until the interpreter ends, which aborts now and then.
+    from torch.distributed import nn  # noqa: F401
+
     torch.distributed.init_process_group("nccl" if where.type == "cuda" else "gloo")
     try:
         yield torch.distributed.get_rank(), where
