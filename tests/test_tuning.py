@@ -23,10 +23,11 @@ from bsa_vision.features import features
 from bsa_vision.model_spec import LayerSpec
 from bsa_vision.rel_pos import RelPos
 from bsa_vision.tuning import candidates, tune
-from bsa_vision.tuning.calibration import Calibration, Options, Store, calibrate, layers_to_tune
+from bsa_vision.tuning.calibration import Options, calibrate, layers_to_tune
 from bsa_vision.tuning.certificate import mean_at_most
 from bsa_vision.tuning.solve import Choice, solve
 from bsa_vision.tuning.statistics import BlockStatistics, CandidateErrors
+from bsa_vision.tuning.store import Calibration, Store
 from bsa_vision.tuning.trial import make_plan
 from bsa_vision.tuning.tune import solve_for
 from masks import Pattern, TokenLayout
@@ -221,7 +222,14 @@ class TestCandidates:
         statistics, _, among = made_up(self.LAYOUT, 2)
         special = Pattern("special")(self.LAYOUT)
         found = candidates.geometric(candidates.NAMES, self.LAYOUT)
-        for _, mask in [*found, *(one for head in candidates.static(statistics, self.LAYOUT, among) for one in head)]:
+        for _, mask in [
+            *found,
+            *(
+                one
+                for head in candidates.static(candidates.order_of_dropping(statistics, self.LAYOUT, among), self.LAYOUT)
+                for one in head
+            ),
+        ]:
             assert (mask | ~special).all()
             assert (mask.sum(-1) >= 2).all()
             assert not mask.all()
@@ -271,7 +279,11 @@ class TestCandidates:
         for head in range(2):  # among themselves by `drop`
             by_drop = statistics.drop[head][rest[head]].argsort()
             assert torch.equal(order[head][rest[head]].argsort(), by_drop)
-        for mask in (mask for head in candidates.static(statistics, self.LAYOUT, among) for _, mask in head):
+        for mask in (
+            mask
+            for head in candidates.static(candidates.order_of_dropping(statistics, self.LAYOUT, among), self.LAYOUT)
+            for _, mask in head
+        ):
             assert (mask | ~Pattern("special")(self.LAYOUT)).all()
 
     def test_better_than_one_by_one(self):
@@ -282,10 +294,13 @@ class TestCandidates:
             kept = (changes[0] * mask[:, None, :, None]).sum(2).square().sum((1, 2))
             return float((kept / (statistics.mass[0] * mask).sum(-1).square()).sum())
 
-        chosen = candidates.static(statistics, self.LAYOUT, among)[0]
+        chosen = candidates.static(candidates.order_of_dropping(statistics, self.LAYOUT, among), self.LAYOUT)[0]
         alone = replace(statistics, gram=torch.diag_embed(statistics.gram.diagonal(dim1=-2, dim2=-1)))
         pairs = [
-            (mask, other) for (_, mask), (_, other) in zip(chosen, candidates.static(alone, self.LAYOUT, among)[0])
+            (mask, other)
+            for (_, mask), (_, other) in zip(
+                chosen, candidates.static(candidates.order_of_dropping(alone, self.LAYOUT, among), self.LAYOUT)[0]
+            )
         ]
         different = [(mask, other) for mask, other in pairs if not torch.equal(mask, other)]
         assert len(different) > 5
@@ -480,6 +495,34 @@ class TestTune:
         assert all(layer[0] == min(layer) for layer in density)
         plan = make_plan(tuned, picks)
         assert sum(names[0] != "dense" for names in plan.layers.values()) == 3
+
+    def test_judged_on_images_they_were_not_found_on(self, monkeypatch):
+        """Best blocks of each half of the images are judged on the other half; the plan's are those of all."""
+        model, given, layout = models.make("dinov3"), images(5), dict(order="tile", **SMALL)
+        used, add = [], CandidateErrors.add
+        monkeypatch.setattr(CandidateErrors, "add", lambda *args: (used.append(args[3]), add(*args))[1])
+        options = Options(layers_to_tune(bsa.inspect(model), [1]), ["static"], features, layout)
+        calibration = Calibration({})
+        tuned = calibrate(model, given, calibration, Store(None), options)
+
+        where, among = tuned.layout, calibration.compared[0]
+
+        def found_on(some):
+            found = BlockStatistics.empty(4, where, among.shape[-1])
+            see = lambda seen: found.add(seen, where, among) if seen.layer.index == 1 else None  # noqa: E731
+            with torch.no_grad(), bsa.observe(model, see):
+                for image in some:
+                    features(model, image)
+            own = candidates.static(candidates.order_of_dropping(found, where, among), where)
+            return torch.stack([torch.stack([mask for _, mask in head]) for head in own])
+
+        halves = [found_on(given[1::2]), found_on(given[::2])]
+        assert not torch.equal(*halves)
+        assert [mask.shape for mask in used] == [(*halves[0].shape[:1], 13, *halves[0].shape[2:])] * 5  # dense first
+        assert all(torch.equal(mask[:, 1:], halves[i % 2]) for i, mask in enumerate(used))
+        of_all = torch.stack([torch.stack([mask for _, mask in head[1:]]) for head in tuned.options[0]])
+        assert torch.equal(of_all, found_on(given))
+        assert calibration.blocks == []  # what is large is not kept
 
     def test_only_some_layers(self):
         model = models.make("dinov3")

@@ -20,11 +20,12 @@ from scipy.stats import binom
 
 import bsa_vision as bsa
 from bsa_vision import features as features_module
-from bsa_vision.tuning import calibration, tune
-from bsa_vision.tuning.calibration import Calibration, Store, _loss, digest
+from bsa_vision.tuning import store, tune
+from bsa_vision.tuning.calibration import _loss
 from bsa_vision.tuning.certificate import mean_at_most, share_above
 from bsa_vision.tuning.processes import collect, share
 from bsa_vision.tuning.statistics import BlockStatistics
+from bsa_vision.tuning.store import Calibration, Store, digest
 from masks import Pattern, TokenLayout
 from tests import models, neighbours
 from tests.test_commands import run
@@ -63,7 +64,8 @@ def stop_at(step):
 class TestStatisticsFile:
     @pytest.fixture(autouse=True)
     def saved_every_time(self, monkeypatch):
-        monkeypatch.setattr(calibration, "SECONDS", 0.0)
+        monkeypatch.setattr(store, "SECONDS", 0.0)
+        monkeypatch.setattr(store, "PART", 1e9)
 
     @pytest.mark.parametrize("step", [0, 1, 3, 5, 9, 12])
     def test_stopped_and_resumed(self, tmp_path, step):
@@ -143,14 +145,18 @@ class TestStatisticsFile:
     def test_written_and_read(self, tmp_path):
         layout = TokenLayout((4, 6), start=1, order="tile", tile=(2, 3), block_size=5)
         among = torch.arange(6).view(1, 2, 3)
-        blocks = [BlockStatistics.empty(2, layout, 3)]
-        kept = Calibration({"a": [1, 2]}, layout, compared=[among], blocks=blocks, weights=[[0.1, 0.2]])
+        blocks, dropping = [BlockStatistics.empty(2, layout, 3)], [torch.rand(3, 2, 6, 6)]
+        kept = Calibration(
+            {"a": [1, 2]}, layout, compared=[among], blocks=blocks, dropping=dropping, weights=[[0.1, 0.2]]
+        )
         kept.blocks[0].drop += torch.rand(kept.blocks[0].drop.shape)
         (tmp_path / "file").write_bytes(kept.dumps())
         read = Calibration.load(tmp_path / "file")
         assert (read.identity, read.layout, read.weights, read.done) == (kept.identity, layout, [[0.1, 0.2]], kept.done)
         assert torch.equal(read.blocks[0].drop, kept.blocks[0].drop)
         assert torch.equal(read.compared[0], among)
+        assert torch.equal(read.dropping[0], dropping[0])
+        assert read.totals == []
 
     @settings(max_examples=30)
     @given(st.lists(st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=3), min_size=1, max_size=3))
@@ -169,7 +175,7 @@ def the_same_model():
 def killed_run(folder):
     """`bsa-vision tune` in a process of its own, killed while candidates are measured."""
     slow = (
-        "import time, bsa_vision.tuning.calibration as c; from bsa_vision import cli; c.SECONDS = 0.0; "
+        "import time, bsa_vision.tuning.calibration as c, bsa_vision.tuning.store as s; from bsa_vision import cli; s.SECONDS, s.PART = 0.0, 1e9; "
         "add = c.CandidateErrors.add; c.CandidateErrors.add = lambda *a: (time.sleep(0.3), add(*a))[1]; cli.main({})"
     )
     line = f"tune tests.test_tuning_runs:the_same_model {folder}/photos -o {folder}/plan.json --sparsity 0.3 --tile 2x4 --block-size 8"

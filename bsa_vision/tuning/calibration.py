@@ -5,27 +5,21 @@
     candidates    pass 2: what each candidate does to the output of its head (`CandidateErrors`)
     weights       how much the target feels each layer: the error with half of that layer's blocks skipped, and of all layers together
 
-Two passes because the best blocks must be known before what is left of the output without them can be computed exactly.
+Two passes because the best blocks must be known before what is left of the output without them can be computed exactly. Best blocks are
+found once from all images, for the plan, and once from each half of them, to be judged on the other half: on images that they were
+found on they look better than they are (cross-fitting).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bsa_vision import files
 from bsa_vision.adapters import Observation, inspect, observe
 from bsa_vision.errors import PlanError
 from bsa_vision.model_spec import LayerSpec, ModelSpec
@@ -33,179 +27,14 @@ from bsa_vision.plan import PatternLike
 from bsa_vision.tuning import candidates as table
 from bsa_vision.tuning import processes
 from bsa_vision.tuning.statistics import BlockStatistics, CandidateErrors, Sums
+from bsa_vision.tuning.store import Calibration, Store
 from bsa_vision.tuning.trial import Target, Tuned, make_plan, target_errors
 from masks import Pattern, TokenLayout
 
-FORMAT, VERSION = "bsa-vision/statistics", 1
 KEPT = (0.25, 0.5)  # of the blocks, when orders are compared
 LOOK = 2  # images of a first look, on which orders are compared
-SECONDS = 5.0  # between two savings
 
 OnStep = Callable[[str, int, int], None]  # what is done, how much of it, of how much
-
-
-@dataclass
-class Calibration:
-    """Sums over the first images, as many as `done` says, and the weights of the first layers.
-
-    identity  what the sums are of: the model, its weights, the images, the options
-    witness   size and length of the target of the first image: functions have no name that tells them apart
-    orders    what each order would lose, where orders were compared
-    compared  [layer]: (H, R, K) blocks of each row that are compared with each other
-    weights   per layer, and of all together at last: the target's error for each of some images
-    """
-
-    identity: Mapping[str, Any]
-    layout: TokenLayout | None = None
-    witness: list[float] = field(default_factory=list)
-    orders: list[dict[str, Any]] = field(default_factory=list)
-    compared: list[Tensor] = field(default_factory=list)
-    blocks: list[BlockStatistics] = field(default_factory=list)
-    candidates: list[CandidateErrors] = field(default_factory=list)
-    weights: list[list[float]] = field(default_factory=list)
-    done: dict[str, int] = field(default_factory=lambda: {"blocks": 0, "candidates": 0})
-
-    def dumps(self) -> bytes:
-        """As a safetensors file."""
-        from safetensors.torch import save
-
-        tensors = {
-            f"{kind}.{index}.{name}": tensor
-            for kind, all_sums in (("blocks", self.blocks), ("candidates", self.candidates))
-            for index, sums in enumerate(all_sums)
-            for name, tensor in sums.tensors().items()
-        }
-        tensors |= {f"compared.{index}": tensor.contiguous() for index, tensor in enumerate(self.compared)}
-        about = {
-            "identity": self.identity,
-            "layout": None if self.layout is None else asdict(self.layout),
-            "witness": self.witness,
-            "orders": self.orders,
-            "weights": self.weights,
-            "done": self.done,
-        }
-        return save(tensors, {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about)})
-
-    @classmethod
-    def load(cls, path: Path) -> Calibration:
-        """ValueError for a file that is none, or of another version."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
-                raise ValueError(f"format {metadata.get('format')!r}, version {metadata.get('version')!r}")
-            return cls._of(tensors, json.loads(metadata["about"]))
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} holds no statistics that this bsa-vision reads ({error}): give another file, or delete it to start anew."
-            ) from None
-
-    @classmethod
-    def _of(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Calibration:
-        layout = about.pop("layout")
-        if layout is not None:
-            grid, tile = tuple(layout.pop("grid")), tuple(layout.pop("tile"))
-            layout = TokenLayout(grid, tile=tile, **layout)
-        compared = [
-            tensors.pop(f"compared.{index}") for index in range(sum(x.startswith("compared.") for x in tensors))
-        ]
-        return cls(
-            layout=layout,
-            compared=compared,
-            blocks=_sums(BlockStatistics, "blocks", tensors),
-            candidates=_sums(CandidateErrors, "candidates", tensors),
-            **about,
-        )
-
-
-def _sums(kind: Any, prefix: str, tensors: Mapping[str, Tensor]) -> list[Any]:
-    """What `Calibration.dumps` wrote of one kind, layer by layer."""
-    found: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        own, index, attribute = name.split(".")
-        if own == prefix:
-            found.setdefault(int(index), {})[attribute] = tensor
-    return [kind(**found[index]) for index in sorted(found)]
-
-
-class Store:
-    """The file of a calibration, written by the first process; None = it is kept in memory only."""
-
-    def __init__(self, path: str | os.PathLike[str] | None) -> None:
-        self.path = None if path is None else Path(path)
-        if self.path is not None and (self.path.is_dir() or not self.path.resolve().parent.is_dir()):
-            raise ValueError(f"statistics={str(path)!r}: expected a file in a folder that is there; give such a path.")
-        self.saved = time.monotonic()
-
-    def open(self, identity: Mapping[str, Any], resume: bool) -> Calibration:
-        """What is in the first process's file, where one may go on from it; otherwise nothing yet.
-
-        FileExistsError for a file and no `resume`, ValueError for one made of something else.
-        """
-        found: Calibration | Exception | None = None
-        if processes.place()[0] == 0:
-            try:
-                found = self._open(identity, resume)
-            except (ValueError, OSError) as error:
-                found = error
-        found = processes.of_the_first(found)
-        if isinstance(found, Exception):
-            raise found
-        assert found is not None
-        return found
-
-    def _open(self, identity: Mapping[str, Any], resume: bool) -> Calibration:
-        if self.path is None or not self.path.exists():
-            return Calibration(identity)
-        if not resume:
-            raise FileExistsError(
-                f"{self.path} holds statistics already: resume=True (--resume) goes on from them, for any budget; or delete the file."
-            )
-        found = Calibration.load(self.path)
-        other = [name for name, value in identity.items() if found.identity.get(name) != value]
-        if other:
-            was = ", ".join(f"{name} {found.identity.get(name)!r} instead of {identity[name]!r}" for name in other)
-            raise ValueError(f"{self.path} holds statistics of something else: {was}; give another file or delete it.")
-        return found
-
-    def save(self, calibration: Calibration, now: bool = False) -> None:
-        """Every few seconds, or now. A file that cannot be written costs a warning, and not what was measured."""
-        if self.path is None or processes.place()[0] or (not now and time.monotonic() - self.saved < SECONDS):
-            return
-        try:
-            files.write(self.path, calibration.dumps())
-        except OSError as error:
-            warnings.warn(
-                f"statistics could not be saved to {self.path} ({error}): tuning goes on without; what was saved before is still there.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            self.path = None
-        self.saved = time.monotonic()
-
-
-def digest(items: Iterable[Any]) -> str:
-    """Of the contents of tensors, wherever they are in these items."""
-    found = hashlib.sha256()
-    for item in items:
-        if isinstance(item, Tensor):
-            found.update(f"{tuple(item.shape)} {item.dtype}".encode())
-            found.update(item.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        elif hasattr(item, "__array_interface__"):  # arrays, photographs
-            found.update(digest([torch.from_numpy(np.array(item))]).encode())
-        elif isinstance(item, Mapping):
-            found.update(digest(x for pair in item.items() for x in pair).encode())
-        elif isinstance(item, (list, tuple)):
-            found.update(digest(item).encode())
-        else:
-            found.update(repr(item).encode())
-    return found.hexdigest()[:16]
-
-
-# The passes
 
 
 @dataclass(frozen=True)
@@ -237,33 +66,28 @@ def calibrate(
     passes = _Passes(model, images, calibration, store, options.layers, options.target, on_step)
     if calibration.layout is None:
         passes.choose_layout(spec, options.layout)
-    assert calibration.layout is not None
-    where = calibration.layout
-    if not calibration.blocks:
-        calibration.blocks = [BlockStatistics.empty(x.shape[0], where, x.shape[-1]) for x in calibration.compared]
-    passes.run(
-        "blocks", calibration.blocks, lambda sums, index, seen: sums.add(seen, where, calibration.compared[index])
-    )
-    found = [
-        _options(options.names, own, where, among)
-        for own, among in zip(calibration.blocks, calibration.compared, strict=True)
-    ]
-    masks = [torch.stack([torch.stack([mask for _, mask in head]) for head in layer]) for layer in found]
-    if not calibration.candidates:
-        calibration.candidates = [CandidateErrors.empty(*mask.shape[:2]) for mask in masks]
-    passes.run(
-        "candidates",
-        calibration.candidates,
-        lambda sums, index, seen: sums.add(seen, where, masks[index].to(seen.q.device)),
-    )
+    passes.find_blocks()
+    passes.judge(options.names)
+    dropping, where = calibration.dropping, calibration.layout
+    assert where is not None
     alone = tuple(
-        own.error / blocks.total.clamp(min=1e-300)
-        for own, blocks in zip(calibration.candidates, calibration.blocks, strict=True)
+        own.error / total.clamp(min=1e-300)
+        for own, total in zip(calibration.candidates, calibration.totals, strict=True)
     )
-    tuned = Tuned(
-        spec, where, options.layers, tuple(found), alone, alone, tuple(x.kept for x in calibration.candidates)
-    )
-    return replace(tuned, errors=passes.weigh(tuned))
+    kept = tuple(own.kept for own in calibration.candidates)
+    found, *halves = [
+        Tuned(
+            spec,
+            where,
+            options.layers,
+            _options(options.names, [own[which] for own in dropping], where),
+            alone,
+            alone,
+            kept,
+        )
+        for which in range(len(dropping[0]))
+    ]
+    return replace(found, errors=passes.weigh(halves))
 
 
 @dataclass(frozen=True)
@@ -277,6 +101,11 @@ class _Passes:
     layers: tuple[LayerSpec, ...]
     target: Target
     on_step: OnStep
+
+    @property
+    def halves(self) -> int:
+        """Image i is of half i modulo this; a single image is all there is to find blocks on and to be judged on."""
+        return min(2, len(self.images))
 
     def choose_layout(self, spec: ModelSpec, options: Mapping[str, Any]) -> None:
         """The layout of these images, with order="auto" the one that loses least, and the blocks to compare.
@@ -323,8 +152,56 @@ class _Passes:
         compared = [table.compared(found[best][layer.key], best) for layer in self.layers]
         self.calibration.layout, self.calibration.compared = processes.of_the_first((best, compared))
 
-    def run(self, name: str, sums: Sequence[Sums], add: Callable[[Any, int, Observation], None]) -> None:
-        """Every image from the first that is not done on, one for each process at a time."""
+    def find_blocks(self) -> None:
+        """Pass 1, and in which order each head would drop its blocks."""
+        where, compared, state = self.calibration.layout, self.calibration.compared, self.calibration
+        assert where is not None
+        if state.dropping:
+            return
+        layers = len(self.layers)
+        if not state.blocks:
+            state.blocks = [
+                BlockStatistics.empty(own.shape[0], where, own.shape[-1])
+                for _ in range(self.halves)
+                for own in compared
+            ]
+        self.run(
+            "blocks",
+            state.blocks,
+            lambda sums, half, index, seen: sums[half * layers + index].add(seen, where, compared[index]),
+        )
+        for index, among in enumerate(compared):
+            of_half = state.blocks[index::layers]
+            together = sum(of_half[1:], of_half[0])
+            found_on = [together, *reversed(of_half)]  # each half is judged by what the other one shows
+            state.dropping.append(torch.stack([table.order_of_dropping(own, where, among).float() for own in found_on]))
+            state.totals.append(together.total)
+        state.blocks = []
+        self.store.save(state, now=True)
+
+    def judge(self, names: Sequence[str]) -> None:
+        """Pass 2."""
+        where, state = self.calibration.layout, self.calibration
+        assert where is not None
+        masks = [
+            [
+                torch.stack(
+                    [torch.stack([mask for _, mask in head]) for head in _layer_options(names, own[1 + half], where)]
+                )
+                for own in state.dropping
+            ]
+            for half in range(self.halves)
+        ]
+        if not state.candidates:
+            state.candidates = [CandidateErrors.empty(*mask.shape[:2]) for mask in masks[0]]
+        self.run(
+            "candidates",
+            state.candidates,
+            lambda sums, half, index, seen: sums[index].add(seen, where, masks[half][index].to(seen.q.device)),
+        )
+
+    def run(self, name: str, sums: Sequence[Any], add: Callable[[Sequence[Any], int, int, Observation], None]) -> None:
+        """Every image from the first that is not done on, one for each process at a time; add(sums, half, layer, what was seen)."""
         own, count = processes.place()
         index_of = {layer.key: index for index, layer in enumerate(self.layers)}
         done, layout = self.calibration.done, self.calibration.layout
@@ -336,7 +213,7 @@ class _Passes:
             index = index_of.get(seen.layer.key)
             if index is not None:
                 _same_size(replace(layout, grid=seen.grid), layout, seen)
-                add(fresh[index], index, seen)
+                add(fresh, (done[name] + own) % self.halves, index, seen)
 
         with observe(self.model, see):
             while done[name] < len(self.images):
@@ -355,31 +232,41 @@ class _Passes:
     def _look_at(self, images: Sequence[Any]) -> list[Tensor]:
         return [self.target(self.model, image) for image in images]
 
-    def weigh(self, tuned: Tuned) -> tuple[Tensor, ...]:
+    def weigh(self, halves: Sequence[Tuned]) -> tuple[Tensor, ...]:
         """Errors of candidates as shares of the target's squared length: those of layers times what the target feels of each.
 
-        That is measured with half of a layer's blocks skipped, and scaled so that it is right for all layers together.
+        That is measured with half of a layer's blocks skipped, and scaled so that it is right for all layers together. `halves` have the
+        candidates that each half of the images is judged by.
         """
-        layers = len(self.layers)
-        some = self.images[: max(1, 2 * len(self.images) // (layers + 1))]
-        halves = [[_nearest_half(head) for head in own] for own in tuned.options]
+        layers, alone = len(self.layers), halves[0].alone
+        images = self.images[: max(1, 2 * len(self.images) // (layers + 1))]
+        own = [processes.share(images[half :: len(halves)]) for half in range(len(halves))]
+        picks = [[_nearest_half(head) for head in heads] for heads in halves[0].options]
         expected = [
-            sum(float(error[head, pick]) for head, pick in enumerate(picks))
-            for error, picks in zip(tuned.alone, halves, strict=True)
+            sum(float(error[head, pick]) for head, pick in enumerate(picked))
+            for error, picked in zip(alone, picks, strict=True)
         ]
-        weights, own = self.calibration.weights, processes.share(some)
-        references = processes.together(partial(self._look_at, own)) if len(weights) <= layers else []
+        weights = self.calibration.weights
+        references = (
+            [processes.together(partial(self._look_at, some)) for some in own] if len(weights) <= layers else []
+        )
         while len(weights) <= layers:
             now = len(weights)  # the last one is for all layers
-            picks = [half if now in (index, layers) else [0] * len(half) for index, half in enumerate(halves)]
-            weights.append(target_errors(self.model, make_plan(tuned, picks), own, references, self.target))
+            tried = [picked if now in (index, layers) else [0] * len(picked) for index, picked in enumerate(picks)]
+            weights.append(
+                [
+                    error
+                    for half, some, dense in zip(halves, own, references, strict=True)
+                    for error in target_errors(self.model, make_plan(half, tried), some, dense, self.target)
+                ]
+            )
             self.store.save(self.calibration, now=now == layers)
             self.on_step("how much each layer matters", len(weights), layers + 1)
         felt = [sum(error**2 for error in errors) / len(errors) for errors in weights]
         together = felt[-1] / max(sum(felt[:-1]), 1e-300)
         return tuple(
             error * (together * here / max(share, 1e-300))
-            for error, here, share in zip(tuned.alone, felt, expected, strict=False)
+            for error, here, share in zip(alone, felt, expected, strict=False)
         )
 
 
@@ -433,15 +320,20 @@ def _same_size(layout: TokenLayout, first: TokenLayout, seen: Observation) -> No
         )
 
 
-def _options(names: Sequence[str], statistics: BlockStatistics, layout: TokenLayout, among: Tensor) -> Any:
+def _options(names: Sequence[str], dropping: Sequence[Tensor], layout: TokenLayout) -> Any:
+    """[layer][head]: (pattern, mask) of every candidate; `dropping` is (H, R, C) for each layer."""
+    return tuple(_layer_options(names, own, layout) for own in dropping)
+
+
+def _layer_options(names: Sequence[str], dropping: Tensor, layout: TokenLayout) -> Any:
     """[head]: (pattern, mask) of every candidate, dense first; as many for each head."""
     dense = (None, torch.ones(layout.num_blocks, layout.num_blocks, dtype=torch.bool, device="cpu"))
     shared = table.geometric(names, layout)
-    own: list[list[tuple[PatternLike | None, Tensor]]] = [[] for _ in statistics.mass]
+    own: list[list[tuple[PatternLike | None, Tensor]]] = [[] for _ in dropping]
     if "static" in names:
         own = [
             [dense if mask.all() else (pattern, mask) for pattern, mask in head]
-            for head in table.static(statistics, layout, among)
+            for head in table.static(dropping, layout)
         ]
     return tuple((dense, *shared, *head) for head in own)
 

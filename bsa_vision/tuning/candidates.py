@@ -47,15 +47,14 @@ def compared(statistics: BlockStatistics, layout: TokenLayout) -> Tensor:
     return _forced(statistics, layout).topk(COMPARED).indices
 
 
-def static(statistics: BlockStatistics, layout: TokenLayout, among: Tensor) -> list[list[tuple[PatternLike, Tensor]]]:
-    """Per head, the best blocks at each of `DENSITIES`; `among` is what `statistics.gram` is about."""
-    score = order_of_dropping(statistics, layout, among)
-    maps = [[_highest(head, density) for density in DENSITIES] for head in score]
+def static(dropping: Tensor, layout: TokenLayout) -> list[list[tuple[PatternLike, Tensor]]]:
+    """Per head, the best blocks at each of `DENSITIES`: those that `order_of_dropping` (H, R, C) drops last."""
+    maps = [[_highest(head, density) for density in DENSITIES] for head in dropping]
     return [[(Static(mask, layout), mask) for mask in head] for head in maps]
 
 
 def order_of_dropping(statistics: BlockStatistics, layout: TokenLayout, among: Tensor) -> Tensor:
-    """(H, R, C) float64: the higher, the later a block is dropped; infinite: never.
+    """(H, R, C) float64: the higher, the later a block is dropped; infinite: never. `among` is what `statistics.gram` is about.
 
     In each row, block by block, the one whose loss adds least to the squared change of the output by all blocks dropped so far: y^T G y / m^2 with
     y the blocks kept, G their products and m the mass they keep. (All blocks together change nothing, so those kept change as much as those

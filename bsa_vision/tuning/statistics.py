@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +27,18 @@ from masks import TokenLayout
 BINS = 100  # of the histograms of kept attention
 WORKING_MEMORY = 2 * 2**20  # bytes; one block of queries is worked on in any case
 
+T = TypeVar("T", bound="Sums")
+
 
 class Sums:
     """float64 tensors on the CPU that add up over images, whoever saw them."""
 
     def tensors(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+    def __add__(self: T, other: T) -> T:
+        theirs = other.tensors()
+        return type(self)(**{name: tensor + theirs[name] for name, tensor in self.tensors().items()})
 
 
 def _zeros(*shape: int) -> Tensor:

@@ -22,10 +22,11 @@ from bsa_vision.model_spec import LayerSpec
 from bsa_vision.plan import SparsityPlan
 from bsa_vision.tuning import candidates as table
 from bsa_vision.tuning import processes
-from bsa_vision.tuning.calibration import OnStep, Options, Store, calibrate, digest, layers_to_tune
+from bsa_vision.tuning.calibration import OnStep, Options, calibrate, layers_to_tune
 from bsa_vision.tuning.certificate import mean_at_most
 from bsa_vision.tuning.findings import describe
 from bsa_vision.tuning.solve import Choice, solve
+from bsa_vision.tuning.store import Store, digest
 from bsa_vision.tuning.trial import Picks, Target, Tuned, layer_errors, make_plan, target_errors, time_plan
 from masks import TokenLayout
 
@@ -81,7 +82,7 @@ def tune(
     name, wanted = _asked({"sparsity": sparsity, "max_error": max_error, "speedup": speedup})
     images = list(images)
     _check_images(images, target)
-    chosen, kept_back = _split(images, verify, seed)
+    chosen, kept_back = split(images, verify, seed)
     if name == "max_error" and len(kept_back) < 2:
         raise ValueError(
             f"{len(images)} images, of which 1 is kept back: one image says nothing about how far others are from it; give max_error more images "
@@ -167,7 +168,7 @@ def _check_images(images: Sequence[Any], target: Target) -> None:
         )
 
 
-def _split(images: list[Any], verify: float, seed: int) -> tuple[list[Any], list[Any]]:
+def split(images: list[Any], verify: float, seed: int) -> tuple[list[Any], list[Any]]:
     """Those to choose on, those kept back."""
     if len(images) < 2:
         raise ValueError(
