@@ -59,6 +59,12 @@ def run_table(block_mask: Tensor, size: int, num_q: int, num_k: int) -> RunTable
     return RunTable(bounds.int(), run_at.int().contiguous(), tokens.int().contiguous())
 
 
+def block_lists(block_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., R, C) bool -> (..., R) int32 how many key blocks each row keeps, and (..., R, C) int32 which: those first, ascending."""
+    order = (~block_mask).to(torch.uint8).argsort(dim=-1, stable=True)
+    return block_mask.sum(-1, dtype=torch.int32), order.int()
+
+
 def _merged_runs(block_mask: Tensor, size: int, num_k: int) -> tuple[Tensor, Tensor]:
     """Adjacent kept blocks merged: (runs,) index of the row, over images, heads and rows; (runs, 2) first and past the last token."""
     edges = torch.nn.functional.pad(block_mask.to(torch.int8), (1, 1)).diff(dim=-1).flatten(0, 2)

@@ -32,7 +32,7 @@ def attend(problem: Problem, backend: str) -> Result:
         if backend == "gather" and compiled.why_not(problem) is None:
             return gather.run(_with_order(problem))
         layout, _ = _layouts(problem)
-        out, lse, probs = BACKENDS[backend].run(_ordered(problem))
+        out, lse, probs = BACKENDS[backend].run(_ordered(problem, rel_pos=backend != "flex"))
     if layout is not None:
         # Token by token in memory, as backends lay it out and projections read it.
         out = restore_tokens(out.transpose(1, 2), layout, dim=1).transpose(1, 2)  # (B, H, N, D)
@@ -57,16 +57,18 @@ def _with_order(problem: Problem) -> Problem:
     return replace(problem, order_q=order_q, order_k=order_k, key_row=key_row, key_column=key_column)
 
 
-def _ordered(problem: Problem) -> Problem:
-    """`problem` with its tokens in packed order."""
+def _ordered(problem: Problem, rel_pos: bool = True) -> Problem:
+    """`problem` with its tokens in packed order; without `rel_pos` that one stays in model order, with the order to find it by."""
     layout, kv_layout = _layouts(problem)
-    rel_pos = problem.rel_pos
-    if rel_pos is not None:
-        rel_pos = RelPos(*(order_tokens(term, layout) for term in rel_pos))
+    terms, order_q = problem.rel_pos, None
+    if terms is not None and rel_pos:
+        terms = RelPos(*(order_tokens(term, layout) for term in terms))
+    elif terms is not None and layout is not None:
+        order_q = token_index(layout, problem.q.device)
     q = order_tokens(problem.q, layout)
     k, v = (order_tokens(x, kv_layout) for x in (problem.k, problem.v))
     key_row, key_column = _key_places(problem, ordered=kv_layout is not None)
-    return replace(problem, q=q, k=k, v=v, rel_pos=rel_pos, key_row=key_row, key_column=key_column)
+    return replace(problem, q=q, k=k, v=v, rel_pos=terms, order_q=order_q, key_row=key_row, key_column=key_column)
 
 
 def _key_places(problem: Problem, ordered: bool) -> tuple[Optional[Tensor], Optional[Tensor]]:

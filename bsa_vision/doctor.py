@@ -23,6 +23,7 @@ LIBRARIES = {
     "segment_anything": ("segment-anything", "models"),
     "sam2": ("sam2", "models"),
     "block_sparse_attn": ("block-sparse-attn", "the kernel backend"),
+    "cudnn": ("nvidia-cudnn-frontend", "the cudnn backend"),
     "safetensors": ("safetensors", "checkpoints"),
     "matplotlib": ("matplotlib", "pictures"),
     "rich": ("rich", "the command line"),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from bsa_vision.block_rows import BlockRow, RunTable, block_rows, run_table
 from bsa_vision.cache import Cache
 from masks import TokenLayout
+
+T = TypeVar("T")
 
 
 class Handled:
@@ -171,6 +173,10 @@ class HeadMasks(Handled):
         key = ("run_table", num_q, num_k, causal)
         mask = self.block_mask(num_q, num_k, causal=causal)
         return self._cache.get(key, lambda: run_table(mask, self.block_size, num_q, num_k))
+
+    def remember(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` makes of these masks, made once: backends keep the masks in their own terms here."""
+        return self._cache.get(key, make)
 
     def kept_pairs(self, num_q: int, num_k: int) -> tuple[int, ...]:
         """Query-key pairs each head computes, ragged last blocks counted as they are; the mean over mask images."""

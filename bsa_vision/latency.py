@@ -8,22 +8,24 @@ A plan is pruned and described with it; no forward ever looks at it, because spe
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bsa_vision import files
+from bsa_vision import cache_file
 from bsa_vision.attention import sparse_attention
-from bsa_vision.backends import compiled
+from bsa_vision.backends import BACKENDS, BY_NAME_ONLY, compiled, costs
+from bsa_vision.backends.costs import Cost
+from bsa_vision.errors import BackendUnavailable
 from bsa_vision.head_masks import DENSE, HeadMasks
+from bsa_vision.rel_pos import RelPos
 from bsa_vision.timing import paired
 from masks import TokenLayout, random_blocks, stack_heads
 
@@ -141,7 +143,29 @@ def _seconds(head_dim: int, dtype: torch.dtype, device: torch.device) -> dict[st
         "few, sparse": sparse(few, one_block),
     }
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        return {name: timing.median for name, timing in paired(calls, rounds=7, warmup=2).items()}
+        calls |= _other_dense(many, device)
+        found = {name: timing.median for name, timing in paired(calls, rounds=7, warmup=2).items()}
+    found["dense"] = min(seconds for name, seconds in found.items() if name.startswith("dense"))
+    return found
+
+
+def _other_dense(tensors: tuple[Tensor, ...], device: torch.device) -> dict[str, Callable[[], object]]:
+    """On a GPU: each of torch's kernels by itself, those that take these tensors. What torch prefers is not always the fastest."""
+    q, k, v = tensors
+
+    def run(kind: SDPBackend) -> Tensor:
+        with sdpa_kernel(kind):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    found: dict[str, Callable[[], object]] = {}
+    for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        if device.type == "cuda":
+            try:
+                run(kind)
+            except RuntimeError:
+                continue
+            found[f"dense, {kind.name}"] = partial(run, kind)
+    return found
 
 
 def describe_machine(head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
@@ -165,16 +189,9 @@ def _cpu_name() -> str:
     return platform.processor() or "CPU"
 
 
-# Remembered in a file, because a second at the start of every process would be felt
+# Remembered in a file
 
-
-def cache_file() -> Path | None:
-    """Where constants are kept: `BSA_VISION_CACHE`, or a folder of the user's cache; None for a user without a home."""
-    folder = os.environ.get("BSA_VISION_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "bsa-vision"
-    try:
-        return Path(folder).expanduser() / "latency.json"
-    except RuntimeError:
-        return None
+FILE = "latency.json"
 
 
 def latency(
@@ -182,13 +199,18 @@ def latency(
 ) -> Latency:
     """What attention costs on this machine: as remembered, or (`anew`: in any case) measured now and remembered.
 
-    Measuring takes a second or two and wants the machine for itself.
+    Measuring takes a second or two and wants the machine for itself. On a GPU every backend that can is measured first (`measure_backends`),
+    which compiles kernels and takes longer; from then on `backend="auto"` takes the one that costs least.
     """
-    what = describe_machine(head_dim, dtype, torch.device(device))
+    device = torch.device(device)
+    what = describe_machine(head_dim, dtype, device)
     known = _known.get(what) or _read().get(what)
     if known is None or anew:
+        if device.type == "cuda":
+            measure_backends(head_dim, dtype, device)
         known = measure(head_dim, dtype, device)
-        _write({**_read(), what: known})
+        kept = {one.what: asdict(one) for one in (*_read().values(), replace(known, what=what))}
+        cache_file.write(FILE, {name: {k: x for k, x in entry.items() if k != "what"} for name, entry in kept.items()})
     _known[what] = known
     return known
 
@@ -198,28 +220,82 @@ _known: dict[str, Latency] = {}
 
 def _read() -> dict[str, Latency]:
     """What the file holds; without entries that are not ours or of another version."""
-    path = cache_file()
-    try:
-        entries = json.loads(path.read_text()) if path else {}
-    except (OSError, ValueError):
-        return {}
     names = {field.name for field in fields(Latency)} - {"what"}
     return {
         what: Latency(what=what, **entry)
-        for what, entry in (entries.items() if isinstance(entries, dict) else ())
+        for what, entry in cache_file.read(FILE).items()
         if isinstance(entry, dict) and set(entry) == names and all(isinstance(x, (int, float)) for x in entry.values())
     }
 
 
-def _write(known: dict[str, Latency]) -> None:
-    """Replace the file; where it cannot be written, the next process measures again."""
-    names = [field.name for field in fields(Latency) if field.name != "what"]
-    entries = {what: {name: asdict(one)[name] for name in names} for what, one in sorted(known.items())}
-    path = cache_file()
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write(path, json.dumps(entries, indent=2).encode())
-    except OSError:
-        pass
+# Backend by backend
+
+
+def measure_backends(
+    head_dim: int = 64, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> dict[str, dict[str, Cost]]:
+    """What a call costs with each backend that can, with and without relative position; `backend="auto"` goes by it on GPUs.
+
+    Returns {situation: {backend: cost}}, and remembers it.
+    """
+    found = {}
+    for with_rel_pos in (False, True):
+        what = costs.describe(torch.device(device), dtype, head_dim, with_rel_pos)
+        found[what] = _costs(head_dim, dtype, torch.device(device), with_rel_pos)
+        costs.remember(what, found[what])
+    return found
+
+
+@torch.no_grad()
+def _costs(head_dim: int, dtype: torch.dtype, device: torch.device, with_rel_pos: bool) -> dict[str, Cost]:
+    """Three calls of each backend, all in alternation: one block, many blocks of which some are kept, and all of them."""
+    few, some, every = (_square(side, density) for side, density in ((SMALL, 1.0), (LARGE, DENSITY), (LARGE, 1.0)))
+    calls: dict[str, Callable[[], object]] = {}
+    for size, masks in (("few", few), ("some", some), ("every", every)):
+        assert masks.layout is not None
+        tensors, rel_pos = _tensors(masks.layout, head_dim, dtype, device, with_rel_pos)
+        for name in BACKENDS:
+            if name in ("reference", *BY_NAME_ONLY):
+                continue
+            call = partial(sparse_attention, *tensors, masks, rel_pos=rel_pos, backend=name)
+            try:
+                call()
+            except BackendUnavailable:
+                continue
+            calls[f"{name} {size}"] = call
+    sizes = ("few", "some", "every")
+    names = [name for name in BACKENDS if all(f"{name} {size}" in calls for size in sizes)]
+    wanted = {f"{name} {size}": calls[f"{name} {size}"] for name in names for size in sizes}
+    with torch.autocast(device.type, enabled=False):
+        times = {name: timing.median for name, timing in paired(wanted, rounds=7, warmup=2).items()}
+    return {name: _cost(times[f"{name} few"], times[f"{name} some"], times[f"{name} every"], some) for name in names}
+
+
+def _cost(few: float, some: float, every: float, masks: HeadMasks) -> Cost:
+    assert masks.layout is not None
+    tokens = masks.layout.num_tokens
+    rows, kept, pairs = HEADS * tokens // 128, sum(masks.kept_pairs(tokens, tokens)), HEADS * tokens**2
+    pair = max((every - some) / (pairs - kept), 0.0)
+    return Cost(few, max(some - few - pair * kept, 0.0) / rows, pair)
+
+
+SMALL, LARGE = (8, 16), (32, 64)  # patches: one block, and 16
+
+
+def _square(grid: tuple[int, int], density: float) -> HeadMasks:
+    """Nothing dense: what a backend does with masks is measured, even where they keep everything."""
+    layout = TokenLayout(grid, order="tile")
+    heads = [random_blocks(layout, 1 - density, seed=0, stream=head) for head in range(HEADS)]
+    return HeadMasks(stack_heads(heads, 1), layout=layout)
+
+
+def _tensors(
+    layout: TokenLayout, head_dim: int, dtype: torch.dtype, device: torch.device, with_rel_pos: bool
+) -> tuple[tuple[Tensor, Tensor, Tensor], RelPos | None]:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(width: int) -> Tensor:
+        return torch.randn(1, HEADS, layout.num_tokens, width, generator=generator, device=device).to(dtype)
+
+    tensors = (random(head_dim), random(head_dim), random(head_dim))
+    return tensors, RelPos(random(layout.grid[0]), random(layout.grid[1])) if with_rel_pos else None

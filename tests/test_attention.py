@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -665,7 +667,8 @@ def test_named_backends_never_fall_back():
     ):
         bsa.sparse_attention(q, k, v, hm, backend="kernel")
     with pytest.raises(
-        ValueError, match=r"backend='fast': allowed are 'auto', 'kernel', 'gather', 'sdpa', 'reference'"
+        ValueError,
+        match=r"backend='fast': allowed are 'auto', 'kernel', 'cudnn', 'flex', 'gather', 'sdpa', 'reference'",
     ):
         bsa.sparse_attention(q, k, v, hm, backend="fast")
 
@@ -679,7 +682,8 @@ def test_lists_of_unequal_length():
 
 
 def test_backend_table_is_what_the_docs_say():
-    assert list(BACKENDS) == ["kernel", "gather", "sdpa", "reference"]
+    docs = (Path(__file__).parent.parent / "docs" / "backends.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", docs, re.MULTILINE) == list(BACKENDS)
     assert masks is bsa.masks
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from bsa_vision import HeadMasks, RelPos
-from bsa_vision.backends import Problem, choose, gather, kernel, reference
+from bsa_vision.backends import Problem, choose, costs, gather, kernel, reference
+from bsa_vision.errors import BackendUnavailable
 from tests import fake_kernel
 from tests.problems import Varlen, varlens
 
@@ -20,10 +23,12 @@ from tests.problems import Varlen, varlens
 @pytest.fixture(scope="module", autouse=True)
 def installed():
     """The stand-in, importable under the real name."""
-    sys.modules["block_sparse_attn"] = fake_kernel.make_module()
+    modules = fake_kernel.make_modules()
+    sys.modules.update(modules)
     kernel._probe.cache_clear()
     yield
-    del sys.modules["block_sparse_attn"]
+    for name in modules:
+        del sys.modules[name]
     kernel._probe.cache_clear()
 
 
@@ -57,11 +62,75 @@ def test_ragged_problems(varlen):
     assert torch.allclose(lse, expected_lse, atol=1e-3)
 
 
+@settings(max_examples=15, deadline=None)
+@given(varlens(max_tokens=150, exact=False))
+def test_gradients(varlen):
+    """From the mask by columns, which no forward reads."""
+    grads = []
+    for backend in (kernel, reference):
+        problem = problem_of(varlen, torch.float16)
+        leaves = [x.detach().clone().requires_grad_() for x in (problem.q, problem.k, problem.v)]
+        out = backend.run(replace(problem, **dict(zip("qkv", leaves)))).out
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+        grads.append(torch.autograd.grad(out, leaves, grad))
+    for found, expected in zip(*grads):
+        assert torch.allclose(found.float(), expected.float(), atol=0.02 * max(float(expected.abs().max()), 1))
+
+
+def test_no_gradient_of_exact_streaming():
+    problem = uniform([0, -1], 0, streaming_info=[0, 0, 3, 5])
+    q = problem.q.clone().requires_grad_()
+    out = kernel.run(replace(problem, q=q, is_causal=True, exact_streaming=True)).out
+    with pytest.raises(BackendUnavailable, match="no gradient for exact streaming: use backend='reference'"):
+        out.sum().backward()
+
+
+def test_masks_are_converted_once():
+    """And in the kernel's terms: the blocks of each row, the last one first."""
+    problem = uniform([1, 0, 1], 2)
+    first = kernel._converted(problem)
+    assert kernel._converted(replace(problem, q=problem.q + 1)) is first
+    kept = problem.masks.base_blockmask[0, 1, 0].nonzero().flatten().tolist()
+    assert first.rows[0, 1, 0].tolist() == kept[::-1] + [-1] * (2 - len(kept))
+    assert first.types.tolist() == [1, 0, 2]
+    with Counted() as calls:
+        kernel.run(problem)
+    assert not any(
+        name in calls.names for name in ("aten.sort", "aten.argsort", "aten._local_scalar_dense", "aten.nonzero")
+    )
+    with Counted() as calls:  # the twin: making them does sort
+        kernel._convert(problem)
+    assert "aten.sort" in calls.names
+
+
+class Counted(TorchDispatchMode):
+    """Names of the operations outside of the stand-in."""
+
+    def __enter__(self):
+        self.names, self.inside = set(), fake_kernel.forward_operator
+        interface = sys.modules["block_sparse_attn.block_sparse_attn_interface"]
+        interface._wrapped_block_sparse_attn_forward = self.hidden
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        interface = sys.modules["block_sparse_attn.block_sparse_attn_interface"]
+        interface._wrapped_block_sparse_attn_forward = self.inside
+        return super().__exit__(*error)
+
+    def hidden(self, *arguments):
+        with _disable_current_modes():
+            return self.inside(*arguments)
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.names.add(str(function).rpartition(".")[0])
+        return function(*arguments, **(options or {}))
+
+
 def uniform(head_mask_type, slices, dim=16, dtype=torch.float16, batch=2, mask_batch=1, **options) -> Problem:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(batch, len(head_mask_type), 200, dim, generator=generator).to(dtype) for _ in range(3))
     base = torch.rand(mask_batch, slices, 2, 2, generator=generator) < 0.6
-    base |= torch.eye(2, dtype=torch.bool)
+    base = base | torch.eye(2, dtype=torch.bool) if slices else None
     return Problem(q, k, v, HeadMasks(base, head_mask_type, **options), dim**-0.5)
 
 
@@ -134,11 +203,14 @@ def why_not(dim=64, value_dim=None, dtype=torch.bfloat16, device="cuda", block_s
     [
         ({"dim": 136}, "head dim 136 > 128: the kernel would return uninitialised memory"),
         ({"dim": 256}, "head dim 256 > 128"),
-        ({"value_dim": 32}, "needs v as wide as q, got head dims 32 and 64"),
+        ({"value_dim": 160}, "head dim 160 > 128"),
         ({"dtype": torch.float32}, "takes float16 or bfloat16, got torch.float32"),
         ({"device": "cpu"}, "runs on CUDA, the tensors are on cpu"),
         ({"block_size": 64}, "blocks of 128 tokens, the masks have 64"),
-        ({"rel_pos": RelPos(torch.empty(0), torch.empty(0))}, "takes no bias"),
+        (
+            {"rel_pos": RelPos(torch.empty(2, 64), torch.empty(2, 64))},
+            "makes queries 192 wide, more than 128, and without a layout",
+        ),
         ({"exact_streaming": True}, "causal only"),
     ],
 )
@@ -153,8 +225,27 @@ def test_a_gpu_that_is_new_enough_is_served(monkeypatch):
     assert "8.0 or newer" in why_not()
 
 
+def test_another_package_of_that_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    interface = sys.modules["block_sparse_attn.block_sparse_attn_interface"]
+    monkeypatch.delattr(interface, "_wrapped_block_sparse_attn_backward")
+    kernel._probe.cache_clear()
+    try:
+        assert "has no _wrapped_block_sparse_attn_backward: it is not v0.0.2" in why_not()
+    finally:
+        kernel._probe.cache_clear()
+
+
+def test_v_of_another_width():
+    problem = uniform([0, 1], 1, dim=20)
+    problem = replace(problem, v=problem.v[..., :13])
+    assert torch.allclose(kernel.run(problem).out.float(), reference.run(problem).out.float(), atol=5e-3)
+
+
 def test_auto_prefers_the_kernel_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(costs, "known", lambda what: {})
+    monkeypatch.setattr(costs, "describe", lambda *what: "a GPU")
     with FakeTensorMode():
         q = torch.empty(1, 2, 256, 64, dtype=torch.bfloat16, device="cuda")
     base = torch.eye(2, dtype=torch.bool).expand(1, 2, -1, -1)
@@ -183,7 +274,8 @@ def broken(message):
     ],
 )
 def test_a_missing_or_broken_package_is_a_reason(monkeypatch, error, reason):
-    monkeypatch.delitem(sys.modules, "block_sparse_attn")
+    for name in fake_kernel.make_modules():
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [broken(error), *sys.meta_path])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     kernel._probe.cache_clear()

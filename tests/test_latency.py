@@ -9,12 +9,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 import bsa_vision as bsa
-from bsa_vision.latency import Latency, cache_file, measure
+from bsa_vision.backends import BACKENDS, Problem, choose, costs
+from bsa_vision.backends.costs import Cost
+from bsa_vision.cache_file import cache_file
+from bsa_vision.latency import Latency, measure
 from bsa_vision.pruning import better_dense
 from masks import TokenLayout, local_window, stack_heads
 from tests.models import make
+
+
+def latency_file():
+    return cache_file("latency.json")
+
 
 MODULE = __import__("sys").modules["bsa_vision.latency"]
 # Round numbers: a kept pair costs half a dense one, a call and each row of blocks something on top.
@@ -103,7 +112,7 @@ class TestMeasured:
         assert len(calls) == 2
         bsa.latency(head_dim=80)
         assert len(calls) == 3
-        stored = json.loads(cache_file().read_text())
+        stored = json.loads(latency_file().read_text())
         assert stored[what]["dense_pair"] == 1e-9
 
     @pytest.mark.parametrize("content", ["", "[1]", '{"x": 3}', '{"x": {"dense_call": 1}}', "\x00"])
@@ -111,9 +120,9 @@ class TestMeasured:
         monkeypatch.setenv("BSA_VISION_CACHE", str(tmp_path))
         monkeypatch.setattr(MODULE, "_known", {})
         monkeypatch.setattr(MODULE, "measure", lambda *a: ROUND)
-        cache_file().write_text(content)
+        latency_file().write_text(content)
         assert bsa.latency() == ROUND
-        assert len(json.loads(cache_file().read_text())) == 1
+        assert len(json.loads(latency_file().read_text())) == 1
 
     def test_a_place_that_cannot_be_written(self, monkeypatch, tmp_path):
         (tmp_path / "file").write_text("")
@@ -129,16 +138,88 @@ class TestMeasured:
         def no_home(path):
             raise RuntimeError("Could not determine home directory.")
 
-        monkeypatch.setattr(MODULE.Path, "expanduser", no_home)
+        monkeypatch.setattr("pathlib.Path.expanduser", no_home)
         monkeypatch.setattr(MODULE, "_known", {})
         monkeypatch.setattr(MODULE, "measure", lambda *a: ROUND)
-        assert cache_file() is None
+        assert latency_file() is None
         assert bsa.latency() == ROUND
 
     def test_where_it_is_kept(self, monkeypatch):
         monkeypatch.delenv("BSA_VISION_CACHE")
         monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-        assert str(cache_file()) == "/somewhere/bsa-vision/latency.json"
+        assert str(latency_file()) == "/somewhere/bsa-vision/latency.json"
+
+
+class TestBackends:
+    """Costs of each backend, by which `auto` chooses on GPUs."""
+
+    @pytest.fixture(autouse=True)
+    def own_file(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("BSA_VISION_CACHE", str(tmp_path))
+        monkeypatch.setattr(costs, "_known", {})
+
+    def test_measured_here(self, monkeypatch):
+        monkeypatch.setattr(MODULE, "LARGE", (16, 32))
+        found = MODULE.measure_backends(32)
+        plain, with_rel_pos = found.values()
+        assert set(plain) == set(with_rel_pos) == {"gather", "sdpa"}
+        assert all(
+            cost.call > 0 and cost.row >= 0 and cost.pair >= 0 for cost in (*plain.values(), *with_rel_pos.values())
+        )
+        assert plain["gather"] != plain["sdpa"]
+        what = costs.describe(torch.device("cpu"), torch.float32, 32, False)
+        monkeypatch.setattr(costs, "_known", {})  # a new process
+        assert costs.known(what) == plain
+        assert costs.known(what.replace("32", "64")) == {}
+
+    def problem(self, tokens, density, rel_pos=None):
+        with FakeTensorMode():
+            q = torch.empty(1, 2, tokens, 64, dtype=torch.bfloat16, device="cuda")
+        blocks = tokens // 128
+        mask = torch.zeros(1, 2, blocks, blocks, dtype=torch.bool)
+        mask[..., : round(density * blocks)] = True
+        return Problem(q, q, q, bsa.HeadMasks(mask), 0.125, rel_pos=rel_pos)
+
+    def on_a_gpu(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+        for name in ("kernel", "flex"):
+            monkeypatch.setattr(BACKENDS[name], "why_not", lambda problem: None)
+        return costs.describe(torch.device("cuda"), torch.bfloat16, 64, False)
+
+    def test_auto_takes_the_cheapest(self, monkeypatch):
+        what = self.on_a_gpu(monkeypatch)
+        assert choose(self.problem(1024, 0.5)) == "kernel"  # nothing is known: the order of the table
+        costs.remember(what, {"kernel": Cost(1e-4, 0, 1e-11), "flex": Cost(2e-5, 0, 4e-11), "gather": Cost(1, 0, 0)})
+        assert choose(self.problem(256, 0.5)) == "flex"  # a cheap call
+        assert choose(self.problem(8192, 0.5)) == "kernel"  # cheap pairs
+        # Few pairs: 2 * 2048**2 / 16 * 3e-11 is less than 8e-5, half of them is more.
+        assert choose(self.problem(2048, 1 / 16)) == "flex"
+        assert choose(self.problem(2048, 0.5)) == "kernel"
+        assert choose(self.problem(2048, 0.5), "gather") == "gather"
+
+    def test_unknown_backends_are_not_preferred(self, monkeypatch):
+        costs.remember(self.on_a_gpu(monkeypatch), {"flex": Cost(1, 0, 0)})
+        assert choose(self.problem(1024, 0.5)) == "flex"
+
+    def test_relative_position_has_costs_of_its_own(self, monkeypatch):
+        costs.remember(self.on_a_gpu(monkeypatch), {"flex": Cost(1e-9, 0, 0)})
+        rel_pos = bsa.RelPos(torch.empty(0), torch.empty(0))
+        assert choose(self.problem(1024, 0.5, rel_pos)) == "kernel"
+
+    @pytest.mark.parametrize(
+        "content", ["", "[]", '{"WHAT": 3}', '{"WHAT": {"flex": 1}}', '{"WHAT": {"flex": {"call": "x"}}}']
+    )
+    def test_a_spoilt_file(self, monkeypatch, tmp_path, content):
+        what = self.on_a_gpu(monkeypatch)
+        (tmp_path / "backends.json").write_text(content.replace("WHAT", what))
+        assert choose(self.problem(1024, 0.5)) == "kernel"
+
+    def test_on_a_cpu_nothing_is_asked(self, monkeypatch):
+        monkeypatch.setattr(costs, "cheapest", None)
+        q = torch.zeros(1, 2, 256, 16)
+        assert (
+            choose(Problem(q, q, q, bsa.HeadMasks(torch.eye(2, dtype=torch.bool).expand(1, 2, 2, 2)), 1.0)) == "gather"
+        )
 
 
 class TestPrune:

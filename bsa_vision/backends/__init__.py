@@ -8,23 +8,32 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from bsa_vision.backends import compiled, gather, kernel, reference, sdpa
+from bsa_vision.backends import compiled, costs, cudnn, flex, gather, kernel, reference, sdpa
 from bsa_vision.backends.problem import Problem, Result
 from bsa_vision.errors import BackendUnavailable
 
-BACKENDS: dict[str, ModuleType] = {"kernel": kernel, "gather": gather, "sdpa": sdpa, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {
+    "kernel": kernel,
+    "cudnn": cudnn,
+    "flex": flex,
+    "gather": gather,
+    "sdpa": sdpa,
+    "reference": reference,
+}
+BY_NAME_ONLY = ("cudnn",)  # nobody has run it yet: `auto` takes it once its results were checked on a GPU
 
 
 def choose(problem: Problem, backend: str = "auto") -> str:
-    """The name of the backend that runs `problem`: the named one or an error, or with "auto" the first that can.
+    """The name of the backend that runs `problem`: the named one or an error; with "auto" the first that can, on GPUs the cheapest by `costs`.
 
-    Every one of them applies the mask, so the choice changes the time a call takes and nothing else.
+    Every one of them applies the mask, so the choice changes the time a call takes, and the result by rounding.
     """
     if backend == "auto":
         # With nothing to skip, torch's own attention is mostly the fastest way to the same result.
         dense = problem.masks.all_dense and problem.rel_pos is None and not compiled.outruns_dense(problem)
         order = ("sdpa", *BACKENDS) if dense else tuple(BACKENDS)
-        return next(name for name in order if BACKENDS[name].why_not(problem) is None)
+        can = (name for name in order if name not in BY_NAME_ONLY and BACKENDS[name].why_not(problem) is None)
+        return next(can) if dense or problem.q.device.type != "cuda" else costs.cheapest(tuple(can), problem)
     if backend not in BACKENDS:
         raise ValueError(
             f"backend={backend!r}: allowed are 'auto', {', '.join(map(repr, BACKENDS))}; choose one of them."

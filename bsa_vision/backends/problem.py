@@ -47,7 +47,8 @@ class Problem:
     scale    multiplies q . k
     rel_pos  factored relative position; `key_row` and `key_column` (Nk,) are the keys' patch coordinates
     order_q, order_k   (Nq,), (Nk,) model-order index of each packed token, when tokens are in model order; only for
-                       `compiled`, which finds tokens anywhere and then also returns model order
+                       `compiled`, which finds tokens anywhere and then also returns model order. For `flex`, order_q alone:
+                       rel_pos is in model order, everything else is not
     """
 
     q: Tensor

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from bsa_vision.adapters import inspect, observe
 from bsa_vision.errors import PlanError
@@ -25,6 +24,7 @@ from bsa_vision.tuning import processes
 from bsa_vision.tuning.calibration import OnStep, Options, calibrate, layers_to_tune
 from bsa_vision.tuning.certificate import mean_at_most
 from bsa_vision.tuning.findings import describe
+from bsa_vision.tuning.images import VERIFY, check_images, split
 from bsa_vision.tuning.solve import Choice, solve
 from bsa_vision.tuning.store import Store, digest
 from bsa_vision.tuning.trial import Picks, Target, Tuned, layer_errors, make_plan, target_errors, time_plan
@@ -46,7 +46,7 @@ def tune(
     order: str = "auto",
     tile: tuple[int, int] = (8, 16),
     block_size: int = 128,
-    verify: float = 1 / 3,
+    verify: float = VERIFY,
     target: Target = features,
     seed: int = 0,
     latency: Latency | None = None,
@@ -81,7 +81,7 @@ def tune(
     _check_installed()
     name, wanted = _asked({"sparsity": sparsity, "max_error": max_error, "speedup": speedup})
     images = list(images)
-    _check_images(images, target)
+    check_images(images, target)
     chosen, kept_back = split(images, verify, seed)
     if name == "max_error" and len(kept_back) < 2:
         raise ValueError(
@@ -151,38 +151,6 @@ def _asked(asked: dict[str, float | None]) -> tuple[str, float]:
         allowed = {"sparsity": "a fraction from 0 to below 1", "max_error": "an error above 0", "speedup": "at least 1"}
         raise ValueError(f"{name}={value!r}: expected {allowed[name]}; give such a number.")
     return name, float(value)
-
-
-def _check_images(images: Sequence[Any], target: Target) -> None:
-    """What can be seen of them before anything runs."""
-    pixels = [[x for x in tree_leaves(image) if isinstance(x, Tensor) and x.dim() == 4] for image in images]
-    if target is features and not all(isinstance(image, Tensor) and image.dim() == 4 for image in images):
-        found = sorted({f"{type(image).__name__} {tuple(getattr(image, 'shape', ()))}" for image in images})
-        raise ValueError(
-            f"images hold {', '.join(found)}: expected a list of tensors (B, 3, h, w); stack them so, or pass a target that takes yours."
-        )
-    sizes = {tuple(tensors[0].shape[-2:]) for tensors in pixels if tensors}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"images of {' and '.join(f'{h} x {w}' for h, w in sorted(sizes))} pixels: one plan is tuned for one size; resize or crop them."
-        )
-
-
-def split(images: list[Any], verify: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """Those to choose on, those kept back."""
-    if len(images) < 2:
-        raise ValueError(
-            f"{len(images)} images: at least 2 are needed, one to choose on and one kept back to check; 24 are better."
-        )
-    if not 0 < verify < 1:
-        raise ValueError(
-            f"verify={verify!r}: expected the share of the images to keep back, between 0 and 1; give e.g. 0.33."
-        )
-    order = torch.randperm(
-        len(images), generator=torch.Generator(device="cpu").manual_seed(seed), device="cpu"
-    ).tolist()
-    back = min(max(1, round(verify * len(images))), len(images) - 1)
-    return [images[i] for i in sorted(order[back:])], [images[i] for i in sorted(order[:back])]
 
 
 def _name_of(target: Target) -> str:

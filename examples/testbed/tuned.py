@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean, median
@@ -65,12 +66,30 @@ def calibration_scenes(model: Testbed, seed: int, count: int = CALIBRATION) -> l
 # Plans
 
 
-def tuned_plans(model: Testbed, sparsities: Sequence[float], seed: int) -> dict[float, bsa.SparsityPlan]:
-    """One pass over the scenes for all of them."""
+def tuned_plans(
+    model: Testbed, sparsities: Sequence[float], seed: int
+) -> tuple[dict[float, bsa.SparsityPlan], float, int]:
+    """One pass over the scenes for all of them; also the time of the first, in dense forwards of a scene, and how many it was chosen on."""
     found = calibration_scenes(model, seed)
+    plans, forward, seconds = {}, _forward_seconds(model, found), 0.0
     with tempfile.TemporaryDirectory() as folder:
         keep: dict[str, Any] = dict(statistics=Path(folder) / "statistics", resume=True, **LAYOUT)
-        return {x: bsa.tune(model, found, sparsity=x, target=encode, seed=seed, **keep) for x in sparsities}
+        for level in sparsities:
+            start = time.perf_counter()
+            plans[level] = bsa.tune(model, found, sparsity=level, target=encode, seed=seed, **keep)
+            seconds = seconds or time.perf_counter() - start
+    forward = (forward + _forward_seconds(model, found)) / 2
+    return plans, seconds / forward, plans[level].report["images"]["chosen on"]
+
+
+@torch.no_grad()
+def _forward_seconds(model: Testbed, found: Sequence[Scene]) -> float:
+    times = []
+    for scene in found:
+        start = time.perf_counter()
+        encode(model, scene)
+        times.append(time.perf_counter() - start)
+    return median(times)
 
 
 def simpler_plans(model: Testbed, tuned: bsa.SparsityPlan, seed: int) -> Iterator[tuple[str, bsa.SparsityPlan]]:
@@ -163,10 +182,13 @@ def _of_all_layers(spec: bsa.ModelSpec, head_masks: bsa.HeadMasks) -> bsa.Sparsi
 def against_simpler(model: Testbed, sparsities: Sequence[float], seeds: int, count: int, console: Console) -> None:
     """A table for each sparsity."""
     plans: dict[str, bsa.SparsityPlan] = {}
+    forwards: list[float] = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("tuning", total=seeds)
         for seed in range(seeds):
-            for level, plan in tuned_plans(model, sparsities, seed).items():
+            found_plans, took, chosen_on = tuned_plans(model, sparsities, seed)
+            forwards.append(took)
+            for level, plan in found_plans.items():
                 plans[f"tuned {level} {seed}"] = plan
                 same = {
                     name: one for name, one in simpler_plans(model, plan, seed) if not seed or name == "uniform static"
@@ -178,6 +200,10 @@ def against_simpler(model: Testbed, sparsities: Sequence[float], seeds: int, cou
     found = {row.name: row for row in rows}
     for level in sparsities:
         Console(width=170).print(_table(found, level, count))
+    print(
+        f"tuning took {median(forwards):.0f} dense forwards of a scene, the median of {seeds} seeds: {median(forwards) / CALIBRATION:.1f} for each of the "
+        f"{CALIBRATION} scenes given, {median(forwards) / chosen_on:.1f} for each of the {chosen_on} chosen on; another sparsity needs no new pass"
+    )
 
 
 def _table(found: dict[str, Row], level: float, count: int) -> Table:

@@ -1,0 +1,165 @@
+"""Relative position for kernels that add no bias: as more columns of queries and keys, exactly.
+
+    [q, rel_h / s, rel_w / s] . [k, onehot(row), onehot(column)] * s = s * q . k + rel_h[row] + rel_w[column]
+
+Where the grid's rows and columns beside the head dim are more than a kernel's width, its key blocks are parted into sub-grids that fit. Each
+part is a call of its own, with one-hot columns that count from the part's first row and column; results are merged by log-sum-exp.
+Exact in real arithmetic: each logit is the same sum. Constraint: the merge has no gradient, because the kernels' log-sum-exp has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bsa_vision.backends.problem import Problem, Result
+from bsa_vision.head_masks import DENSE, HeadMasks
+
+MOST_PARTS = 16  # every part reads all queries again
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A sub-grid of the keys.
+
+    rows, columns  of patches that its keys are of
+    tokens         (n,) its keys, ascending; None = all
+    hot            (n, rows + columns) bool, one True in each of the two
+    masks          of its key blocks; None = as they are, all keys
+    """
+
+    rows: slice
+    columns: slice
+    tokens: Tensor | None
+    hot: Tensor
+    masks: HeadMasks | None
+
+
+def why_not(problem: Problem, width: int) -> str | None:
+    """Why relative position cannot be brought to a kernel whose queries and keys are at most `width` wide; None also where there is none."""
+    if problem.rel_pos is None:
+        return None
+    dim, grid = problem.q.shape[-1], tuple(term.shape[-1] for term in problem.rel_pos)
+    if not problem.scale:
+        return "relative position needs a scale other than 0, by which it is divided"
+    if dim + sum(grid) <= width:
+        return None
+    wide = f"relative position of {grid[0]} x {grid[1]} patches makes queries {dim + sum(grid)} wide, more than {width}"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.q, problem.k, problem.v, *problem.rel_pos)):
+        return f"{wide}, and in parts it has no gradient"
+    if problem.dropout_p or problem.return_probs or problem.is_causal:
+        return f"{wide}, and in parts there is neither dropout nor causality"
+    if problem.masks.kv_layout is None:
+        return f"{wide}, and without a layout it cannot be parted"
+    count = len(_cells(problem, width - dim))
+    return None if 0 < count <= MOST_PARTS else f"{wide}, and blocks in this order fit into no {MOST_PARTS} sub-grids"
+
+
+def attend(problem: Problem, width: int, run: Callable[[Problem], Result]) -> Result:
+    """`run` on `problem` without relative position, which is in the queries and keys instead."""
+    if problem.rel_pos is None:
+        return run(problem)
+    parts = _parts(problem, width)
+    if len(parts) == 1:
+        return run(_bring(problem, parts[0]))
+    results = [run(_bring(replace(problem, return_lse=True), part)) for part in parts]
+    out, lse = merge([result.out for result in results], [_lse_of(result) for result in results])
+    return Result(out, lse if problem.return_lse else None)
+
+
+def merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention to several sets of keys -> attention to all of them: (B, H, N, D) each, (B, H, N) each, +inf where nothing is seen."""
+    all_lse = torch.stack(lses).float()  # (parts, B, H, N)
+    all_lse = all_lse.masked_fill(all_lse.isposinf(), -torch.inf)
+    lse = all_lse.logsumexp(0)
+    nothing = lse.isneginf()
+    weights = (all_lse - lse.masked_fill(nothing, 0)).exp()
+    out = sum(weight[..., None] * out.float() for weight, out in zip(weights, outs, strict=True))
+    assert isinstance(out, Tensor)
+    return out.to(outs[0].dtype), lse.masked_fill(nothing, torch.inf)
+
+
+def _lse_of(result: Result) -> Tensor:
+    assert result.lse is not None
+    return result.lse
+
+
+def _bring(problem: Problem, part: Part) -> Problem:
+    """The part's keys, and queries that know what each of its rows and columns adds."""
+    assert problem.rel_pos is not None
+    k, v = (x if part.tokens is None else x.index_select(2, part.tokens) for x in (problem.k, problem.v))
+    rel_h, rel_w = problem.rel_pos
+    terms = torch.cat([rel_h[..., part.rows], rel_w[..., part.columns]], -1) / problem.scale
+    q = torch.cat([problem.q, terms.to(problem.q.dtype)], -1)
+    k = torch.cat([k, part.hot.to(k.dtype).expand(*k.shape[:2], -1, -1)], -1)
+    masks = problem.masks if part.masks is None else part.masks
+    return replace(problem, q=q, k=k, v=v, masks=masks, rel_pos=None, key_row=None, key_column=None)
+
+
+# Parts
+
+
+def _parts(problem: Problem, width: int) -> list[Part]:
+    """Made once for these masks."""
+    assert problem.rel_pos is not None
+    assert problem.key_row is not None
+    assert problem.key_column is not None
+    (height, across), dim = (term.shape[-1] for term in problem.rel_pos), problem.q.shape[-1]
+    places = problem.key_row, problem.key_column
+    if dim + height + across <= width:
+        whole = slice(0, height), slice(0, across)
+        key = ("concat", height, across, problem.q.device)
+        return problem.masks.remember(key, lambda: [Part(*whole, None, _one_hot(*places, *whole), None)])
+    parted = ("concat", height, across, problem.q.device, dim, width)
+    return problem.masks.remember(parted, lambda: [_part(problem, cell) for cell in _cells(problem, width - dim)])
+
+
+def _part(problem: Problem, blocks: list[int]) -> Part:
+    masks, size, tokens_q, tokens_k = problem.masks, problem.masks.block_size, problem.q.shape[2], problem.k.shape[2]
+    tokens = torch.cat([torch.arange(b * size, min((b + 1) * size, tokens_k), device="cpu") for b in blocks])
+    tokens = tokens.to(problem.q.device)
+    assert problem.key_row is not None
+    assert problem.key_column is not None
+    row, column = problem.key_row[tokens], problem.key_column[tokens]
+    rows, columns = (slice(int(x.min()), int(x.max()) + 1) for x in (row, column))
+    kept = masks.block_mask(tokens_q, tokens_k)[..., blocks]
+    sparse = [head for head, kind in enumerate(masks.slices) if kind != DENSE]
+    types = [0 if kind == DENSE else sparse.index(head) + 1 for head, kind in enumerate(masks.slices)]
+    own = HeadMasks(kept[:, sparse] if sparse else None, types, block_size=size, allow_empty_rows=True)
+    return Part(rows, columns, tokens, _one_hot(row, column, rows, columns), own)
+
+
+def _one_hot(row: Tensor, column: Tensor, rows: slice, columns: slice) -> Tensor:
+    counts = [torch.arange(x.start, x.stop, device=row.device) for x in (rows, columns)]
+    return torch.cat([row[:, None] == counts[0], column[:, None] == counts[1]], -1)
+
+
+def _cells(problem: Problem, room: int) -> list[list[int]]:
+    """Key blocks by sub-grid, such that rows and columns of each are at most `room` together; as few as there are, none where no way is found."""
+    layout = problem.masks.kv_layout
+    assert layout is not None
+    return problem.masks.remember(("cells", room), lambda: _fewest(*layout.coordinates, layout.block_size, room))
+
+
+def _fewest(row: Tensor, column: Tensor, size: int, room: int) -> list[list[int]]:
+    """Of all grids of cells in which no block lies in two, the one with the fewest."""
+
+    def cuts(place: Tensor) -> dict[int, Tensor]:
+        """Side of the cells -> (C,) the cell of each block."""
+        ends = torch.stack([torch.stack(own.aminmax()) for own in place.split(size)], 1)  # (2, C)
+        cells = {side: ends // side for side in range(1, room)}
+        return {side: own[0] for side, own in cells.items() if torch.equal(own[0], own[1])}
+
+    found: list[list[int]] = []
+    across = cuts(column)
+    for high, above in cuts(row).items():
+        for wide, beside in across.items():
+            if high + wide > room:
+                break
+            cells = above * (int(beside.max()) + 1) + beside
+            own = [(cells == cell).nonzero().flatten().tolist() for cell in cells.unique()]
+            found = own if not found or len(own) < len(found) else found
+    return found

@@ -1,0 +1,153 @@
+"""Relative position as more columns of queries and keys, in one call and in parts, against the definition."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from bsa_vision import HeadMasks, RelPos
+from bsa_vision.backends import Problem, concat, reference
+from masks import TokenLayout, random_blocks, stack_heads
+
+
+def problem(layout, dim=8, heads=3, group=1, seed=0, density=0.5, scale=0.3) -> Problem:
+    """float64, in packed order, logits and relative terms of standard deviation 1 and more; the first head is dense."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = layout.num_tokens
+    q = 1.5 * torch.randn(2, heads * group, tokens, dim, generator=generator, dtype=torch.float64)
+    k, v = (1.5 * torch.randn(2, heads, tokens, dim, generator=generator, dtype=torch.float64) for _ in range(2))
+    rel_pos = RelPos(*(1.5 * torch.randn(2, heads * group, tokens, n, generator=generator, dtype=torch.float64) for n in layout.grid))  # fmt: skip
+    base = torch.rand(1, heads * group - 1, *(layout.num_blocks,) * 2, generator=generator) < density
+    masks = HeadMasks(base, [0, *[1] * (heads * group - 1)], layout=layout, allow_empty_rows=True)
+    row, column = layout.coordinates
+    return Problem(q, k, v, masks, scale, rel_pos=rel_pos, key_row=row, key_column=column, return_lse=True)
+
+
+@st.composite
+def problems(draw):
+    tile = (draw(st.integers(1, 5)), draw(st.integers(1, 5)))
+    order = draw(st.sampled_from(["raster", "tile"]))
+    size = draw(st.sampled_from([5, 16, tile[0] * tile[1]]))
+    layout = TokenLayout((draw(st.integers(1, 20)), draw(st.integers(1, 20))), order=order, tile=tile, block_size=size)
+    return problem(layout, group=draw(st.integers(1, 2)), seed=draw(st.integers(0, 2**20)), density=draw(st.sampled_from([0.1, 0.5, 0.9])))  # fmt: skip
+
+
+def without_rel_pos(calls, given_problem):
+    """`reference` as a kernel that takes no bias."""
+    assert given_problem.rel_pos is None
+    calls.append(given_problem.q.shape[-1])
+    return reference.run(given_problem)
+
+
+@settings(max_examples=80, deadline=None)
+@given(problems(), st.integers(10, 60))
+def test_exact_at_any_width(given_problem, width):
+    """In one call where it fits, in parts where it does not, refused where no way is found."""
+    reason, calls = concat.why_not(given_problem, width), []
+    needed = 8 + sum(given_problem.masks.layout.grid)
+    assume(reason is None)
+    found = concat.attend(given_problem, width, lambda own: without_rel_pos(calls, own))
+    expected = reference.run(given_problem)
+    assert torch.allclose(found.out, expected.out, atol=1e-5)  # merged in float32
+    assert torch.allclose(found.lse.double(), expected.lse, atol=1e-5)
+    assert max(calls) <= width
+    assert (len(calls) == 1) == (needed <= width)
+    if needed <= width:
+        assert torch.allclose(found.out, expected.out, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("grid", "dim", "parts"),
+    [((64, 64), 64, 4), ((32, 32), 64, 1), ((64, 64), 80, 8), ((14, 14), 80, 1), ((48, 64), 64, 4), ((40, 96), 64, 6)],
+)
+def test_how_many_parts(grid, dim, parts):
+    """SAM's global layers in tiles of 8 x 16: four for ViT-B at 1024 px, one at 512 px, eight for ViT-H."""
+    layout = TokenLayout(grid, order="tile")
+    found = (
+        concat._fewest(*layout.coordinates, 128, 128 - dim)
+        if sum(grid) + dim > 128
+        else [list(range(layout.num_blocks))]
+    )
+    assert len(found) == parts
+    assert sorted(block for cell in found for block in cell) == list(range(layout.num_blocks))
+    assert all(cell == sorted(cell) for cell in found)  # a last block that is shorter stays the last
+
+
+def test_what_cannot_be_parted():
+    """Rows of an image that are too wide, and the rests of tiles that do not divide it, which lie far apart in one block."""
+    assert concat._fewest(*TokenLayout((37, 50), order="tile").coordinates, 128, 64) == []
+    own = problem(TokenLayout((64, 64), block_size=128), dim=80, heads=2)
+    assert "makes queries 208 wide, more than 128, and blocks in this order fit into no 16 sub-grids" in concat.why_not(own, 128)  # fmt: skip
+
+
+def test_twin_relative_position_matters():
+    own = problem(TokenLayout((9, 11), block_size=16))
+    expected = reference.run(own).out
+    found = concat.attend(own, 30, lambda part: without_rel_pos([], part)).out
+    assert torch.allclose(found, expected, atol=1e-10)
+    assert not torch.allclose(reference.run(replace(own, rel_pos=None)).out, expected, atol=0.5)
+
+
+def test_parts_are_made_once():
+    own = problem(TokenLayout((20, 20), order="tile", tile=(4, 4), block_size=16))
+    parts = concat._parts(own, 30)
+    assert len(parts) > 1
+    assert concat._parts(replace(own, q=own.q + 1), 30) is parts
+
+
+class TestGradients:
+    def leaves(self, own):
+        return [x.clone().requires_grad_() for x in (own.q, own.k, own.v, *own.rel_pos)]
+
+    def with_leaves(self, own, leaves):
+        return replace(own, q=leaves[0], k=leaves[1], v=leaves[2], rel_pos=RelPos(*leaves[3:]))
+
+    def test_in_one_call(self):
+        own, grads = problem(TokenLayout((7, 9), block_size=16)), []
+        for run in (lambda x: concat.attend(x, 64, lambda y: without_rel_pos([], y)), reference.run):
+            leaves = self.leaves(own)
+            out = run(self.with_leaves(own, leaves)).out
+            grads.append(torch.autograd.grad(out.square().sum(), leaves))
+        for found, expected in zip(*grads):
+            assert torch.allclose(found, expected, atol=1e-9)
+
+    def test_none_in_parts(self):
+        own = problem(TokenLayout((20, 20), order="tile", tile=(4, 4), block_size=16))
+        assert concat.why_not(own, 30) is None
+        wants = self.with_leaves(own, self.leaves(own))
+        assert "in parts it has no gradient" in concat.why_not(wants, 30)
+        with torch.no_grad():
+            assert concat.why_not(wants, 30) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"scale": 0.0}, "a scale other than 0"),
+        ({"dropout_p": 0.1}, "neither dropout"),
+        ({"is_causal": True}, "causality"),
+    ],
+)
+def test_why_not(change, reason):
+    own = problem(TokenLayout((20, 20), order="tile", tile=(4, 4), block_size=16))
+    assert reason in concat.why_not(replace(own, **change), 30)
+
+
+def test_merge_of_nothing():
+    out, lse = concat.merge([torch.zeros(1, 1, 2, 3), torch.ones(1, 1, 2, 3)], [torch.tensor([[[torch.inf] * 2]]), torch.tensor([[[torch.inf, 1.0]]])])  # fmt: skip
+    assert out[0, 0, 0].eq(0).all()
+    assert out[0, 0, 1].eq(1).all()
+    assert lse.tolist() == [[[torch.inf, 1.0]]]
+
+
+def test_head_masks_of_parts_stay_what_they_were():
+    layout = TokenLayout((16, 16), order="tile", tile=(4, 4), block_size=16)
+    mask = random_blocks(layout, 0.5, seed=0)
+    own = replace(problem(layout, heads=2), masks=HeadMasks(stack_heads([mask, ~mask], 1), layout=layout, allow_empty_rows=True))  # fmt: skip
+    for part in concat._parts(own, 24):
+        blocks = part.tokens[::16] // 16
+        assert torch.equal(part.masks.base_blockmask[0, 0], mask[:, blocks])
