@@ -5,6 +5,8 @@ a compiler sees tensors and numbers. Masks travel as the handle of a living obje
 """
 
 # No `from __future__ import annotations` here: torch reads the operators' schemas from these annotations.
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Optional
 
@@ -115,7 +117,9 @@ def attention_op(
     arguments = (q, k, v, rel_h, rel_w, cu_seqlens_q, cu_seqlens_k, head_mask_type, streaming_info, base_blockmask)
     numbers = (handle, grid_h, grid_w, max_q, max_k, scale, is_causal, exact_streaming, dropout_p, return_lse)
     problem = _problem(arguments, numbers, seed)
-    out, lse, _ = attend(problem, choose(problem, backend))
+    backend = choose(problem, backend)
+    with _as_outside() if backend == "flex" else nullcontext():
+        out, lse, _ = attend(problem, backend)
     return out, q.new_empty(0, dtype=problem.compute_dtype) if lse is None or not return_lse else lse
 
 
@@ -158,11 +162,16 @@ def gradient_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, rel_h, rel_w at `grad_out`; the last two are empty when there is no relative position.
 
-    Always computed by `gather`, whose gradient needs only the output.
+    By `gather`, whose gradient needs only the output, or by a backend for GPUs that brings its own, whose forward then runs again.
     """
     arguments = (q, k, v, rel_h, rel_w, cu_seqlens_q, cu_seqlens_k, head_mask_type, streaming_info, base_blockmask)
     numbers = (handle, grid_h, grid_w, max_q, max_k, scale, is_causal, exact_streaming, dropout_p, False)
     problem = _problem(arguments, numbers, seed)
+    own = _differentiated(problem, backend, grad_out) if not dropout_p else None
+    if own is not None:
+        dq, dk, dv, *rel = own
+        dh, dw = rel or (q.new_empty(0), q.new_empty(0))
+        return dq, dk, dv, dh, dw
     reason = gather.why_not(problem)
     if reason is None and dropout_p and choose(problem, backend) != "gather":
         reason = f"the dropout mask of {choose(problem, backend)!r} cannot be drawn again"
@@ -174,6 +183,34 @@ def gradient_op(
         gradients = _gradients(problem, out, grad_out)
     dq, dk, dv, dh, dw = (q.new_empty(0) if grad is None else grad for grad in gradients)
     return dq, dk, dv, dh, dw
+
+
+@contextmanager
+def _as_outside() -> Iterator[None]:
+    """Inside of an operator: with autograd and vmap, which FlexAttention compiles with, as a caller has them."""
+    autograd, vmap = ("AutogradFunctionality", "ADInplaceOrView"), ("FuncTorchBatched", "FuncTorchGradWrapper")
+    layers = ("FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode")
+    with ExitStack() as stack:
+        for key in (*autograd, *vmap, *layers):
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(getattr(torch._C.DispatchKey, key), False))
+        yield
+
+
+BRING_GRADIENTS = ("kernel", "cudnn", "flex")
+
+
+def _differentiated(problem: Problem, backend: str, grad_out: Tensor) -> Optional[tuple[Tensor, ...]]:
+    """The gradients by the backend that would run this call where gradients are asked for; None where that is none of `BRING_GRADIENTS`."""
+    with torch.enable_grad(), _as_outside():
+        leaves = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v, *(problem.rel_pos or ()))]
+        q, k, v, *terms = leaves
+        asked = replace(problem, q=q, k=k, v=v, rel_pos=RelPos(*terms) if terms else None, return_lse=False)
+        if backend != "auto" and BACKENDS[backend].why_not(asked) is not None:
+            backend = "auto"  # which ran forward and has no gradient for this call
+        name = choose(asked, backend)
+        if name not in BRING_GRADIENTS:
+            return None
+        return torch.autograd.grad(attend(asked, name).out, leaves, grad_out)
 
 
 def _gradients(problem: Problem, out: Tensor, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 import bsa_vision as bsa
 from bsa_vision import HeadMasks, RelPos
 from bsa_vision.attention import _run
-from bsa_vision.backends import Problem, choose, costs, flex
+from bsa_vision.backends import Problem, choose, costs, flex, gather
 from masks import TokenLayout, local_window, random_blocks, stack_heads
 from tests.problems import varlens
 from tests.test_attention import close, qkv, run_varlen
@@ -94,6 +94,45 @@ def call(layout, heads=2, causal=False, rel_pos=None, **options) -> Problem:
     q, k, v = (x.detach() for x in qkv(1, heads, layout.num_tokens, 8))
     masks = HeadMasks(stack_heads([random_blocks(layout, 0.5, seed=i) for i in range(heads)], 1), layout=layout)
     return Problem(q, k, v, masks, 1.0, is_causal=causal, rel_pos=rel_pos, **options)
+
+
+class TestCompiled:
+    """Inside a user's own torch.compile: one operator, differentiated by the backend that runs it."""
+
+    def grads(self, backend, with_rel_pos=True):
+        layout = TokenLayout((9, 14), order="tile", tile=(4, 4), block_size=16)
+        masks = HeadMasks(stack_heads([local_window(layout, radius=2)] * 2, 1), layout=layout)
+        leaves = [x.detach().requires_grad_() for x in qkv(2, 2, 126, 8)]
+        generator = torch.Generator().manual_seed(5)
+        terms = [torch.randn(2, 2, 126, n, generator=generator, dtype=torch.float64).requires_grad_() for n in (9, 14)]
+        terms = terms if with_rel_pos else []
+
+        def loss(q, k, v, *terms):
+            rel_pos = RelPos(*terms) if terms else None
+            return bsa.sparse_attention(q, k, v, masks, rel_pos=rel_pos, backend=backend).square().sum()
+
+        call = loss if backend == "reference" else torch.compile(loss, fullgraph=True, backend="aot_eager")
+        return torch.autograd.grad(call(*leaves, *terms), [*leaves, *terms])
+
+    @pytest.mark.parametrize("with_rel_pos", [False, True])
+    def test_gradients(self, monkeypatch, with_rel_pos):
+        expected = self.grads("reference", with_rel_pos=with_rel_pos)
+        monkeypatch.setattr(gather, "gradients", None)  # not by this one
+        for a, b in zip(self.grads("flex", with_rel_pos=with_rel_pos), expected, strict=True):
+            close(a, b, 1e-9)
+
+    def test_by_another_where_it_has_none(self, monkeypatch):
+        """A backend that says no as soon as gradients are asked for, as merged parts do."""
+        monkeypatch.setattr(
+            flex,
+            "why_not",
+            lambda problem: "no gradient" if torch.is_grad_enabled() and problem.q.requires_grad else None,
+        )
+        for a, b in zip(self.grads("flex"), self.grads("reference"), strict=True):
+            close(a, b, 1e-9)
+        monkeypatch.setattr(gather, "gradients", None)  # the twin
+        with pytest.raises(TypeError):
+            self.grads("flex")
 
 
 class TestLists:

@@ -75,7 +75,7 @@ LAZY = {  # imported inside the functions that need them, or by modules that onl
     "PIL": {"photographs"},
     "scipy": {"tuning"},
     "safetensors": {"encoder", "tuning"},
-    "matplotlib": {"viz", "bench", "tuning"},
+    "matplotlib": {"viz", "bench", "commands", "tuning"},
     "rich": {"bench", "cli", "commands"},
     "typer": {"bench", "cli", "commands"},
 }

@@ -31,7 +31,7 @@ from bsa_vision.tuning.store import Calibration, Store
 from bsa_vision.tuning.trial import make_plan
 from bsa_vision.tuning.tune import solve_for
 from masks import Pattern, TokenLayout
-from tests import models, sam_models, timm_models
+from tests import models, sam2_models, sam_models, timm_models
 from tests.test_commands import run
 
 SMALL = dict(tile=(4, 4), block_size=16)
@@ -362,18 +362,33 @@ def images(count=4, size=(96, 96)):
 
 class TestTune:
     @pytest.mark.parametrize(
-        ("make", "picture"),
+        ("make", "picture", "target"),
         [
-            (lambda: models.make("dinov3"), lambda seed: models.image(96, 96, seed=seed)),
-            (lambda: timm_models.make("vit, not fused"), lambda seed: timm_models.image(batch=1) + seed / 10),
-            (lambda: sam_models.make("bsa_vision.encoder"), lambda seed: sam_models.image(batch=1) + seed / 10),
+            (lambda: models.make("dinov3"), lambda seed: models.image(96, 96, seed=seed), features),
+            (lambda: timm_models.make("vit, not fused"), lambda seed: timm_models.image(batch=1) + seed / 10, features),
+            (
+                lambda: sam_models.make("bsa_vision.encoder"),
+                lambda seed: sam_models.image(batch=1) + seed / 10,
+                features,
+            ),
+            (lambda: sam2_models.make("sam2"), lambda seed: sam2_models.image() + seed / 10, sam2_models.features),
+            (
+                lambda: models.make("dinov3").bfloat16(),
+                lambda seed: models.image(96, 96, seed=seed).bfloat16(),
+                features,
+            ),
+            (
+                lambda: models.make("dinov3"),
+                lambda seed: torch.cat([models.image(96, 96, seed=seed + 9 * i) for i in range(3)]),
+                features,
+            ),
         ],
-        ids=["transformers", "timm", "own sam"],
+        ids=["transformers", "timm", "own sam", "sam2, two images at once", "bfloat16", "three images at once"],
     )
-    def test_at_a_sparsity(self, make, picture):
+    def test_at_a_sparsity(self, make, picture, target):
         model, pictures = make(), [picture(seed) for seed in range(4)]
         kinds, keys = [type(module) for module in model.modules()], list(model.state_dict())
-        plan = tune(model, pictures, sparsity=0.4, **SMALL)
+        plan = tune(model, pictures, sparsity=0.4, target=target, **SMALL)
         assert [type(module) for module in model.modules()] == kinds
         assert list(model.state_dict()) == keys
         found = plan.notes["tuned"]
@@ -381,9 +396,18 @@ class TestTune:
         assert found["images"] == {"chosen on": 3, "kept back": 1, "seed": 0}
         with torch.no_grad():
             kept = pictures[next(i for i in range(4) if i not in chosen_on(4))]
-            dense = features(model, kept)
+            dense = target(model, kept)
             bsa.sparsify_(model, plan)
-            assert relative(features(model, kept), dense) == pytest.approx(found["errors"][0], rel=1e-3)
+            assert relative(target(model, kept).double(), dense.double()) == pytest.approx(found["errors"][0], rel=1e-3)
+
+    def test_while_training(self):
+        """The plan of a model as it is used; what was in training mode is in it afterwards, layer by layer."""
+        model = models.make("dinov3").train()
+        model.model.layer[0].eval()
+        before = [module.training for module in model.modules()]
+        plan = tune(model, images(4), sparsity=0.4, **SMALL)
+        assert [module.training for module in model.modules()] == before
+        assert plan == tune(models.make("dinov3"), images(4), sparsity=0.4, **SMALL)
 
     def test_better_than_uniform_plans(self):
         """At equal sparsity, on images it never saw."""
@@ -685,6 +709,16 @@ def photos(folder, count=3):
         pixels = torch.randint(0, 255, (70, 90, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(folder / f"{seed}.png")
     return folder
+
+
+def test_the_report_is_missed_before_anything_runs(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = run(
+        capsys, f"tune tests.test_tuning_runs:the_same_model {tmp_path} --sparsity 0.5 -o {tmp_path}/plan.json"
+    )
+    assert code == 2
+    assert "the report needs matplotlib" in err
+    assert "pip install 'bsa-vision[tune]'" in err
 
 
 class TestCommand:

@@ -54,7 +54,7 @@ def _probe() -> str | None:
         from torch.utils._triton import has_triton
     except ImportError as error:
         return f"torch {torch.__version__} has no FlexAttention: {error}"
-    if "seq_lengths" not in inspect.signature(BlockMask.from_kv_blocks).parameters:
+    if "seq_lengths" not in inspect.signature(BlockMask).parameters:
         return f"FlexAttention of torch {torch.__version__} knows no lengths that blocks do not divide"
     return None if has_triton() else "FlexAttention is compiled with Triton, which is not installed"
 
@@ -141,9 +141,13 @@ def _make(problem: Problem, lengths: tuple[tuple[int, int], ...]) -> _Where:
     reach = _fill(tokens[0], at_q.place, at_q.position + added, far)
     number = _fill(tokens[1], at_k.place, at_k.position, far + 1)
     seen, whole = _seen((rows, columns), reach, number, size)
-    some, full = (block_lists(part.to(device)) for part in (block_mask & seen & ~whole, block_mask & whole))
     sees = _mask_mod(block_mask.to(device), reach.to(device), number.to(device), size)
-    blocks = BlockMask.from_kv_blocks(some[0], some[1], full[0], full[1], size, sees, seq_lengths=tokens)
+    # Both lists of rows and of columns: `from_kv_blocks` makes the second by vmap, which is not there inside of an operator.
+    some, full = (part.to(device) for part in (block_mask & seen & ~whole, block_mask & whole))
+    rows_of, columns_of = (
+        [block_lists(part) for part in (x, y)] for x, y in ((some, full), (some.mT.contiguous(), full.mT.contiguous()))
+    )
+    blocks = BlockMask(tokens, *rows_of[0], *rows_of[1], *columns_of[0], *columns_of[1], (size, size), sees)
     place_q, place_k = (at.place.to(device) if problem.ragged else None for at in (at_q, at_k))
     return _Where(blocks, tokens, place_q, place_k, tuple(q for q, _ in lengths))
 

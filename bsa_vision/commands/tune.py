@@ -59,6 +59,7 @@ def tune_model(
     """A plan for a model: which head uses which pattern, chosen on your images and checked on those that were kept back."""
     start, budget = time.monotonic(), dict(sparsity=sparsity, max_error=max_error, speedup=speedup)
     try:
+        _check_installed()
         statistics, page = _paths(output, statistics, page)
         with _processes(device) as (rank, where):
             files = photographs.find(images)
@@ -103,6 +104,14 @@ def _show(plan: SparsityPlan, took: dict[str, Any], files_made: dict[str, str]) 
         print("RANDOM WEIGHTS: this error says nothing about a trained model.")
     for what, path in files_made.items():
         print(f"{what}: {path}")
+
+
+def _check_installed() -> None:
+    """What the report needs, missed now instead of after minutes."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"the report needs matplotlib ({error}): pip install 'bsa-vision[tune]'.") from None
 
 
 def _paths(output: Path, statistics: Path | None, page: Path | None) -> tuple[Path, Path]:
