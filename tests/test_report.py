@@ -176,10 +176,18 @@ class TestPage:
         for name in ("<script>alert(1)</script>", '<i id="x">&amp;$a$', "<b>a</b>"):
             assert name in found.text
 
-    def test_a_plan_changed_since(self, plan, tmp_path):
+    def test_a_plan_changed_since(self, plan, model, tmp_path):
         assert "other patterns since" not in drawn(plan, tmp_path).text
-        other = plan.replace(layers=[0], heads=[0, 1], pattern="nearest", sparsity=0.5)
-        assert "2 heads name other patterns since" in drawn(other, tmp_path).text
+        layers = plan.notes["tuned"]["layers"]
+        sparse = [[i for i, head in enumerate(one["heads"]) if head["pattern"] != "dense"] for one in layers]
+        most = max(range(len(layers)), key=lambda index: len(sparse[index]))
+        other = plan.replace(layers=[most], heads=sparse[most][:2], pattern="nearest", sparsity=0.5)
+        found = drawn(other, tmp_path, model, images(1)[0], views=100)
+        assert "2 heads name other patterns since" in found.text
+        changed = [text for text in found.values("alt") if "since the plan was tuned" in text]
+        assert len(changed) == 2
+        assert not any("expected error" in text for text in changed)
+        assert found.views > 2
 
     def test_nothing_skipped(self, model, tmp_path):
         plan = bsa.tune(model, images(3), max_error=1e-9, verify=0.5, **SMALL)

@@ -111,18 +111,20 @@ def _text(plan: SparsityPlan, tuned: Mapping[str, Any]) -> list[str]:
     parts = [f"<p>{escape(_summary(tuned))}</p>", _table((), rows)]
     changed = _changed(plan, tuned["layers"])
     if changed:
-        parts.append(f'<p class="note">{changed} heads name other patterns since: figures show the plan as tuned.</p>')
+        parts.append(
+            f'<p class="note">{len(changed)} heads name other patterns since: figures show the plan as tuned.</p>'
+        )
     return [*parts, "<h2>Other images</h2>", f"<p>{escape(_certificate(tuned))}</p>"]
 
 
-def _changed(plan: SparsityPlan, layers: Layers) -> int:
-    """How many heads have another pattern than the one that was tuned."""
-    pairs = [
-        (name, f"{one['key']}/{number}" if head["pattern"] == "static" else head["pattern"])
+def _changed(plan: SparsityPlan, layers: Layers) -> set[tuple[str, int]]:
+    """Layer and number of the heads that have another pattern than the one that was tuned."""
+    return {
+        (one["key"], number)
         for one in layers
         for number, (name, head) in enumerate(zip(plan.layers.get(one["key"], ()), one["heads"], strict=False))
-    ]
-    return sum(name != tuned for name, tuned in pairs)
+        if name != (f"{one['key']}/{number}" if head["pattern"] == "static" else head["pattern"])
+    }
 
 
 def _summary(tuned: Mapping[str, Any]) -> str:
@@ -233,14 +235,14 @@ def _views(plan: SparsityPlan, layers: Layers, model: nn.Module, image: Any, tar
     pixels, chosen = pixels_of(image), choose(layers, views)
     if not chosen:
         return []
-    shown = []
+    shown, changed = [], _changed(plan, layers)
     sights = look(plan, model, image, [(layers[index]["key"], head) for index, head in chosen], target)
     for (index, head), sight in zip(chosen, sights, strict=True):
-        about = layers[index]["heads"][head]
-        text = escape(
-            f"{sight.view.title}: {about['pattern']}, {1 - about['density']:.0%} skipped, expected error {about['error']:.3g}. "
-            f"This query keeps {sight.kept:.0%} of its attention."
-        )
+        about, key = layers[index]["heads"][head], layers[index]["key"]
+        said = f"{about['pattern']}, {1 - about['density']:.0%} skipped, expected error {about['error']:.3g}"
+        if (key, head) in changed:
+            said = f"{plan.layers[key][head]} since the plan was tuned"
+        text = escape(f"{sight.view.title}: {said}. This query keeps {sight.kept:.0%} of its attention.")
         out = io.BytesIO()
         photograph(pixels, sight).savefig(out, format="png")
         source = f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
