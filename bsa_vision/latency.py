@@ -144,7 +144,7 @@ def _seconds(head_dim: int, dtype: torch.dtype, device: torch.device) -> dict[st
     }
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         calls |= _other_dense(many, device)
-        found = {name: timing.median for name, timing in paired(calls, rounds=7, warmup=2).items()}
+        found = {name: timing.median for name, timing in paired(calls, rounds=7, warmup=2, device=device).items()}
     found["dense"] = min(seconds for name, seconds in found.items() if name.startswith("dense"))
     return found
 
@@ -267,7 +267,7 @@ def _costs(head_dim: int, dtype: torch.dtype, device: torch.device, with_rel_pos
     names = [name for name in BACKENDS if all(f"{name} {size}" in calls for size in sizes)]
     wanted = {f"{name} {size}": calls[f"{name} {size}"] for name in names for size in sizes}
     with torch.autocast(device.type, enabled=False):
-        times = {name: timing.median for name, timing in paired(wanted, rounds=7, warmup=2).items()}
+        times = {name: timing.median for name, timing in paired(wanted, rounds=7, warmup=2, device=device).items()}
     return {name: _cost(times[f"{name} few"], times[f"{name} some"], times[f"{name} every"], some) for name in names}
 
 

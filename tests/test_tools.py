@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import pickle
 import threading
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import bsa_vision as bsa
+from bsa_vision import timing
 from bsa_vision.backends.workers import run_tasks, scratch
 from bsa_vision.cache import Cache
 from bsa_vision.timing import paired
@@ -152,6 +154,40 @@ class TestTiming:
     def test_errors(self):
         with pytest.raises(ValueError, match="0 candidates, 5 rounds"):
             paired({})
+
+    def test_on_a_gpu_its_own_time_counts(self, monkeypatch):
+        """Events around each run, on a cache that was filled with something else; against a stand-in, since there may be no GPU."""
+        log = []
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = len(log)
+                log.append("event")
+
+            def synchronize(self):
+                log.append("wait")
+
+            def elapsed_time(self, end):
+                return 1000.0 * log[self.at : end.at].count("work")
+
+        class Cache:
+            def zero_(self):
+                log.append("clear")
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+        monkeypatch.setattr(timing, "_larger_than_cache", lambda device: Cache())
+        work = {"one": lambda: log.append("work"), "two": lambda: log.extend(["work"] * 2)}
+        found = paired(work, rounds=2, warmup=0, device=torch.device("cuda", 0))
+        assert found["one"].seconds == (1.0, 1.0)
+        assert found["two"].ratio == 2.0
+        assert log[:5] == ["clear", "event", "work", "event", "wait"]
+        log.clear()
+        paired(work, rounds=1, device=torch.device("cpu"))
+        assert set(log) == {"work"}
 
 
 class TestViz:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from bsa_vision.bench.case import Case, logits_std
 from bsa_vision.bench.correct import Error, Truth
 from bsa_vision.bench.memory import Memory, measure_memory
@@ -115,7 +117,7 @@ def run_case(case: Case, options: Options, on_step: Callable[[str], Any] = lambd
     found = dict(_check(setup, options, on_step))
     checked = found.pop("checked")
     ready = {name: pair[1] for name, pair in found.items() if pair[1] is not None}
-    timings = _time({name: way.run for name, way in ready.items()}, options.rounds, on_step)
+    timings = _time({name: way.run for name, way in ready.items()}, options.rounds, on_step, torch.device(case.device))
     density = tuple(1 - sparsity for sparsity in setup.masks.head_sparsity)
     std = logits_std(setup.inputs)
     blocks = case.layout.num_blocks
@@ -169,19 +171,21 @@ def first_line(error: BaseException) -> str:
     return lines[0][:200] if lines else "no message"
 
 
-def _time(runs: dict[str, Callable[[], Any]], rounds: int, on_step: Callable[[str], Any]) -> dict[str, Timing]:
+def _time(
+    runs: dict[str, Callable[[], Any]], rounds: int, on_step: Callable[[str], Any], device: torch.device
+) -> dict[str, Timing]:
     """All ways alternating; the slow ones leave after SLOW_ROUNDS rounds."""
     if BASELINE not in runs:  # nothing to compare to
         return {}
     on_step("warm-up")
-    warm = paired(runs, rounds=1, warmup=0)
+    warm = paired(runs, rounds=1, warmup=0, device=device)
     slow = {name for name, timing in warm.items() if timing.ratio > SLOW and name != "ours"}
     together = min(rounds, SLOW_ROUNDS) if slow else rounds
-    timings = paired(runs, together, warmup=0, on_round=lambda: on_step("timing"))
+    timings = paired(runs, together, warmup=0, on_round=lambda: on_step("timing"), device=device)
     if together == rounds:
         return timings
     fast = {name: run for name, run in runs.items() if name not in slow}
-    more = paired(fast, rounds - together, warmup=0, on_round=lambda: on_step("timing"))
+    more = paired(fast, rounds - together, warmup=0, on_round=lambda: on_step("timing"), device=device)
     return {
         name: Timing(t.seconds + more[name].seconds, t.ratios + more[name].ratios) if name in more else t
         for name, t in timings.items()
