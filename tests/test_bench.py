@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -20,13 +21,14 @@ from bsa_vision.bench.machine import describe_machine, free_memory
 from bsa_vision.bench.models import ModelCase, run_model_case
 from bsa_vision.bench.plot import plot_rows
 from masks import Pattern
+from tests import fake_cudnn, fake_kernel
 from tests import models as small_models
 
 RANDOM = Pattern("random_blocks", sparsity=0.5)
 NEAR = Pattern("local_window", radius=2)
 # 13 x 20 = 260 tokens: neither square nor a multiple of the block size; wider than a tile, so that tile order is an order
 SMALL = Case((13, 20), RANDOM, heads=3, head_dim=16, block_size=32)
-EAGER = tuple(name for name in ways.WAYS if name != "flex")  # nothing to compile
+EAGER = tuple(name for name in ways.WAYS if name != "flex" and name not in ways.FOR_GPUS)  # nothing to compile
 
 
 def measured(case: Case, *wanted: str, rounds: int = 1) -> attention.Row:
@@ -66,6 +68,48 @@ def test_flex_compiled_agrees():
     assert (flex.status, flex.reason) == ("ok", "")
     assert flex.timing is not None
     assert flex.errors["out"].found < 1e-5
+
+
+class TestByHand:
+    """Peers that only a GPU runs, against their stand-ins."""
+
+    CASE = Case(
+        (12, 26), Pattern("local_window", radius=2), heads=2, head_dim=64, dtype="bfloat16", batch=2, order="raster"
+    )
+
+    @pytest.mark.parametrize("name", ["kernel", "cudnn"])
+    def test_agrees(self, monkeypatch, name):
+        for module, value in {**fake_kernel.make_modules(), **fake_cudnn.make_modules()}.items():
+            monkeypatch.setitem(sys.modules, module, value)
+        setup = ways.set_up(self.CASE)
+        assert ways.WAYS[name].why_not(setup) == "it runs on CUDA"
+        out = ways.WAYS[name].prepare(setup).run()[0].float()
+        packed = setup.inputs.packed
+        masks = bsa.HeadMasks(setup.masks.base_blockmask)
+        expected = bsa.sparse_attention(packed.q, packed.k, packed.v, masks, backend="reference").float()
+        assert torch.allclose(out, expected, atol=0.05)
+        dense = F.scaled_dot_product_attention(packed.q, packed.k, packed.v).float()
+        assert not torch.allclose(out, dense, atol=0.2)
+
+    @pytest.mark.parametrize("kind", ["sdpa-flash", "sdpa-cudnn"])
+    def test_kernels_of_torch(self, kind):
+        assert ways.WAYS[kind].why_not(ways.set_up(self.CASE)) == "it runs on CUDA"
+        if kind == "sdpa-flash":  # there is one for CPUs
+            setup = ways.set_up(self.CASE)
+            expected = F.scaled_dot_product_attention(setup.inputs.q, setup.inputs.k, setup.inputs.v)
+            assert torch.equal(ways.WAYS[kind].prepare(setup).run()[0], expected)
+
+    def test_reasons(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "block_sparse_attn", None)
+        monkeypatch.setitem(sys.modules, "cudnn", None)
+        assert "cannot be imported" in ways.WAYS["kernel"].why_not(ways.set_up(self.CASE))
+        assert "its gradient" in ways.WAYS["cudnn"].why_not(ways.set_up(replace(self.CASE, backward=True)))
+        rel_pos = ways.set_up(replace(self.CASE, rel_pos=True))
+        assert ways.WAYS["kernel"].why_not(rel_pos) == "it adds no relative position"
+
+    def test_only_on_gpus(self):
+        assert not set(ways.FOR_GPUS) & set(attention.ways_of(self.CASE, ways.WAYS))
+        assert set(ways.FOR_GPUS) < set(attention.ways_of(replace(self.CASE, device="cuda"), ways.WAYS))
 
 
 class TestWrongResults:

@@ -11,7 +11,7 @@ import torch
 from bsa_vision.bench.case import Case, logits_std
 from bsa_vision.bench.correct import Error, Truth
 from bsa_vision.bench.memory import Memory, measure_memory
-from bsa_vision.bench.ways import BASELINE, WAYS, Ready, Setup, set_up
+from bsa_vision.bench.ways import BASELINE, FOR_GPUS, WAYS, Ready, Setup, set_up
 from bsa_vision.errors import BackendUnavailable
 from bsa_vision.timing import Timing, paired
 
@@ -83,6 +83,8 @@ def ways_of(case: Case, wanted: Iterable[str]) -> tuple[str, ...]:
     wanted = {BASELINE, *wanted}
     if not case.rel_pos:
         wanted -= {"sdpa-bias"}
+    if torch.device(case.device).type != "cuda":
+        wanted -= set(FOR_GPUS)
     return tuple(name for name in WAYS if name in wanted)
 
 

@@ -6,6 +6,7 @@ the peers know nothing of token order, so the ones that need it are handed q, k,
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bsa_vision.attention import sparse_attention
 from bsa_vision.backends import Problem, choose, compiled
@@ -260,6 +262,71 @@ def _flex_function() -> Callable[..., Any]:
     return compiled
 
 
+# On GPUs: torch's own kernels one by one, and the block-sparse ones called by hand
+
+
+def _on_a_gpu(setup: Setup) -> str | None:
+    return None if setup.inputs.q.is_cuda else "it runs on CUDA"
+
+
+def _sdpa_by(kind: str) -> Callable[[Setup], Ready]:
+    def prepare(setup: Setup) -> Ready:
+        def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(getattr(SDPBackend, kind)):
+                return F.scaled_dot_product_attention(q, k, v)
+
+        return _ready(setup.inputs, forward, packed=False)
+
+    return prepare
+
+
+def _by_hand_why_not(package: str) -> Callable[[Setup], str | None]:
+    def why_not(setup: Setup) -> str | None:
+        if setup.inputs.rel_pos is not None:
+            return "it adds no relative position"
+        if package == "cudnn" and setup.case.backward:
+            return "its gradient is not tried by hand"
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            return f"{package} cannot be imported: {error}"
+        return _on_a_gpu(setup)
+
+    return why_not
+
+
+def _kernel_by_hand(setup: Setup) -> Ready:
+    function = importlib.import_module("block_sparse_attn").block_sparse_attn_func
+    case, device = setup.case, setup.inputs.q.device
+    base = setup.masks.block_mask(case.tokens, case.tokens).to(device).expand(case.batch, -1, -1, -1).contiguous()
+    ends = torch.arange(case.batch + 1, dtype=torch.int32, device=device) * case.tokens
+    types = torch.ones(case.heads, dtype=torch.int32, device=device)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        tokens = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        out: Tensor = function(*tokens, ends, ends, types, None, base, case.tokens, case.tokens, 0.0)
+        return out.unflatten(0, (case.batch, -1)).transpose(1, 2)
+
+    return _ready(setup.inputs.packed, forward, packed=True)
+
+
+def _cudnn_by_hand(setup: Setup) -> Ready:
+    function = importlib.import_module("cudnn.block_sparse_attention").block_sparse_attention_forward
+    case, device = setup.case, setup.inputs.q.device
+    blocks = setup.masks.block_mask(case.tokens, case.tokens).to(device).expand(case.batch, -1, -1, -1)
+    index = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
+    nums = blocks.sum(-1, dtype=torch.int32)
+    sizes = torch.full((index.shape[-1],), 128, dtype=torch.int32, device=device)
+    sizes[-1] = case.tokens - 128 * (len(sizes) - 1)
+    lists = dict(q2k_block_nums=nums, block_sizes=sizes, sparse_block_size=128)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = function(q, k, v, index, **lists)["o_tensor"]
+        return out
+
+    return _ready(setup.inputs.packed, forward, packed=True)
+
+
 BASELINE = "sdpa"
 WAYS: dict[str, Way] = {
     "sdpa": Way("dense SDPA", _always, _sdpa, masked=False, biased=False),
@@ -267,4 +334,9 @@ WAYS: dict[str, Way] = {
     "ours": Way("ours", _ours_why_not, _ours),
     "sdpa-mask": Way("SDPA + mask", _mask_why_not, _sdpa_mask),
     "flex": Way("FlexAttention", _flex_why_not, _flex),
+    "sdpa-flash": Way("SDPA, flash", _on_a_gpu, _sdpa_by("FLASH_ATTENTION"), masked=False, biased=False),
+    "sdpa-cudnn": Way("SDPA, cuDNN", _on_a_gpu, _sdpa_by("CUDNN_ATTENTION"), masked=False, biased=False),
+    "kernel": Way("block_sparse_attn", _by_hand_why_not("block_sparse_attn"), _kernel_by_hand),
+    "cudnn": Way("cuDNN block-sparse", _by_hand_why_not("cudnn"), _cudnn_by_hand),
 }
+FOR_GPUS = ("sdpa-flash", "sdpa-cudnn", "kernel", "cudnn")
