@@ -13,7 +13,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from bsa_vision.backends import BACKENDS, Problem, Result, choose, compiled, gather
+from bsa_vision.backends import BACKENDS, Problem, Result, choose, compiled, gather, why_not
 from bsa_vision.errors import BackendUnavailable
 from bsa_vision.head_masks import HeadMasks, from_handle
 from bsa_vision.packing import key_places, order_tokens, restore_tokens, token_index
@@ -205,7 +205,7 @@ def _differentiated(problem: Problem, backend: str, grad_out: Tensor) -> Optiona
         leaves = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v, *(problem.rel_pos or ()))]
         q, k, v, *terms = leaves
         asked = replace(problem, q=q, k=k, v=v, rel_pos=RelPos(*terms) if terms else None, return_lse=False)
-        if backend != "auto" and BACKENDS[backend].why_not(asked) is not None:
+        if backend != "auto" and why_not(backend, asked) is not None:
             backend = "auto"  # which ran forward and has no gradient for this call
         name = choose(asked, backend)
         if name not in BRING_GRADIENTS:

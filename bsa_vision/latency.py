@@ -9,6 +9,7 @@ A plan is pruned and described with it; no forward ever looks at it, because spe
 from __future__ import annotations
 
 import platform
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
@@ -21,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bsa_vision import cache_file
 from bsa_vision.attention import sparse_attention
-from bsa_vision.backends import BACKENDS, BY_NAME_ONLY, compiled, costs
-from bsa_vision.backends.costs import Cost
+from bsa_vision.backends import BACKENDS, compiled, costs
+from bsa_vision.backends.costs import NOT_COSTED, Cost
 from bsa_vision.errors import BackendUnavailable
 from bsa_vision.head_masks import DENSE, HeadMasks
 from bsa_vision.rel_pos import RelPos
@@ -200,14 +201,15 @@ def latency(
     """What attention costs on this machine: as remembered, or (`anew`: in any case) measured now and remembered.
 
     Measuring takes a second or two and wants the machine for itself. On a GPU every backend that can is measured first (`measure_backends`),
-    which compiles kernels and takes longer; from then on `backend="auto"` takes the one that costs least.
+    which compiles kernels and takes longer; from then on `backend="auto"` takes the one that costs least. After installing another backend: `anew`.
     """
     device = torch.device(device)
     what = describe_machine(head_dim, dtype, device)
     known = _known.get(what) or _read().get(what)
+    if device.type == "cuda" and (anew or not costs.known(costs.describe(device, dtype, head_dim, False))):
+        measure_backends(head_dim, dtype, device)
+        anew = True
     if known is None or anew:
-        if device.type == "cuda":
-            measure_backends(head_dim, dtype, device)
         known = measure(head_dim, dtype, device)
         kept = {one.what: asdict(one) for one in (*_read().values(), replace(known, what=what))}
         cache_file.write(FILE, {name: {k: x for k, x in entry.items() if k != "what"} for name, entry in kept.items()})
@@ -255,12 +257,19 @@ def _costs(head_dim: int, dtype: torch.dtype, device: torch.device, with_rel_pos
         assert masks.layout is not None
         tensors, rel_pos = _tensors(masks.layout, head_dim, dtype, device, with_rel_pos)
         for name in BACKENDS:
-            if name in ("reference", *BY_NAME_ONLY):
+            if name in NOT_COSTED:
                 continue
             call = partial(sparse_attention, *tensors, masks, rel_pos=rel_pos, backend=name)
             try:
                 call()
             except BackendUnavailable:
+                continue
+            except Exception as error:  # of a package or a compiler: the others are measured all the same
+                warnings.warn(
+                    f"backend {name!r} failed while it was measured, and is left out: {type(error).__name__}: {str(error).strip()[:200]}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
                 continue
             calls[f"{name} {size}"] = call
     sizes = ("few", "some", "every")

@@ -32,6 +32,10 @@ def block_sparse_attention_forward(
     use_clc: bool | None = None,
 ) -> dict[str, Tensor]:
     _check(q_tensor, k_tensor, v_tensor, q2k_block_index, q2k_block_nums, block_sizes, sparse_block_size, layout)
+    if pack_gqa is not False and q_tensor.shape[1] > k_tensor.shape[1]:
+        raise ValueError("as on 10.x: packed, lists are per key head")
+    if not allow_empty_block_nums:
+        assert (q2k_block_nums > 0).all(), "garbage on 10.x"
     assert not any(x.requires_grad for x in (q_tensor, k_tensor, v_tensor))
     out, lse = _attend(q_tensor, k_tensor, v_tensor, q2k_block_index, q2k_block_nums, block_sizes, softmax_scale)
     return TupleDict(o_tensor=out.to(q_tensor.dtype).contiguous(), lse_tensor=lse.float())

@@ -180,6 +180,9 @@ def decode(
     assert lists.is_contiguous()
     assert lists.shape == (len(ends[0]) - 1, len(slices), *(math.ceil(limit / 128) for limit in limits))
     assert ((lists.diff(dim=-1) < 0) | (lists[..., 1:] == -1)).all()
+    # Of each list, as many entries are read as the image itself has blocks.
+    own = -(-ends[1].diff() // 128)
+    lists = lists.masked_fill(torch.arange(lists.shape[-1]) >= own[:, None, None, None], -1)
     listed = F.one_hot(lists.long() + 1, lists.shape[-1] + 1)[..., 1:]  # (images, S, R, entries, C)
     return listed.sum(-2).bool()
 

@@ -14,8 +14,11 @@ from bsa_vision.backends import Problem, concat, reference
 from masks import TokenLayout, random_blocks, stack_heads
 
 
-def problem(layout, dim=8, heads=3, group=1, seed=0, density=0.5, scale=0.3) -> Problem:
-    """float64, in packed order, logits and relative terms of standard deviation 1 and more; the first head is dense."""
+def problem(layout, dim=8, heads=3, group=1, seed=0, density=0.5, scale=0.3, dense=False) -> Problem:
+    """float64, logits and relative terms of standard deviation 1 and more; the first head is dense, or all are.
+
+    In the order in which backends get tokens: packed, or where all heads are dense as the model has them.
+    """
     generator = torch.Generator().manual_seed(seed)
     tokens = layout.num_tokens
     q = 1.5 * torch.randn(2, heads * group, tokens, dim, generator=generator, dtype=torch.float64)
@@ -24,6 +27,9 @@ def problem(layout, dim=8, heads=3, group=1, seed=0, density=0.5, scale=0.3) -> 
     base = torch.rand(1, heads * group - 1, *(layout.num_blocks,) * 2, generator=generator) < density
     masks = HeadMasks(base, [0, *[1] * (heads * group - 1)], layout=layout, allow_empty_rows=True)
     row, column = layout.coordinates
+    if dense:
+        masks = HeadMasks(None, [0] * heads * group, layout=layout)
+        row, column = row[layout.inverse], column[layout.inverse]
     return Problem(q, k, v, masks, scale, rel_pos=rel_pos, key_row=row, key_column=column, return_lse=True)
 
 
@@ -33,7 +39,7 @@ def problems(draw):
     order = draw(st.sampled_from(["raster", "tile"]))
     size = draw(st.sampled_from([5, 16, tile[0] * tile[1]]))
     layout = TokenLayout((draw(st.integers(1, 20)), draw(st.integers(1, 20))), order=order, tile=tile, block_size=size)
-    return problem(layout, group=draw(st.integers(1, 2)), seed=draw(st.integers(0, 2**20)), density=draw(st.sampled_from([0.1, 0.5, 0.9])))  # fmt: skip
+    return problem(layout, group=draw(st.integers(1, 2)), seed=draw(st.integers(0, 2**20)), density=draw(st.sampled_from([0.1, 0.5, 0.9])), dense=draw(st.booleans()))  # fmt: skip
 
 
 def without_rel_pos(calls, given_problem):
@@ -82,6 +88,24 @@ def test_what_cannot_be_parted():
     assert concat._fewest(*TokenLayout((37, 50), order="tile").coordinates, 128, 64) == []
     own = problem(TokenLayout((64, 64), block_size=128), dim=80, heads=2)
     assert "makes queries 208 wide, more than 128, and blocks in this order fit into no 16 sub-grids" in concat.why_not(own, 128)  # fmt: skip
+
+
+def test_all_dense_in_tile_order():
+    """Tokens stay in rows, whatever the layout says, and blocks of whole rows do not fit."""
+    layout = TokenLayout((64, 64), order="tile")
+    assert "fit into no 16 sub-grids" in concat.why_not(problem(layout, dim=64, heads=1, dense=True), 128)
+    assert concat.why_not(problem(layout, dim=64, heads=2), 128) is None
+
+
+@pytest.mark.parametrize("scale", [0.125, 0.01, 3.0, -0.3])
+def test_what_float16_holds(scale):
+    """Terms as large as it takes are not divided beyond it."""
+    own = problem(TokenLayout((5, 6), block_size=16), scale=scale)
+    rel_pos = RelPos(*(term * 3000 for term in own.rel_pos))
+    half = replace(own, **{name: getattr(own, name).half() for name in "qkv"}, rel_pos=RelPos(*(term.half() for term in rel_pos)))  # fmt: skip
+    found = concat.attend(half, 64, lambda part: without_rel_pos([], part)).out
+    assert found.isfinite().all()
+    assert torch.allclose(found.float(), reference.run(half).out.float(), atol=0.02)
 
 
 def test_twin_relative_position_matters():

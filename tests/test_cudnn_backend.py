@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 import bsa_vision as bsa
 from bsa_vision import HeadMasks, RelPos
-from bsa_vision.backends import Problem, choose, costs, cudnn, reference
+from bsa_vision.backends import Problem, choose, cudnn, proof, reference
 from masks import TokenLayout, random_blocks, stack_heads
 from tests import fake_cudnn
 
@@ -96,7 +96,6 @@ def test_rows_that_are_not_aligned():
         slices = [x[..., offset : offset + 128].copy_(y) for x, y in zip(wide, (own.q, own.k, own.v))]
         moved = replace(own, **dict(zip("qkv", slices)))
         assert torch.equal(cudnn.run(moved).out, cudnn.run(own).out)
-    assert cudnn._padded(slices[0], 128) is not None
     assert cudnn._padded(slices[0], 128).data_ptr() == slices[0].data_ptr()
 
 
@@ -182,18 +181,23 @@ def test_gpus(monkeypatch, capability, training, reason):
     assert found is None if reason is None else reason in found
 
 
-def test_only_by_name(monkeypatch):
-    """Nobody has run it: `auto` leaves it alone, a name takes it."""
+def test_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(costs, "known", lambda what: {})
-    monkeypatch.setattr(costs, "describe", lambda *what: "a GPU")
+    monkeypatch.setattr(proof, "objection", lambda *call: None)
     with FakeTensorMode():
         q = torch.empty(1, 2, 256, 64, dtype=torch.bfloat16, device="cuda")
     own = Problem(q, q, q, HeadMasks(torch.eye(2, dtype=torch.bool).expand(1, 2, -1, -1)), 1.0)
-    assert choose(own) != "cudnn"
     assert choose(own, "cudnn") == "cudnn"
     with pytest.raises(bsa.BackendUnavailable, match="cannot run this call: cuDNN's kernels are not causal"):
         choose(replace(own, is_causal=True), "cudnn")
+
+
+def test_empty_rows_are_counted():
+    """Whatever the masks allow: in the part that a shorter call uses, rows may be empty."""
+    mask = torch.eye(4, dtype=torch.bool).flip(0).expand(1, 1, 4, 4)
+    q = torch.randn(1, 1, 200, 64).bfloat16()
+    assert cudnn._lists(Problem(q, q, q, HeadMasks(mask), 1.0)).some_are_empty
+    assert not cudnn._lists(problem()).some_are_empty
 
 
 def absent(error):

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 import bsa_vision as bsa
 from bsa_vision import HeadMasks, RelPos
 from bsa_vision.attention import _run
-from bsa_vision.backends import Problem, choose, costs, flex, gather
+from bsa_vision.backends import Problem, choose, costs, flex, gather, proof
 from masks import TokenLayout, local_window, random_blocks, stack_heads
 from tests.problems import varlens
 from tests.test_attention import close, qkv, run_varlen
@@ -249,6 +249,10 @@ def why_not(dim=64, value_dim=None, dtype=torch.bfloat16, device="cuda", block_s
         ({"dropout_p": 0.1}, "no dropout"),
         ({"return_probs": True}, "no dropout"),
         ({"tokens": 0}, "there are no tokens"),
+        (
+            {"cu_seqlens_q": torch.zeros(5000, dtype=torch.int32)},
+            "whose block mask would be too large (5.0e+07 entries)",
+        ),
     ],
 )
 def test_why_not(change, reason):
@@ -267,6 +271,7 @@ def test_auto_takes_it_on_a_gpu(monkeypatch):
     monkeypatch.setattr(flex, "why_not", WHY_NOT)
     monkeypatch.setattr(flex, "_probe", lambda: None)
     monkeypatch.setattr(costs, "describe", lambda *what: "a GPU")
+    monkeypatch.setattr(proof, "objection", lambda *call: None)
     with FakeTensorMode():
         q = torch.empty(1, 2, 256, 64, dtype=torch.bfloat16, device="cuda")
     base = torch.eye(2, dtype=torch.bool).expand(1, 2, -1, -1)

@@ -25,7 +25,7 @@ TABLE = {
     "rel_pos": set(),
     "packing": {"masks", "head_masks"},
     "cache_file": {"files"},
-    "backends": {"cache_file", "errors", "block_rows", "head_masks", "rel_pos"},
+    "backends": {"masks", "cache_file", "errors", "block_rows", "head_masks", "rel_pos"},
     "arguments": {"backends", "head_masks", "rel_pos"},
     "custom_op": {"masks", "errors", "backends", "head_masks", "packing", "rel_pos"},
     "attention": {"arguments", "backends", "custom_op", "head_masks", "packing", "rel_pos"},

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from bsa_vision import HeadMasks, RelPos
-from bsa_vision.backends import Problem, choose, costs, gather, kernel, reference
+from bsa_vision.backends import Problem, choose, costs, gather, kernel, proof, reference
 from bsa_vision.errors import BackendUnavailable
 from tests import fake_kernel
 from tests.problems import Varlen, varlens
@@ -77,12 +77,35 @@ def test_gradients(varlen):
         assert torch.allclose(found.float(), expected.float(), atol=0.02 * max(float(expected.abs().max()), 1))
 
 
-def test_no_gradient_of_exact_streaming():
+def test_no_gradient_of_exact_streaming(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    asked = dict(is_causal=True, exact_streaming=True)
+    assert why_not(**asked) is None
+    assert why_not(requires_grad=True, **asked) == "the kernel has no gradient for exact streaming"
     problem = uniform([0, -1], 0, streaming_info=[0, 0, 3, 5])
     q = problem.q.clone().requires_grad_()
     out = kernel.run(replace(problem, q=q, is_causal=True, exact_streaming=True)).out
     with pytest.raises(BackendUnavailable, match="no gradient for exact streaming: use backend='reference'"):
         out.sum().backward()
+
+
+def test_images_shorter_than_the_longest():
+    """Blocks past the end of a short image, as masks sized for the longest have them, push none of its own out of its lists."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 712, 16, generator=generator).half() for _ in range(3))
+    ends = torch.tensor([0, 512, 712], dtype=torch.int32)
+    masks = HeadMasks(torch.ones(1, 1, 4, 4, dtype=torch.bool))
+    problem = Problem(q, k, v, masks, 0.25, cu_seqlens_q=ends, cu_seqlens_k=ends, max_q=512, max_k=512, return_lse=True)
+    converted = kernel._convert(problem, gradient=True)
+    assert converted.rows[1, 0].tolist() == [[1, 0, -1, -1]] * 2 + [[-1] * 4] * 2
+    assert torch.equal(converted.columns, converted.rows)
+    out, lse, _ = kernel.run(problem)
+    expected = reference.run(problem)
+    assert torch.allclose(out.float(), expected.out.float(), atol=5e-3)
+    assert torch.allclose(lse, expected.lse, atol=1e-3)
+    assert lse[1, 0, 200:].isposinf().all()
+    too_long = fake_kernel.decode(converted.rows[:1].expand(2, -1, -1, -1).contiguous(), converted.types, converted.streaming, (ends, ends), (512, 512))  # fmt: skip
+    assert not too_long[1, ..., :2].any()  # the twin: with lists of the longest image a short one sees nothing
 
 
 def test_masks_are_converted_once():
@@ -99,7 +122,7 @@ def test_masks_are_converted_once():
         name in calls.names for name in ("aten.sort", "aten.argsort", "aten._local_scalar_dense", "aten.nonzero")
     )
     with Counted() as calls:  # the twin: making them does sort
-        kernel._convert(problem)
+        kernel._convert(problem, gradient=False)
     assert "aten.sort" in calls.names
 
 
@@ -189,9 +212,9 @@ def test_masks_per_image_and_streaming():
     assert torch.allclose(kernel.run(problem).out.float(), reference.run(problem).out.float(), atol=5e-3)
 
 
-def why_not(dim=64, value_dim=None, dtype=torch.bfloat16, device="cuda", block_size=128, **fields) -> str | None:
+def why_not(dim=64, value_dim=None, dtype=torch.bfloat16, device="cuda", block_size=128, requires_grad=False, **fields) -> str | None:  # fmt: skip
     with FakeTensorMode():
-        q = torch.empty(1, 2, 256, dim, dtype=dtype, device=device)
+        q = torch.empty(1, 2, 256, dim, dtype=dtype, device=device, requires_grad=requires_grad)
         v = torch.empty(1, 2, 256, value_dim or dim, dtype=dtype, device=device)
     blocks = -(-256 // block_size)
     masks = HeadMasks(torch.ones(1, 2, blocks, blocks, dtype=torch.bool), block_size=block_size)
@@ -246,6 +269,7 @@ def test_auto_prefers_the_kernel_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(costs, "known", lambda what: {})
     monkeypatch.setattr(costs, "describe", lambda *what: "a GPU")
+    monkeypatch.setattr(proof, "objection", lambda *call: None)
     with FakeTensorMode():
         q = torch.empty(1, 2, 256, 64, dtype=torch.bfloat16, device="cuda")
     base = torch.eye(2, dtype=torch.bool).expand(1, 2, -1, -1)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 import bsa_vision as bsa
-from bsa_vision.backends import BACKENDS, Problem, choose, costs
+from bsa_vision.backends import BACKENDS, Problem, choose, costs, proof
 from bsa_vision.backends.costs import Cost
 from bsa_vision.cache_file import cache_file
 from bsa_vision.latency import Latency, measure
@@ -150,6 +150,10 @@ class TestMeasured:
         assert str(latency_file()) == "/somewhere/bsa-vision/latency.json"
 
 
+ONES = {name: {"call": 1, "row": 0, "pair": 0} for name in ("flex", "kernel", "gather")}
+SPOILT = [json.dumps({"WHAT": ONES}).replace("1", x, 1) for x in ("NaN", "-1", "true", "1" + "0" * 400)]
+
+
 class TestBackends:
     """Costs of each backend, by which `auto` chooses on GPUs."""
 
@@ -162,11 +166,11 @@ class TestBackends:
         monkeypatch.setattr(MODULE, "LARGE", (16, 32))
         found = MODULE.measure_backends(32)
         plain, with_rel_pos = found.values()
-        assert set(plain) == set(with_rel_pos) == {"gather", "sdpa"}
+        assert set(plain) == set(with_rel_pos) == {"gather"}  # what skips nothing is no candidate
         assert all(
             cost.call > 0 and cost.row >= 0 and cost.pair >= 0 for cost in (*plain.values(), *with_rel_pos.values())
         )
-        assert plain["gather"] != plain["sdpa"]
+        assert plain != with_rel_pos
         what = costs.describe(torch.device("cpu"), torch.float32, 32, False)
         monkeypatch.setattr(costs, "_known", {})  # a new process
         assert costs.known(what) == plain
@@ -184,6 +188,8 @@ class TestBackends:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
         for name in ("kernel", "flex"):
             monkeypatch.setattr(BACKENDS[name], "why_not", lambda problem: None)
+        monkeypatch.setattr(BACKENDS["cudnn"], "why_not", lambda problem: "not installed")
+        monkeypatch.setattr(proof, "objection", lambda *call: None)
         return costs.describe(torch.device("cuda"), torch.bfloat16, 64, False)
 
     def test_auto_takes_the_cheapest(self, monkeypatch):
@@ -197,9 +203,32 @@ class TestBackends:
         assert choose(self.problem(2048, 0.5)) == "kernel"
         assert choose(self.problem(2048, 0.5), "gather") == "gather"
 
-    def test_unknown_backends_are_not_preferred(self, monkeypatch):
-        costs.remember(self.on_a_gpu(monkeypatch), {"flex": Cost(1, 0, 0)})
+    def test_what_is_not_measured_is_not_passed_over(self, monkeypatch):
+        """A kernel that was built after measuring: the order of the table decides until all are known again."""
+        what = self.on_a_gpu(monkeypatch)
+        costs.remember(what, {"flex": Cost(1e-9, 0, 0), "gather": Cost(1, 0, 0)})
+        assert choose(self.problem(1024, 0.5)) == "kernel"
+        costs.remember(what, {**costs.known(what), "kernel": Cost(1, 0, 0)})
         assert choose(self.problem(1024, 0.5)) == "flex"
+
+    def test_what_skips_nothing_is_no_candidate(self, monkeypatch):
+        """However cheap its calls were where they were measured."""
+        costs.remember(self.on_a_gpu(monkeypatch), dict.fromkeys(("kernel", "flex", "gather"), Cost(1, 1, 1)) | {"sdpa": Cost(0, 0, 0)})  # fmt: skip
+        assert choose(self.problem(1024, 0.5)) == "kernel"
+
+    def test_one_that_breaks_is_left_out(self, monkeypatch):
+        monkeypatch.setattr(MODULE, "LARGE", (16, 32))
+
+        def explode(problem):
+            raise RuntimeError("out of shared memory")
+
+        monkeypatch.setattr(BACKENDS["flex"], "why_not", lambda problem: None)
+        monkeypatch.setattr(BACKENDS["flex"], "run", explode)
+        with pytest.warns(
+            RuntimeWarning, match="'flex' failed while it was measured, and is left out: RuntimeError: out of"
+        ):
+            found = MODULE.measure_backends(32)
+        assert all(set(one) == {"gather"} for one in found.values())
 
     def test_relative_position_has_costs_of_its_own(self, monkeypatch):
         costs.remember(self.on_a_gpu(monkeypatch), {"flex": Cost(1e-9, 0, 0)})

@@ -146,10 +146,19 @@ def like_of(attention: nn.Module) -> Tensor:
 
 
 def probe_problem(layer: Layer, masks: HeadMasks, like: Tensor) -> Problem:
-    """A problem of this layer's kind for choosing a backend: backends look at metadata only."""
-    probe = like.detach().new_empty(1, layer.spec.heads, 1, layer.spec.head_dim)
-    rel_pos = RelPos(probe, probe) if layer.spec.rel_pos else None
-    return Problem(probe, probe, probe, masks, scale=1.0, rel_pos=rel_pos)
+    """A problem of this layer's kind and size for choosing a backend: backends look at metadata only."""
+    one = like.detach().new_empty(1)
+
+    def probe(tokens: int, width: int) -> Tensor:
+        return one.expand(1, layer.spec.heads, tokens, width)
+
+    tokens, keys = (1 if x is None else x.num_tokens for x in (masks.layout, masks.kv_layout))
+    q, k, dim = probe(tokens, layer.spec.head_dim), probe(keys, layer.spec.head_dim), layer.spec.head_dim
+    rel_pos = None
+    if layer.spec.rel_pos:
+        sides = (1, 1) if masks.kv_layout is None else masks.kv_layout.grid
+        rel_pos = RelPos(probe(tokens, sides[0]), probe(tokens, sides[1]))
+    return Problem(q, k, k, masks, scale=dim**-0.5, rel_pos=rel_pos)
 
 
 def report_layer(layer: Layer, grid: tuple[int, int], like: Tensor, latency: Latency, cost: ModelCost) -> LayerReport:

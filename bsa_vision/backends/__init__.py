@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from bsa_vision.backends import compiled, costs, cudnn, flex, gather, kernel, reference, sdpa
+from bsa_vision.backends import compiled, costs, cudnn, flex, gather, kernel, proof, reference, sdpa
 from bsa_vision.backends.problem import Problem, Result
 from bsa_vision.errors import BackendUnavailable
 
@@ -20,7 +20,15 @@ BACKENDS: dict[str, ModuleType] = {
     "sdpa": sdpa,
     "reference": reference,
 }
-BY_NAME_ONLY = ("cudnn",)  # nobody has run it yet: `auto` takes it once its results were checked on a GPU
+ON_TRIAL = ("kernel", "cudnn", "flex")  # taken on GPUs once they have proved themselves there
+
+
+def why_not(name: str, problem: Problem) -> str | None:
+    """Why this backend does not run `problem`: what it says itself, or what was found when it was tried."""
+    reason = BACKENDS[name].why_not(problem)
+    if reason is not None or name not in ON_TRIAL or problem.q.device.type != "cuda":
+        return reason
+    return proof.objection(BACKENDS[name], reference, problem.q.dtype, problem.q.device, problem.rel_pos is not None)
 
 
 def choose(problem: Problem, backend: str = "auto") -> str:
@@ -32,15 +40,15 @@ def choose(problem: Problem, backend: str = "auto") -> str:
         # With nothing to skip, torch's own attention is mostly the fastest way to the same result.
         dense = problem.masks.all_dense and problem.rel_pos is None and not compiled.outruns_dense(problem)
         order = ("sdpa", *BACKENDS) if dense else tuple(BACKENDS)
-        can = (name for name in order if name not in BY_NAME_ONLY and BACKENDS[name].why_not(problem) is None)
+        can = (name for name in order if why_not(name, problem) is None)
         return next(can) if dense or problem.q.device.type != "cuda" else costs.cheapest(tuple(can), problem)
     if backend not in BACKENDS:
         raise ValueError(
             f"backend={backend!r}: allowed are 'auto', {', '.join(map(repr, BACKENDS))}; choose one of them."
         )
-    reason = BACKENDS[backend].why_not(problem)
+    reason = why_not(backend, problem)
     if reason is not None:
-        able = [name for name in BACKENDS if BACKENDS[name].why_not(problem) is None]
+        able = [name for name in BACKENDS if why_not(name, problem) is None]
         raise BackendUnavailable(
             f"backend={backend!r} cannot run this call: {reason}. Able here: {', '.join(able)}; name one of them, or 'auto'."
         )
@@ -49,7 +57,7 @@ def choose(problem: Problem, backend: str = "auto") -> str:
 
 def reasons(problem: Problem) -> dict[str, str | None]:
     """Every backend's `why_not` for this problem, in order of preference."""
-    return {name: module.why_not(problem) for name, module in BACKENDS.items()}
+    return {name: why_not(name, problem) for name in BACKENDS}
 
 
-__all__ = ["BACKENDS", "Problem", "Result", "choose", "reasons"]
+__all__ = ["BACKENDS", "Problem", "Result", "choose", "reasons", "why_not"]

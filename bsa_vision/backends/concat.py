@@ -1,6 +1,8 @@
 """Relative position for kernels that add no bias: as more columns of queries and keys, exactly.
 
-    [q, rel_h / s, rel_w / s] . [k, onehot(row), onehot(column)] * s = s * q . k + rel_h[row] + rel_w[column]
+    [q, rel_h / (s c), rel_w / (s c)] . [k, c onehot(row), c onehot(column)] * s = s * q . k + rel_h[row] + rel_w[column]
+
+with c the power of two nearest above 1 / s, so that nothing grows beyond what float16 holds.
 
 Where the grid's rows and columns beside the head dim are more than a kernel's width, its key blocks are parted into sub-grids that fit. Each
 part is a call of its own, with one-hot columns that count from the part's first row and column; results are merged by log-sum-exp.
@@ -9,6 +11,7 @@ Exact in real arithmetic: each logit is the same sum. Constraint: the merge has 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -92,9 +95,10 @@ def _bring(problem: Problem, part: Part) -> Problem:
     assert problem.rel_pos is not None
     k, v = (x if part.tokens is None else x.index_select(2, part.tokens) for x in (problem.k, problem.v))
     rel_h, rel_w = problem.rel_pos
-    terms = torch.cat([rel_h[..., part.rows], rel_w[..., part.columns]], -1) / problem.scale
+    weight = 2.0 ** math.ceil(math.log2(1 / abs(problem.scale)))
+    terms = torch.cat([rel_h[..., part.rows], rel_w[..., part.columns]], -1) * (1 / (problem.scale * weight))
     q = torch.cat([problem.q, terms.to(problem.q.dtype)], -1)
-    k = torch.cat([k, part.hot.to(k.dtype).expand(*k.shape[:2], -1, -1)], -1)
+    k = torch.cat([k, (part.hot.to(k.dtype) * weight).expand(*k.shape[:2], -1, -1)], -1)
     masks = problem.masks if part.masks is None else part.masks
     return replace(problem, q=q, k=k, v=v, masks=masks, rel_pos=None, key_row=None, key_column=None)
 
@@ -141,7 +145,9 @@ def _cells(problem: Problem, room: int) -> list[list[int]]:
     """Key blocks by sub-grid, such that rows and columns of each are at most `room` together; as few as there are, none where no way is found."""
     layout = problem.masks.kv_layout
     assert layout is not None
-    return problem.masks.remember(("cells", room), lambda: _fewest(*layout.coordinates, layout.block_size, room))
+    # Where every head is dense, tokens are left in model order.
+    row, column = (x[layout.inverse] if problem.masks.all_dense else x for x in layout.coordinates)
+    return problem.masks.remember(("cells", room), lambda: _fewest(row, column, layout.block_size, room))
 
 
 def _fewest(row: Tensor, column: Tensor, size: int, room: int) -> list[list[int]]:

@@ -2,8 +2,8 @@
 
     seconds = call + row * rows + pair * pairs        rows of blocks, and query-key pairs that are kept, over images and heads
 
-`bsa_vision.latency` measures. Choosing only reads: where nothing is known the order of `BACKENDS` decides. All of them apply the mask, so that a
-choice changes the time a call takes, and the result by rounding.
+`bsa_vision.latency` measures. Choosing only reads, and goes by what is known only where all candidates are; otherwise the order of `BACKENDS` decides.
+All of them apply the mask, so that a choice changes the time a call takes, and the result by rounding.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from bsa_vision import cache_file
 from bsa_vision.backends.problem import Problem
 
 FILE = "backends.json"
+NOT_COSTED = (
+    "sdpa",
+    "reference",
+)  # what skips nothing is N x N, whatever the mask: never a candidate beside what skips
 
 
 @dataclass(frozen=True)
@@ -64,25 +68,22 @@ def _parsed(entry: object) -> dict[str, Cost]:
 
 
 def _is_cost(numbers: object) -> bool:
-    names = {"call", "row", "pair"}
-    return (
-        isinstance(numbers, dict)
-        and set(numbers) == names
-        and all(isinstance(x, (int, float)) for x in numbers.values())
-    )
+    if not isinstance(numbers, dict) or set(numbers) != {"call", "row", "pair"}:
+        return False
+    return all(type(x) in (int, float) and 0 <= x < 1e6 for x in numbers.values())  # NaN is in no range
 
 
 def cheapest(names: Sequence[str], problem: Problem) -> str:
-    """Of these backends, all of which can: the one that is expected to be fastest, the first where no cost is known."""
-    if len(names) < 2:
+    """Of these backends, all of which can: the one that is expected to be fastest; the first where costs of some are not known."""
+    candidates = [name for name in names if name not in NOT_COSTED]
+    if len(candidates) < 2:
         return names[0]
     q = problem.q
     costs = known(describe(q.device, q.dtype, q.shape[-1], problem.rel_pos is not None))
-    able = [name for name in names if name in costs]
-    if not able:
+    if not all(name in costs for name in candidates):
         return names[0]
     rows, pairs = _work(problem)
-    return min(able, key=lambda name: costs[name].seconds(rows, pairs))
+    return min(candidates, key=lambda name: costs[name].seconds(rows, pairs))
 
 
 def _work(problem: Problem) -> tuple[int, int]:

@@ -138,13 +138,15 @@ def _lists(problem: Problem) -> _Lists:
     tokens, device = (problem.q.shape[2], problem.k.shape[2]), problem.q.device
 
     def make() -> _Lists:
-        mask = problem.masks.block_mask(*tokens).to(device)
+        mask = problem.masks.block_mask(*tokens)
+        some_are_empty = not bool(mask.any(-1).all())
+        mask = mask.to(device)
         # The whole width even where rows keep less: another width would compile the gradient anew.
         counts, index = (x.expand(problem.q.shape[0], *x.shape[1:]).contiguous() for x in block_lists(mask))
         # Given even where all blocks are full: some kernels do not mask the end of the sequence themselves.
         sizes = torch.full((index.shape[-1],), BLOCK, dtype=torch.int32, device="cpu")
         sizes[-1] = tokens[1] - BLOCK * (len(sizes) - 1)
-        return _Lists(index, counts, sizes.to(device), problem.masks.allow_empty_rows)
+        return _Lists(index, counts, sizes.to(device), some_are_empty)
 
     return problem.masks.remember(("cudnn", problem.q.shape[0], *tokens, device), make)
 
@@ -163,6 +165,7 @@ class _Attend(torch.autograd.Function):
             sparse_block_size=BLOCK,
             allow_empty_block_nums=lists.some_are_empty,
             softmax_scale=scale,
+            pack_gqa=False,  # packed, lists would be of another shape
             layout="bhsd",
         )
         ctx.save_for_backward(q, k, v, out, lse)

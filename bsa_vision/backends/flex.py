@@ -24,6 +24,8 @@ BLOCK = 128  # the kernel's tiles are that large, and must divide the blocks
 LEAST_DIM = 16
 SHAPES = 256  # compiled at most; torch's own limit of 8 is soon reached by models of several resolutions
 
+MOST_BLOCKS = 2**24  # entries of the block mask of a ragged batch
+
 Modify = Callable[..., Tensor]
 
 
@@ -41,9 +43,18 @@ def why_not(problem: Problem) -> str | None:
         return "FlexAttention takes float16, bfloat16 or float32, got torch.float64"
     if 0 in (*q.shape, *problem.k.shape):
         return "there are no tokens"
+    if problem.ragged and _blocks(problem) > MOST_BLOCKS:
+        return f"images of different sizes follow each other as one sequence, whose block mask would be too large ({_blocks(problem):.1e} entries)"
     if q.device.type != "cuda":
         return f"FlexAttention skips blocks on CUDA only, the tensors are on {q.device.type}"
     return _probe()
+
+
+def _blocks(problem: Problem) -> int:
+    """Entries of the block mask of all images of a ragged batch, at most."""
+    size, images = problem.masks.block_size, problem.num_images
+    rows, columns = (x.shape[2] // size + images for x in (problem.q, problem.k))
+    return rows * columns * problem.num_heads
 
 
 @lru_cache(maxsize=1)
@@ -84,7 +95,10 @@ def _compiled(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
     if hasattr(flex, "AuxRequest"):  # torch 2.9
         lse = {"return_aux": flex.AuxRequest(lse=True)}
     # fullgraph: falling back to the un-compiled form must be an error, not N x N without a word.
-    call: Any = torch.compile(flex.flex_attention, fullgraph=True, backend="inductor" if device == "cuda" else "eager")
+    # Shapes stay fixed: with dynamic ones the kernel would check the end of the sequence in every block.
+    call: Any = torch.compile(
+        flex.flex_attention, fullgraph=True, dynamic=False, backend="inductor" if device == "cuda" else "eager"
+    )
 
     def attend(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         with torch._dynamo.config.patch(cache_size_limit=SHAPES):

@@ -56,6 +56,8 @@ def why_not(problem: Problem) -> str | None:
         return f"the kernel has blocks of 128 tokens, the masks have {problem.masks.block_size}"
     if problem.exact_streaming and not problem.is_causal:
         return "exact streaming is causal only"
+    if problem.exact_streaming and _needs_gradient(problem):
+        return "the kernel has no gradient for exact streaming"
     reason = concat.why_not(problem, HEAD_DIMS[-1])
     if reason is not None:
         return reason
@@ -67,6 +69,10 @@ def why_not(problem: Problem) -> str | None:
         return "the kernel needs a GPU of compute capability 8.0 or newer"
     module = _probe()
     return module if isinstance(module, str) else None
+
+
+def _needs_gradient(problem: Problem) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (problem.q, problem.k, problem.v))
 
 
 def run(problem: Problem) -> Result:
@@ -83,7 +89,11 @@ def _run(problem: Problem) -> Result:
         ends = (problem.cu_seqlens_q, problem.cu_seqlens_k)
     out, lse, probs = _Attend.apply(q, k, v, *ends, masks, _Call.of(problem))
     out = rearrange(out[..., :dim], "(b n) h d -> b h n d", b=images)
-    return Result(out, lse[..., : problem.longest_q], probs)
+    lse = lse[..., : problem.longest_q]
+    if problem.cu_seqlens_q is not None:  # past the end of short images nothing was written
+        position = torch.arange(problem.longest_q, device=lse.device)
+        lse = lse.masked_fill(position >= problem.cu_seqlens_q.diff()[:, None, None], torch.inf)
+    return Result(out, lse, probs)
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -99,7 +109,8 @@ class _Converted:
 
     types         (H,) 0 dense, -1 streaming, otherwise the head's slice from 1: one slice for each block-sparse head, in head order
     streaming     (2 * H,) [sink, local] of each head
-    rows          (images, S, R, C) key blocks of each row, the last one first, then -1; columns (images, S, C, R) likewise
+    rows          (images, S, R, C) key blocks of each row, the last one first, then -1; columns (images, S, C, R) likewise,
+                  where a gradient is asked for
     cu_seqlens_*  (images + 1,) of images of one size
     """
 
@@ -112,11 +123,15 @@ class _Converted:
 
 
 def _converted(problem: Problem) -> _Converted:
-    key = ("kernel", problem.num_images, problem.longest_q, problem.longest_k, problem.q.device)
-    return problem.masks.remember(key, lambda: _convert(problem))
+    """Made once for masks and sizes; for each call of a ragged batch, whose lengths only the device knows."""
+    gradient = _needs_gradient(problem)
+    if problem.ragged:
+        return _convert(problem, gradient)
+    key = ("kernel", problem.num_images, problem.longest_q, problem.longest_k, problem.q.device, gradient)
+    return problem.masks.remember(key, lambda: _convert(problem, gradient))
 
 
-def _convert(problem: Problem) -> _Converted:
+def _convert(problem: Problem, gradient: bool) -> _Converted:
     masks, images = problem.masks, problem.num_images
 
     def ints(values: list[int]) -> Tensor:
@@ -129,7 +144,12 @@ def _convert(problem: Problem) -> _Converted:
         assert masks.base_blockmask is not None
         blocks = -(-problem.longest_q // BLOCK), -(-problem.longest_k // BLOCK)
         base = masks.base_blockmask.to(problem.q.device)[:, wanted, : blocks[0], : blocks[1]]
-        rows, columns = (_last_first(x).expand(images, -1, -1, -1).contiguous() for x in (base, base.mT))
+        if problem.cu_seqlens_q is not None and problem.cu_seqlens_k is not None:
+            # The kernel reads as many entries of a list as the image has blocks: those past its end must not be there.
+            base = base & _exist(problem.cu_seqlens_q, blocks[0])[:, None, :, None]
+            base = base & _exist(problem.cu_seqlens_k, blocks[1])[:, None, None]
+        rows = _last_first(base).expand(images, -1, -1, -1).contiguous()
+        columns = _last_first(base.mT).expand(images, -1, -1, -1).contiguous() if gradient else None
     streaming = [number for pair in masks.streaming for number in pair] or [0] * (2 * masks.num_heads)
     return _Converted(
         ints([next(numbers) if kind > 0 else kind for kind in masks.slices]),
@@ -138,6 +158,11 @@ def _convert(problem: Problem) -> _Converted:
         columns,
         *(ints([image * tokens for image in range(images + 1)]) for tokens in (problem.longest_q, problem.longest_k)),
     )
+
+
+def _exist(cu_seqlens: Tensor, blocks: int) -> Tensor:
+    """(images, blocks) bool: blocks that begin before the end of their image."""
+    return torch.arange(blocks, device=cu_seqlens.device) * BLOCK < cu_seqlens.diff()[:, None]
 
 
 def _last_first(mask: Tensor) -> Tensor:
