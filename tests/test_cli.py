@@ -100,7 +100,10 @@ def test_ways_that_cannot_run_say_why(capsys):
         ),
         ("--pattern local:x", "radius='x': expected a whole number"),
         ("--pattern region:30x1 --tokens 8x8", "patch (30, 1) lies outside the grid"),
-        ("--ways ours,xformers", "--ways 'xformers': allowed are sdpa, sdpa-bias, ours, sdpa-mask, flex; choose"),
+        (
+            "--ways ours,xformers",
+            "--ways 'xformers': allowed are sdpa, sdpa-bias, ours, sdpa-mask, flex, sdpa-flash, sdpa-cudnn, kernel, cudnn; choose",
+        ),
         ("--backend cudnnn", "--backend 'cudnnn': allowed are auto, kernel,"),
         ("--device cuda:77", "--device 'cuda:77': here there is cpu"),
         ("--rounds 0", "--rounds '0': allowed are whole numbers from 1"),

@@ -203,6 +203,19 @@ class TestBackends:
         assert choose(self.problem(2048, 0.5)) == "kernel"
         assert choose(self.problem(2048, 0.5), "gather") == "gather"
 
+    def test_asked_once(self, monkeypatch):
+        """Asking every backend takes longer than some calls do: once for masks, shapes and whatever else matters; anew with other costs."""
+        what, asked = self.on_a_gpu(monkeypatch), []
+        monkeypatch.setattr(BACKENDS["kernel"], "why_not", lambda problem: asked.append(problem))
+        problem = self.problem(1024, 0.5)
+        assert [choose(problem) for _ in range(3)] == ["kernel"] * 3
+        assert len(asked) == 1
+        for change in (dict(scale=0.0), dict(return_lse=True), dict(is_causal=True), dict(dropout_p=0.1)):
+            choose(replace(problem, **change))
+        assert len(asked) == 5
+        costs.remember(what, dict.fromkeys(("kernel", "gather"), Cost(1, 0, 0)) | {"flex": Cost(0, 0, 0)})
+        assert choose(problem) == "flex"
+
     def test_what_is_not_measured_is_not_passed_over(self, monkeypatch):
         """A kernel that was built after measuring: the order of the table decides until all are known again."""
         what = self.on_a_gpu(monkeypatch)

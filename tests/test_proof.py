@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,15 +36,28 @@ def on_a_cpu(monkeypatch):
         backend._probe.cache_clear()
 
 
-def objection(backend, dtype=torch.bfloat16, with_rel_pos=False):
-    return proof.objection(backend, reference, dtype, torch.device("cpu"), with_rel_pos)
+def objection(backend, dtype=torch.bfloat16, with_rel_pos=False, gradient=False):
+    return proof.objection(backend, reference, proof.Kind(dtype, torch.device("cpu"), with_rel_pos, gradient))
 
 
+@pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("with_rel_pos", [False, True])
 @pytest.mark.parametrize("backend", [kernel, cudnn, flex])
-def test_right_results_pass(backend, with_rel_pos):
+def test_right_results_pass(backend, with_rel_pos, gradient):
     with torch.inference_mode(), torch.autocast("cpu"):  # whatever the caller is in
-        assert objection(backend, with_rel_pos=with_rel_pos) is None
+        assert objection(backend, with_rel_pos=with_rel_pos, gradient=gradient) is None
+
+
+def test_kinds():
+    q = torch.zeros(1, 2, 8, 16)
+    masks = HeadMasks(None, [0, 0])
+    plain = proof.Kind(torch.float32, torch.device("cpu"), with_rel_pos=False, gradient=False)
+    assert proof.Kind.of(Problem(q, q, q, masks, 1.0)) == plain
+    terms = bsa.RelPos(q, q.clone().requires_grad_())
+    asked = Problem(q, q, q, masks, 1.0, rel_pos=terms)
+    assert proof.Kind.of(asked) == replace(plain, with_rel_pos=True, gradient=True)
+    with torch.no_grad():
+        assert proof.Kind.of(asked) == replace(plain, with_rel_pos=True)
 
 
 @pytest.mark.parametrize("backend", [kernel, cudnn, flex])
@@ -67,7 +81,8 @@ def test_a_wrong_gradient_is_seen(monkeypatch):
     monkeypatch.setattr(
         flex, "run", lambda problem: Result(run(problem).out * 1.0 + 0.5 * (problem.v - problem.v.detach()))
     )
-    assert "wrong results here: off is dv by" in objection(flex)
+    assert "wrong results here: off is dv by" in objection(flex, gradient=True)
+    assert objection(flex) is None
 
 
 def test_nan_is_wrong(monkeypatch):

@@ -6,6 +6,7 @@ and `run(problem) -> Result`. Backends never import each other.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from types import ModuleType
 
 from bsa_vision.backends import compiled, costs, cudnn, flex, gather, kernel, proof, reference, sdpa
@@ -28,7 +29,7 @@ def why_not(name: str, problem: Problem) -> str | None:
     reason = BACKENDS[name].why_not(problem)
     if reason is not None or name not in ON_TRIAL or problem.q.device.type != "cuda":
         return reason
-    return proof.objection(BACKENDS[name], reference, problem.q.dtype, problem.q.device, problem.rel_pos is not None)
+    return proof.objection(BACKENDS[name], reference, proof.Kind.of(problem))
 
 
 def choose(problem: Problem, backend: str = "auto") -> str:
@@ -36,16 +37,39 @@ def choose(problem: Problem, backend: str = "auto") -> str:
 
     Every one of them applies the mask, so the choice changes the time a call takes, and the result by rounding.
     """
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(
+            f"backend={backend!r}: allowed are 'auto', {', '.join(map(repr, BACKENDS))}; choose one of them."
+        )
+    if problem.q.device.type != "cuda":
+        return _choose(problem, backend)
+    # Asking every backend takes longer than some calls do on a GPU.
+    return problem.masks.remember(("choice", backend, *_what_matters(problem)), lambda: _choose(problem, backend))
+
+
+def _what_matters(problem: Problem) -> tuple[Hashable, ...]:
+    """Whatever `why_not` and `costs` look at, besides the masks."""
+    q, k, v = problem.q, problem.k, problem.v
+    tensors = (q.shape, k.shape, v.shape, q.dtype, q.device, problem.ragged, problem.num_images)
+    flags = (
+        problem.is_causal,
+        problem.exact_streaming,
+        bool(problem.dropout_p),
+        problem.return_lse,
+        problem.return_probs,
+    )
+    terms = None if problem.rel_pos is None else (problem.rel_pos[0].shape[-1], problem.rel_pos[1].shape[-1])
+    lengths = (problem.longest_q, problem.longest_k)
+    return (*tensors, *flags, terms, bool(problem.scale), *lengths, proof.Kind.of(problem).gradient, costs.generation())
+
+
+def _choose(problem: Problem, backend: str) -> str:
     if backend == "auto":
         # With nothing to skip, torch's own attention is mostly the fastest way to the same result.
         dense = problem.masks.all_dense and problem.rel_pos is None and not compiled.outruns_dense(problem)
         order = ("sdpa", *BACKENDS) if dense else tuple(BACKENDS)
         can = (name for name in order if why_not(name, problem) is None)
         return next(can) if dense or problem.q.device.type != "cuda" else costs.cheapest(tuple(can), problem)
-    if backend not in BACKENDS:
-        raise ValueError(
-            f"backend={backend!r}: allowed are 'auto', {', '.join(map(repr, BACKENDS))}; choose one of them."
-        )
     reason = why_not(backend, problem)
     if reason is not None:
         able = [name for name in BACKENDS if why_not(name, problem) is None]

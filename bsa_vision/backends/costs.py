@@ -53,12 +53,20 @@ def known(what: str) -> Mapping[str, Cost]:
 
 def remember(what: str, costs: Mapping[str, Cost]) -> None:
     """For this process and later ones."""
+    global _generation
+    _generation += 1
     _known[what] = dict(costs)
     kept = {name: asdict(cost) for name, cost in costs.items()}
     cache_file.write(FILE, {**cache_file.read(FILE), what: kept})
 
 
+def generation() -> int:
+    """Another number whenever costs were remembered: what was chosen before must be chosen anew."""
+    return _generation
+
+
 _known: dict[str, dict[str, Cost]] = {}
+_generation = 0
 
 
 def _parsed(entry: object) -> dict[str, Cost]:

@@ -1,14 +1,15 @@
-"""Backends for GPUs prove themselves before they are taken: a small call, forward and gradient, against the definition.
+"""Backends for GPUs prove themselves before they are taken: a small call, or its gradient, against the definition.
 
 They depend on packages, compilers and hardware that no test of ours can have seen. One that is off, or breaks, on this machine is not used:
-never a silently different result. Once per process, device, dtype and kind of call; compiling takes the time it takes.
+never a silently different result. Once per process, device, dtype and kind of call (with relative position, with gradients); compiling takes the
+time it takes.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -26,61 +27,72 @@ LAYOUT = TokenLayout((14, 20))  # 280 tokens: the last block is shorter
 DIM = 64
 
 
+@dataclass(frozen=True)
+class Kind:
+    """Of calls that are proved together."""
+
+    dtype: torch.dtype
+    device: torch.device
+    with_rel_pos: bool
+    gradient: bool
+
+    @classmethod
+    def of(cls, problem: Problem) -> Kind:
+        tensors = (problem.q, problem.k, problem.v, *(problem.rel_pos or ()))
+        gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        return cls(problem.q.dtype, problem.q.device, problem.rel_pos is not None, gradient)
+
+
 @lru_cache(maxsize=64)
-def objection(
-    backend: ModuleType, reference: ModuleType, dtype: torch.dtype, device: torch.device, with_rel_pos: bool
-) -> str | None:
+def objection(backend: ModuleType, reference: ModuleType, kind: Kind) -> str | None:
     """What is wrong with this backend here; None = its results are right."""
     # In a thread of its own: whatever the caller is in (autocast, inference mode, an operator, another default device), this is not.
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_try, backend, reference, dtype, device, with_rel_pos).result()
+        return thread.submit(_try, backend, reference, kind).result()
 
 
-def _try(
-    backend: ModuleType, reference: ModuleType, dtype: torch.dtype, device: torch.device, with_rel_pos: bool
-) -> str | None:
-    problem = _problem(dtype, device, with_rel_pos)
+def _try(backend: ModuleType, reference: ModuleType, kind: Kind) -> str | None:
+    problem = _problem(kind)
     try:
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            with torch.no_grad():
-                if backend.why_not(problem) is None:
-                    pairs = {"output": (backend.run(problem).out, reference.run(problem).out)}
-                else:
-                    pairs = {}  # it serves other calls than this one
-            asked = _with_leaves(problem)
-            if backend.why_not(asked) is None:
-                pairs |= dict(zip(("dq", "dk", "dv"), zip(_gradients(backend, asked), _gradients(reference, asked))))
-            off = {name: _off(*pair) for name, pair in pairs.items()}
+        with torch.cuda.device(kind.device) if kind.device.type == "cuda" else nullcontext():
+            if backend.why_not(problem) is not None:
+                return None  # it serves other calls than this one
+            results = (_results(own, problem, kind.gradient) for own in (backend, reference))
+            off = {name: _off(*pair) for name, *pair in zip(NAMES, *results, strict=False)}
     except Exception as error:  # what a package runs into on this machine is anything
         return f"a small call with it failed here: {type(error).__name__}: {str(error).strip()[:200]}"
-    wrong = [f"{name} by {x:.2g}" for name, x in off.items() if not x <= TOLERANCE[dtype]]
+    wrong = [f"{name} by {x:.2g}" for name, x in off.items() if not x <= TOLERANCE[kind.dtype]]
     return f"a small call with it gave wrong results here: off is {', '.join(wrong)}" if wrong else None
 
 
-def _problem(dtype: torch.dtype, device: torch.device, with_rel_pos: bool) -> Problem:
+NAMES = ("output", "dq", "dk", "dv", "drel_h", "drel_w")
+
+
+def _results(backend: Any, problem: Problem, gradient: bool) -> tuple[Tensor, ...]:
+    out = backend.run(problem).out
+    if not gradient:
+        return (out,)
+    leaves = (problem.q, problem.k, problem.v, *(problem.rel_pos or ()))
+    return (out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out)))
+
+
+def _problem(kind: Kind) -> Problem:
     """One dense head, two that skip; logits of standard deviation 1 and more."""
     generator = torch.Generator("cpu").manual_seed(0)
 
     def random(width: int) -> Tensor:
-        return torch.randn(2, 3, LAYOUT.num_tokens, width, generator=generator, device="cpu").to(device, dtype)
+        made = torch.randn(2, 3, LAYOUT.num_tokens, width, generator=generator, device="cpu")
+        return made.to(kind.device, kind.dtype).requires_grad_(kind.gradient)
 
     base = stack_heads([random_blocks(LAYOUT, 0.5, seed=0, stream=head) for head in range(2)], 1)
     masks = HeadMasks(base, [0, 1, 1], layout=LAYOUT)
     problem = Problem(random(DIM), random(DIM), random(DIM), masks, DIM**-0.5)
-    if not with_rel_pos:
+    if not kind.with_rel_pos:
         return problem
-    row, column = (place.to(device) for place in LAYOUT.coordinates)
+    row, column = (place.to(kind.device) for place in LAYOUT.coordinates)
     return replace(problem, rel_pos=RelPos(*map(random, LAYOUT.grid)), key_row=row, key_column=column)
 
 
-def _with_leaves(problem: Problem) -> Problem:
-    return replace(problem, **{name: getattr(problem, name).detach().requires_grad_() for name in ("q", "k", "v")})
-
-
-def _gradients(backend: Any, problem: Problem) -> tuple[Tensor, ...]:
-    out = backend.run(problem).out
-    return torch.autograd.grad(out, (problem.q, problem.k, problem.v), torch.ones_like(out))
-
-
 def _off(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected.float()).abs().max())
+    """Largest difference, over the largest value where that is more than 1."""
+    return float((found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1))

@@ -219,11 +219,14 @@ class _Passes:
             while done[name] < len(self.images):
                 here = self.images[done[name] + own : done[name] + own + 1]  # nothing, at the end
                 processes.together(partial(self._look_at, here))
-                news = [x for one in fresh for x in one.tensors().values()]
-                processes.add_up(news)
-                for total, new in zip((x for one in sums for x in one.tensors().values()), news, strict=True):
-                    total += new
-                    new.zero_()
+                for total, one in zip(
+                    sums, fresh, strict=True
+                ):  # one by one: all of them beside themselves would be gigabytes
+                    news = list(one.tensors().values())
+                    processes.add_up(news)
+                    for to, new in zip(total.tensors().values(), news, strict=True):
+                        to += new
+                        new.zero_()
                 done[name] = min(done[name] + count, len(self.images))
                 _check_finite(sums)
                 self.store.save(self.calibration, now=done[name] == len(self.images))
