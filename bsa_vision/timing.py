@@ -87,3 +87,26 @@ def _larger_than_cache(device: torch.device) -> torch.Tensor:
     """Bytes that push everything else out of the GPU's cache when they are written."""
     cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
     return torch.empty(max(2 * cache, 2**28), dtype=torch.int8, device=device)
+
+
+def graphed(run: Callable[[], Any], device: torch.device) -> Callable[[], Any] | None:
+    """`run` as a CUDA graph, in which nothing waits for Python to launch it; None where it cannot be captured.
+
+    A replay writes where the captured run wrote, and returns nothing.
+    """
+    with torch.cuda.device(device):
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(beside):  # what is made at a first call must not be in the graph
+                for _ in range(2):
+                    run()
+            torch.cuda.current_stream().wait_stream(beside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run()
+        except RuntimeError:  # it waits for the GPU, or draws random numbers
+            torch.cuda.synchronize()
+            return None
+    replay: Callable[[], Any] = graph.replay
+    return replay

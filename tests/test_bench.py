@@ -20,6 +20,7 @@ from bsa_vision.bench.correct import NAMES, Truth
 from bsa_vision.bench.machine import describe_machine, free_memory
 from bsa_vision.bench.models import ModelCase, run_model_case
 from bsa_vision.bench.plot import plot_rows
+from bsa_vision.timing import Timing
 from masks import Pattern
 from tests import fake_cudnn, fake_kernel
 from tests import models as small_models
@@ -106,6 +107,25 @@ class TestByHand:
         assert "its gradient" in ways.WAYS["cudnn"].why_not(ways.set_up(replace(self.CASE, backward=True)))
         rel_pos = ways.set_up(replace(self.CASE, rel_pos=True))
         assert ways.WAYS["kernel"].why_not(rel_pos) == "it adds no relative position"
+
+    @pytest.mark.parametrize(("seconds", "expected"), [(1e-4, {"sdpa", "flex"}), (1e-2, set())])
+    def test_short_calls_are_timed_as_graphs(self, monkeypatch, seconds, expected):
+        """Those that can be captured; the others as they are."""
+        timed = []
+
+        def paired(runs, rounds, **options):
+            timed.append(dict(runs))
+            return {name: Timing((seconds,), (1.0,)) for name in runs}
+
+        monkeypatch.setattr(attention, "paired", paired)
+        monkeypatch.setattr(attention, "graphed", lambda run, device: None if run == "ours" else f"replay of {run}")
+        runs, as_graphs = {name: name for name in ("sdpa", "ours", "flex")}, set()
+        attention._time(runs, 3, lambda what: None, torch.device("cuda"), as_graphs)
+        assert as_graphs == expected
+        assert timed[-1] == {name: f"replay of {name}" if name in expected else name for name in runs}
+        assert runs["sdpa"] == "sdpa"
+        attention._time(runs, 3, lambda what: None, torch.device("cpu"), as_graphs := set())
+        assert as_graphs == set()
 
     def test_only_on_gpus(self):
         assert not set(ways.FOR_GPUS) & set(attention.ways_of(self.CASE, ways.WAYS))

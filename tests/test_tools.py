@@ -155,6 +155,42 @@ class TestTiming:
         with pytest.raises(ValueError, match="0 candidates, 5 rounds"):
             paired({})
 
+    @pytest.mark.parametrize("captures", [True, False])
+    def test_as_a_graph(self, monkeypatch, captures):
+        """Called twice before it is captured; None, and nothing left waiting, where it cannot be. Against a stand-in."""
+        log = []
+
+        class Stream:
+            def wait_stream(self, other):
+                log.append("wait")
+
+        class Graph:
+            def replay(self):
+                log.append("replay")
+
+        @contextlib.contextmanager
+        def graph(captured):
+            log.append("capture")
+            yield
+            if not captures:
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+        monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+        monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+        replay = timing.graphed(lambda: log.append("run"), torch.device("cuda", 0))
+        assert log[:6] == ["wait", "run", "run", "wait", "capture", "run"]
+        if captures:
+            replay()
+            assert log[6:] == ["replay"]
+        else:
+            assert replay is None
+            assert log[6:] == ["synchronize"]
+
     def test_on_a_gpu_its_own_time_counts(self, monkeypatch):
         """Events around each run, on a cache that was filled with something else; against a stand-in, since there may be no GPU."""
         log = []
