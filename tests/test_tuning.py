@@ -488,6 +488,17 @@ class TestTune:
         plan = tune(models.make("dinov3"), images(3), speedup=1.0, **SMALL)
         assert plan.report["speedup"] >= 1.0
 
+    def test_dense_is_as_fast_as_dense(self, monkeypatch):
+        """On a machine so noisy that everything seems slower than it is: what skips nothing is not timed."""
+        module = importlib.import_module("bsa_vision.tuning.tune")
+        latency = self.with_times(monkeypatch, attention=0.5)
+        monkeypatch.setattr(module, "time_plan", lambda *call: (0.9, 1.0))
+        plan = tune(models.make("dinov3"), images(3), speedup=1.0, latency=latency, **SMALL)
+        assert plan.report["speedup"] == 1.0
+        assert plan.report["sparsity"] == 0.0
+        with pytest.raises(bsa.PlanError, match=r"speedup=1\.01 cannot be met"):
+            tune(models.make("dinov3"), images(3), speedup=1.01, latency=latency, **SMALL)
+
     def test_the_target_decides(self):
         """With a target that reads only the first special token, other heads matter."""
         model = models.make("dinov3")
