@@ -98,17 +98,14 @@ def measure(
     """Measure the constants here and now. `latency` remembers them."""
     device = torch.device(device)
     seconds = _seconds(head_dim, dtype, device)
-    rows, pairs = HEADS * MANY // 128, HEADS * MANY**2
-    kept = sum(_masks().kept_pairs(MANY, MANY))
-    sparse_pair = max((seconds["all"] - seconds["kept"]) / (pairs - kept), 0.0)
-    in_rows = max(seconds["kept"] - seconds["few, sparse"] - sparse_pair * kept, 0.0)
+    sparse = _cost(seconds["few, sparse"], seconds["kept"], seconds["all"], _masks())
     return Latency(
         what=describe_machine(head_dim, dtype, device),
         dense_call=seconds["few, dense"],
-        dense_pair=(seconds["dense"] - seconds["few, dense"]) / pairs,
-        sparse_call=seconds["few, sparse"],
-        sparse_row=in_rows / rows,
-        sparse_pair=sparse_pair,
+        dense_pair=(seconds["dense"] - seconds["few, dense"]) / (HEADS * MANY**2),
+        sparse_call=sparse.call,
+        sparse_row=sparse.row,
+        sparse_pair=sparse.pair,
         dense_in_loop=device.type == "cpu" and dtype != torch.float64 and compiled.why_not() is None,
     )
 
@@ -281,6 +278,7 @@ def _costs(head_dim: int, dtype: torch.dtype, device: torch.device, with_rel_pos
 
 
 def _cost(few: float, some: float, every: float, masks: HeadMasks) -> Cost:
+    """From seconds of calls of one block, of `masks`, and of all blocks."""
     assert masks.layout is not None
     tokens = masks.layout.num_tokens
     rows, kept, pairs = HEADS * tokens // 128, sum(masks.kept_pairs(tokens, tokens)), HEADS * tokens**2

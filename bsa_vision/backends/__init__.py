@@ -60,7 +60,7 @@ def _what_matters(problem: Problem) -> tuple[Hashable, ...]:
     )
     terms = None if problem.rel_pos is None else (problem.rel_pos[0].shape[-1], problem.rel_pos[1].shape[-1])
     lengths = (problem.longest_q, problem.longest_k)
-    return (*tensors, *flags, terms, bool(problem.scale), *lengths, proof.Kind.of(problem).gradient, costs.generation())
+    return (*tensors, *flags, terms, bool(problem.scale), *lengths, problem.needs_gradient, costs.generation())
 
 
 def _choose(problem: Problem, backend: str) -> str:

@@ -51,7 +51,7 @@ def why_not(problem: Problem, width: int) -> str | None:
     if dim + sum(grid) <= width:
         return None
     wide = f"relative position of {grid[0]} x {grid[1]} patches makes queries {dim + sum(grid)} wide, more than {width}"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.q, problem.k, problem.v, *problem.rel_pos)):
+    if problem.needs_gradient:
         return f"{wide}, and in parts it has no gradient"
     if problem.dropout_p or problem.return_probs or problem.is_causal:
         return f"{wide}, and in parts there is neither dropout nor causality"
@@ -145,9 +145,13 @@ def _cells(problem: Problem, room: int) -> list[list[int]]:
     """Key blocks by sub-grid, such that rows and columns of each are at most `room` together; as few as there are, none where no way is found."""
     layout = problem.masks.kv_layout
     assert layout is not None
-    # Where every head is dense, tokens are left in model order.
-    row, column = (x[layout.inverse] if problem.masks.all_dense else x for x in layout.coordinates)
-    return problem.masks.remember(("cells", room), lambda: _fewest(row, column, layout.block_size, room))
+
+    def find() -> list[list[int]]:
+        # Where every head is dense, tokens are left in model order.
+        row, column = (x[layout.inverse] if problem.masks.all_dense else x for x in layout.coordinates)
+        return _fewest(row, column, layout.block_size, room)
+
+    return problem.masks.remember(("cells", room), find)
 
 
 def _fewest(row: Tensor, column: Tensor, size: int, room: int) -> list[list[int]]:

@@ -53,17 +53,12 @@ def why_not(problem: Problem) -> str | None:
     major = torch.cuda.get_device_capability(q.device)[0]
     if not 9 <= major <= 11:
         return f"cuDNN's block-sparse kernels need a GPU of compute capability 9.0 to 11.x, this one has {major}.x"
-    if _needs_gradient(problem):
+    if problem.needs_gradient:
         reason = _why_no_gradient(problem)
         if reason is not None:
             return reason
     module = _probe()
     return module if isinstance(module, str) else None
-
-
-def _needs_gradient(problem: Problem) -> bool:
-    tensors = (problem.q, problem.k, problem.v, *(problem.rel_pos or ()))
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _why_no_gradient(problem: Problem) -> str | None:
@@ -106,7 +101,7 @@ def _run(problem: Problem) -> Result:
     width, width_v = (next(width for width in WIDTHS if width >= x.shape[-1]) for x in (q, v))
     # Kernels for newer GPUs have one width; so has every gradient, which for 9.x is 128.
     major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 9
-    if _needs_gradient(problem):
+    if problem.needs_gradient:
         width = width_v = WIDTHS[-1] if major == 9 or max(width, width_v) > 64 else 64
     elif major > 9:
         width = width_v = max(width, width_v)

@@ -72,12 +72,13 @@ def _probe() -> str | None:
 
 def run(problem: Problem) -> Result:
     where = _where(problem)
-    q, k, v = (_spread(x, place, where.tokens[side]) for side, place, x in _sides(problem, where))
+    q = _spread(problem.q, where.place_q, where.tokens[0])
+    k, v = (_spread(x, where.place_k, where.tokens[1]) for x in (problem.k, problem.v))
     out, lse = _compiled(problem.q.device.type)(
         q,
         k,
         v,
-        score_mod=_score_mod(problem, where),
+        score_mod=_score_mod(problem),
         block_mask=where.blocks,
         scale=problem.scale,
         enable_gqa=problem.group > 1,
@@ -208,7 +209,7 @@ def _mask_mod(table: Tensor, reach: Tensor, number: Tensor, size: int) -> Modify
     return sees
 
 
-def _score_mod(problem: Problem, where: _Where) -> Modify | None:
+def _score_mod(problem: Problem) -> Modify | None:
     """Relative position, read in model order: `order_q` finds it there."""
     if problem.rel_pos is None:
         return None
@@ -227,10 +228,6 @@ def _score_mod(problem: Problem, where: _Where) -> Modify | None:
 
 
 # Tokens to their places and back
-
-
-def _sides(problem: Problem, where: _Where) -> list[tuple[int, Tensor | None, Tensor]]:
-    return [(0, where.place_q, problem.q), (1, where.place_k, problem.k), (1, where.place_k, problem.v)]
 
 
 def _spread(x: Tensor, place: Tensor | None, tokens: int) -> Tensor:

@@ -9,7 +9,7 @@ get masks that were converted once for each `HeadMasks`. The package is on no in
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -26,6 +26,7 @@ from bsa_vision.errors import BackendUnavailable
 
 BLOCK = 128
 HEAD_DIMS = (32, 64, 128)
+NO_WINDOW = (-1, -1)
 OPERATORS = "_wrapped_block_sparse_attn_forward", "_wrapped_block_sparse_attn_backward"
 
 
@@ -56,7 +57,7 @@ def why_not(problem: Problem) -> str | None:
         return f"the kernel has blocks of 128 tokens, the masks have {problem.masks.block_size}"
     if problem.exact_streaming and not problem.is_causal:
         return "exact streaming is causal only"
-    if problem.exact_streaming and _needs_gradient(problem):
+    if problem.exact_streaming and problem.needs_gradient:
         return "the kernel has no gradient for exact streaming"
     reason = concat.why_not(problem, HEAD_DIMS[-1])
     if reason is not None:
@@ -69,10 +70,6 @@ def why_not(problem: Problem) -> str | None:
         return "the kernel needs a GPU of compute capability 8.0 or newer"
     module = _probe()
     return module if isinstance(module, str) else None
-
-
-def _needs_gradient(problem: Problem) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in (problem.q, problem.k, problem.v))
 
 
 def run(problem: Problem) -> Result:
@@ -124,7 +121,7 @@ class _Converted:
 
 def _converted(problem: Problem) -> _Converted:
     """Made once for masks and sizes; for each call of a ragged batch, whose lengths only the device knows."""
-    gradient = _needs_gradient(problem)
+    gradient = problem.needs_gradient
     if problem.ragged:
         return _convert(problem, gradient)
     key = ("kernel", problem.num_images, problem.longest_q, problem.longest_k, problem.q.device, gradient)
@@ -184,7 +181,6 @@ class _Call:
     exact_streaming: bool
     deterministic: bool
     return_probs: bool
-    window: tuple[int, int] = field(default=(-1, -1))  # none
 
     @classmethod
     def of(cls, problem: Problem) -> _Call:
@@ -221,7 +217,7 @@ class _Attend(torch.autograd.Function):
             call.is_causal,
             call.exact_streaming,
             call.return_probs,
-            *call.window,
+            *NO_WINDOW,
         )
         ctx.save_for_backward(q, k, v, out, lse, ends_q, ends_k, random_state)
         ctx.masks, ctx.call = masks, call
@@ -257,7 +253,7 @@ class _Attend(torch.autograd.Function):
             call.scale,
             True,  # gradients start at zero
             call.is_causal,
-            *call.window,
+            *NO_WINDOW,
             call.deterministic,
             random_state,
         )

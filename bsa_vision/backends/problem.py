@@ -103,6 +103,12 @@ class Problem:
         """float64 stays; everything else accumulates in float32."""
         return torch.promote_types(self.q.dtype, torch.float32)
 
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether torch would differentiate this call."""
+        tensors = (self.q, self.k, self.v, *(self.rel_pos or ()))
+        return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
     def spans(self) -> Iterator[Span]:
         """The images, one by one."""
         if self.cu_seqlens_q is None or self.cu_seqlens_k is None:

@@ -38,9 +38,7 @@ class Kind:
 
     @classmethod
     def of(cls, problem: Problem) -> Kind:
-        tensors = (problem.q, problem.k, problem.v, *(problem.rel_pos or ()))
-        gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        return cls(problem.q.dtype, problem.q.device, problem.rel_pos is not None, gradient)
+        return cls(problem.q.dtype, problem.q.device, problem.rel_pos is not None, problem.needs_gradient)
 
 
 @lru_cache(maxsize=64)

@@ -219,9 +219,8 @@ class _Passes:
             while done[name] < len(self.images):
                 here = self.images[done[name] + own : done[name] + own + 1]  # nothing, at the end
                 processes.together(partial(self._look_at, here))
-                for total, one in zip(
-                    sums, fresh, strict=True
-                ):  # one by one: all of them beside themselves would be gigabytes
+                # One by one: all of them once more would be gigabytes.
+                for total, one in zip(sums, fresh, strict=True):
                     news = list(one.tensors().values())
                     processes.add_up(news)
                     for to, new in zip(total.tensors().values(), news, strict=True):
