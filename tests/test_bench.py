@@ -128,8 +128,13 @@ class TestByHand:
         assert as_graphs == set()
 
     def test_only_on_gpus(self):
-        assert not set(ways.FOR_GPUS) & set(attention.ways_of(self.CASE, ways.WAYS))
-        assert set(ways.FOR_GPUS) < set(attention.ways_of(replace(self.CASE, device="cuda"), ways.WAYS))
+        assert not set(ways.FOR_GPUS) & set(attention.ways_of(self.CASE, None))
+        assert set(ways.FOR_GPUS) < set(attention.ways_of(replace(self.CASE, device="cuda"), None))
+
+    def test_asked_for_elsewhere(self):
+        """What was named is not passed over without a word."""
+        found = measured(SMALL, "sdpa-cudnn").measurements["sdpa-cudnn"]
+        assert (found.status, found.reason) == ("not run", "it runs on CUDA")
 
 
 class TestWrongResults:

@@ -81,12 +81,12 @@ class Row:
         return own.peak / first.peak if first and own and first.peak and own.peak is not None else None
 
 
-def ways_of(case: Case, wanted: Iterable[str]) -> tuple[str, ...]:
+def ways_of(case: Case, asked: Iterable[str] | None) -> tuple[str, ...]:
     """The ways of a row in the order they are run: dense SDPA first, because the others compare to it."""
-    wanted = {BASELINE, *wanted}
+    wanted = {BASELINE, *(WAYS if asked is None else asked)}
     if not case.rel_pos:
         wanted -= {"sdpa-bias"}
-    if torch.device(case.device).type != "cuda":
+    if asked is None and torch.device(case.device).type != "cuda":
         wanted -= set(FOR_GPUS)
     return tuple(name for name in WAYS if name in wanted)
 
@@ -95,13 +95,13 @@ def ways_of(case: Case, wanted: Iterable[str]) -> tuple[str, ...]:
 class Options:
     """How to measure.
 
-    ways     names of `WAYS`; dense SDPA is always among those measured
+    ways     names of `WAYS`; dense SDPA is always among those measured; None = all, without those for GPUs elsewhere
     backend  what ours is told to use
     rounds   timed rounds of every way that is not slow
     memory   also peak memory, each way in a fresh process
     """
 
-    ways: tuple[str, ...] = tuple(WAYS)
+    ways: tuple[str, ...] | None = None
     backend: str = "auto"
     rounds: int = 5
     memory: bool = False

@@ -30,7 +30,7 @@ from bsa_vision.bench.models import (
 )
 from bsa_vision.bench.output import Output, finish, run_all, show_attention, show_models
 from bsa_vision.bench.tuning import run_tune_case
-from bsa_vision.bench.ways import WAYS
+from bsa_vision.bench.ways import FOR_GPUS, WAYS
 from masks import Pattern
 
 SOMETHING_WRONG, WRONG_USAGE = 1, 2
@@ -126,7 +126,9 @@ def attention(
     with _wrong_usage():
         output = Output(json, plot)
         output.check()
-        chosen = parse.items(ways, parse.way) if ways else [name for name in WAYS if not (quick and name == "flex")]
+        chosen = tuple(parse.items(ways, parse.way)) if ways else None
+        if quick and not ways:
+            chosen = tuple(name for name in WAYS if name not in ("flex", *FOR_GPUS))
         backend = _check_numbers(rounds, threads, backend)
         patterns = _patterns(pattern, density, sparsity, seed, "0.25,0.5" if quick else "0.1,0.25,0.5,0.75,1")
         axes: dict[str, Sequence[Any]] = {
@@ -143,7 +145,7 @@ def attention(
         cases = parse.sweep(base, axes, parse.one_of("--order", ("auto", "tile", "raster"))(order))
         for case in cases:  # whatever is wrong with a mask is known before hours have been spent on others
             make_masks(case)
-    options = Options(tuple(chosen), backend, rounds or (3 if quick else 5), memory)
+    options = Options(chosen, backend, rounds or (3 if quick else 5), memory)
     with _threads(threads):
         machine = describe_machine(list(dict.fromkeys(case.device for case in cases)))
         jobs = [(_case_name(case), num_steps(case, options), partial(run_case, case, options)) for case in cases]
