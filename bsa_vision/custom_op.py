@@ -8,7 +8,7 @@ a compiler sees tensors and numbers. Masks travel as the handle of a living obje
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def attend(problem: Problem, backend: str) -> Result:
     return Result(out, lse, probs)
 
 
-def _layouts(problem: Problem) -> tuple[Optional[TokenLayout], Optional[TokenLayout]]:
+def _layouts(problem: Problem) -> tuple[TokenLayout | None, TokenLayout | None]:
     """The layouts whose order queries and keys must take; None where that changes nothing but the time."""
     masks = problem.masks
     if masks.all_dense:
@@ -73,7 +73,7 @@ def _ordered(problem: Problem, rel_pos: bool = True) -> Problem:
     return replace(problem, q=q, k=k, v=v, rel_pos=terms, order_q=order_q, key_row=key_row, key_column=key_column)
 
 
-def _key_places(problem: Problem, ordered: bool) -> tuple[Optional[Tensor], Optional[Tensor]]:
+def _key_places(problem: Problem, ordered: bool) -> tuple[Tensor | None, Tensor | None]:
     """Patch row and column of every key, (Nk,) each, in packed or model order; needed by relative position only."""
     layout = problem.masks.kv_layout
     if problem.rel_pos is None:
@@ -88,14 +88,14 @@ def attention_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rel_h: Optional[Tensor],
-    rel_w: Optional[Tensor],
-    cu_seqlens_q: Optional[Tensor],
-    cu_seqlens_k: Optional[Tensor],
-    head_mask_type: Optional[Tensor],
-    streaming_info: Optional[Tensor],
-    base_blockmask: Optional[Tensor],
-    seed: Optional[Tensor],
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    head_mask_type: Tensor | None,
+    streaming_info: Tensor | None,
+    base_blockmask: Tensor | None,
+    seed: Tensor | None,
     handle: int,
     grid_h: int,
     grid_w: int,
@@ -140,14 +140,14 @@ def gradient_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rel_h: Optional[Tensor],
-    rel_w: Optional[Tensor],
-    cu_seqlens_q: Optional[Tensor],
-    cu_seqlens_k: Optional[Tensor],
-    head_mask_type: Optional[Tensor],
-    streaming_info: Optional[Tensor],
-    base_blockmask: Optional[Tensor],
-    seed: Optional[Tensor],
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    head_mask_type: Tensor | None,
+    streaming_info: Tensor | None,
+    base_blockmask: Tensor | None,
+    seed: Tensor | None,
     handle: int,
     grid_h: int,
     grid_w: int,
@@ -199,7 +199,7 @@ def _as_outside() -> Iterator[None]:
 BRING_GRADIENTS = ("kernel", "cudnn", "flex")
 
 
-def _differentiated(problem: Problem, backend: str, grad_out: Tensor) -> Optional[tuple[Tensor, ...]]:
+def _differentiated(problem: Problem, backend: str, grad_out: Tensor) -> tuple[Tensor, ...] | None:
     """The gradients by the backend that would run this call where gradients are asked for; None where that is none of `BRING_GRADIENTS`."""
     with torch.enable_grad(), _as_outside():
         leaves = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v, *(problem.rel_pos or ()))]
@@ -213,7 +213,7 @@ def _differentiated(problem: Problem, backend: str, grad_out: Tensor) -> Optiona
         return torch.autograd.grad(attend(asked, name).out, leaves, grad_out)
 
 
-def _gradients(problem: Problem, out: Tensor, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
+def _gradients(problem: Problem, out: Tensor, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     if compiled.why_not(problem) is None:
         return gather.gradients(_with_order(problem), out, grad_out)
     layout, kv_layout = _layouts(problem)
@@ -231,7 +231,7 @@ def _(grad_out: Tensor, out: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _problem(tensors: tuple[Optional[Tensor], ...], numbers: tuple[Any, ...], seed: Optional[Tensor]) -> Problem:
+def _problem(tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...], seed: Tensor | None) -> Problem:
     q, k, v, rel_h, rel_w, cu_seqlens_q, cu_seqlens_k, head_mask_type, streaming_info, base_blockmask = tensors
     handle, grid_h, grid_w, max_q, max_k, scale, is_causal, exact_streaming, dropout_p, return_lse = numbers
     assert q is not None
@@ -268,7 +268,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.masks = from_handle(handle) if isinstance(handle, int) and handle else None
 
 
-def _gradient(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Optional[Tensor], ...]:
+def _gradient(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, out = ctx.saved_tensors
     dq, dk, dv, dh, dw = gradient_op(grad_out, out, *inputs, *ctx.numbers)
     rel = (None, None) if inputs[3] is None else (dh, dw)

@@ -96,7 +96,15 @@ def test_rows_that_are_not_aligned():
         slices = [x[..., offset : offset + 128].copy_(y) for x, y in zip(wide, (own.q, own.k, own.v))]
         moved = replace(own, **dict(zip("qkv", slices)))
         assert torch.equal(cudnn.run(moved).out, cudnn.run(own).out)
-    assert cudnn._padded(slices[0], 128).data_ptr() == slices[0].data_ptr()
+    assert cudnn._padded(slices[0], 128, 16).data_ptr() == slices[0].data_ptr()
+    later = own.q.flatten().repeat(2)[64:]
+    later = later[(-later.data_ptr() % 128) // 2 + 8 :][: own.q.numel()].view_as(
+        own.q
+    )  # 16 bytes past a multiple of 128
+    assert cudnn._padded(later, 128, 16) is later
+    moved = cudnn._padded(later, 128, 128)
+    assert moved.data_ptr() != later.data_ptr()
+    assert torch.equal(moved, later)
 
 
 def test_lists_are_made_once():
@@ -171,8 +179,10 @@ def test_why_not(monkeypatch, change, reason):
         ((10, 0), True, None),
         ((11, 0), False, None),
         ((11, 0), True, "gradient needs a GPU of compute capability 9.x, 10.0 or 10.3, this one has 11.0"),
-        ((8, 9), False, "9.0 to 11.x, this one has 8.x"),
-        ((12, 0), False, "9.0 to 11.x, this one has 12.x"),
+        ((12, 0), False, None),
+        ((12, 1), True, "gradient needs a GPU of compute capability 9.x, 10.0 or 10.3, this one has 12.1"),
+        ((8, 9), False, "9.0 to 12.x, this one has 8.x"),
+        ((13, 0), False, "9.0 to 12.x, this one has 13.x"),
     ],
 )
 def test_gpus(monkeypatch, capability, training, reason):

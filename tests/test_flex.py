@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 
@@ -46,8 +48,14 @@ class TestEqualsReference:
         assert found.lse.dtype == torch.float32 or found.lse.dtype == torch.float64
 
     @settings(max_examples=15, deadline=None)
-    @given(problems())
-    def test_gradients(self, problem):
+    @given(problems(), st.sampled_from([0, 256]))
+    def test_gradients(self, problem, widest):
+        """Relative position as columns and, where they would be too wide, as a function of the logits."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(flex, "_widest", lambda problem: widest)
+            self.gradients(problem)
+
+    def gradients(self, problem):
         masks, *tensors, rel_pos, scale = problem
         grads = []
         for backend in ("flex", "reference"):
@@ -67,6 +75,26 @@ class TestEqualsReference:
         )
         close(out, expected)
         assert torch.allclose(lse.double(), expected_lse, atol=1e-5)
+
+    def test_relative_position_is_columns_where_gradients_are_asked_for(self, monkeypatch):
+        """A function of the logits has a gradient, too: one atomic addition for each of them."""
+        layout, generator = (
+            TokenLayout((9, 14), order="tile", tile=(4, 4), block_size=16),
+            torch.Generator().manual_seed(5),
+        )
+        masks = HeadMasks(stack_heads([local_window(layout, radius=2)] * 2, 1), layout=layout)
+        q, k, v = qkv(2, 2, 126, 8)
+        rel_pos = RelPos(*(torch.randn(2, 2, 126, n, generator=generator, dtype=q.dtype) for n in (9, 14)))
+        modified, score_mod = [], flex._score_mod
+        monkeypatch.setattr(flex, "_score_mod", lambda problem: modified.append(score_mod(problem)) or modified[-1])
+        _run(masks, q, k, v, rel_pos=rel_pos, backend="flex")
+        assert modified == [None]
+        with torch.no_grad():
+            _run(masks, q, k, v, rel_pos=rel_pos, backend="flex")
+        assert modified[1] is not None
+        wide = RelPos(*(torch.randn(2, 2, 126, n, generator=generator) for n in (9, 200)))
+        _run(masks, *(x.float() for x in (q, k, v)), rel_pos=wide, backend="flex")
+        assert modified[2] is not None
 
     def test_ragged_gradients(self):
         q, k, v = (x.squeeze(0) for x in qkv(1, 2, 300, 8))
@@ -265,6 +293,31 @@ def test_what_it_serves(monkeypatch):
     assert why_not() is why_not(dim=80, dtype=torch.float32) is why_not(block_size=256, rel_pos=rel_pos, is_causal=True) is None  # fmt: skip
     monkeypatch.setattr(flex, "_probe", lambda: "no Triton")
     assert why_not() == "no Triton"
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared_memory", "call", "tile"),
+    [
+        ((9, 0), 232_448, {}, None),
+        ((9, 0), 232_448, {"with_rel_pos": True}, (128, 64, 8, 3)),
+        ((9, 0), 232_448, {"with_rel_pos": True, "dtype": torch.float32}, None),
+        ((8, 0), 166_912, {"with_rel_pos": True, "dim": 128}, None),
+        ((8, 9), 101_376, {"with_rel_pos": True}, None),
+        ((8, 9), 101_376, {"dim": 80}, (64, 64, 4, 2)),
+        ((12, 0), 101_376, {"dim": 128, "dtype": torch.float32}, (64, 32, 4, 2)),
+    ],
+)
+def test_tiles(monkeypatch, capability, shared_memory, call, tile):
+    def about(dim=64, with_rel_pos=False, dtype=torch.bfloat16):
+        with FakeTensorMode():
+            q = torch.empty(1, 2, 256, dim, dtype=dtype, device="cuda")
+        return Problem(q, q, q, HeadMasks(None, [0, 0]), 1.0, rel_pos=RelPos(q, q) if with_rel_pos else None)
+
+    properties = SimpleNamespace(shared_memory_per_block_optin=shared_memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = flex._tiles(about(**call))
+    assert (found and tuple(found.values())) == tile
 
 
 def test_auto_takes_it_on_a_gpu(monkeypatch):

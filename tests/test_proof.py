@@ -36,28 +36,51 @@ def on_a_cpu(monkeypatch):
         backend._probe.cache_clear()
 
 
-def objection(backend, dtype=torch.bfloat16, with_rel_pos=False, gradient=False):
-    return proof.objection(backend, reference, proof.Kind(dtype, torch.device("cpu"), with_rel_pos, gradient))
+def objection(backend, dtype=torch.bfloat16, dims=(64, 64), grid=None, gradient=False):
+    return proof.objection(backend, reference, proof.Kind(dtype, torch.device("cpu"), dims, grid, gradient))
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize("with_rel_pos", [False, True])
+@pytest.mark.parametrize(
+    ("dims", "grid"), [((64, 64), None), ((80, 128), None), ((64, 64), (14, 14)), ((80, 80), (24, 20))], ids=str
+)
 @pytest.mark.parametrize("backend", [kernel, cudnn, flex])
-def test_right_results_pass(backend, with_rel_pos, gradient):
+def test_right_results_pass(backend, dims, grid, gradient):
     with torch.inference_mode(), torch.autocast("cpu"):  # whatever the caller is in
-        assert objection(backend, with_rel_pos=with_rel_pos, gradient=gradient) is None
+        assert objection(backend, dims=dims, grid=grid, gradient=gradient) is None
+
+
+def test_large_grids_and_tiny_ones():
+    """As wide as the call's own, on a corner of its keys."""
+    for grid in ((64, 64), (1, 1), (3, 200)):
+        assert objection(flex, grid=grid) is None
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128)])
+def test_what_is_too_wide_for_this_gpu_is_seen(monkeypatch, dims):
+    """Of which the same call at another width says nothing."""
+    run = flex.run
+
+    def out_of_resources(problem):
+        if problem.q.shape[-1] > 64:
+            raise RuntimeError("out of resource: shared memory")
+        return run(problem)
+
+    monkeypatch.setattr(flex, "run", out_of_resources)
+    found = objection(flex, dims=dims)
+    assert found is None if dims == (64, 64) else "out of resource" in found
 
 
 def test_kinds():
     q = torch.zeros(1, 2, 8, 16)
     masks = HeadMasks(None, [0, 0])
-    plain = proof.Kind(torch.float32, torch.device("cpu"), with_rel_pos=False, gradient=False)
+    plain = proof.Kind(torch.float32, torch.device("cpu"), (16, 16), None, gradient=False)
     assert proof.Kind.of(Problem(q, q, q, masks, 1.0)) == plain
-    terms = bsa.RelPos(q, q.clone().requires_grad_())
+    terms = bsa.RelPos(q[..., :2], q[..., :4].clone().requires_grad_())
     asked = Problem(q, q, q, masks, 1.0, rel_pos=terms)
-    assert proof.Kind.of(asked) == replace(plain, with_rel_pos=True, gradient=True)
+    assert proof.Kind.of(asked) == replace(plain, grid=(2, 4), gradient=True)
     with torch.no_grad():
-        assert proof.Kind.of(asked) == replace(plain, with_rel_pos=True)
+        assert proof.Kind.of(asked) == replace(plain, grid=(2, 4))
 
 
 @pytest.mark.parametrize("backend", [kernel, cudnn, flex])

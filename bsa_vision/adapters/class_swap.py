@@ -17,6 +17,8 @@ from bsa_vision.adapters.layer import ATTRIBUTE, Layer, layer_of
 class Swapped(nn.Module):
     """What a swapped attention module is as well as its own class; the mixins of adapters derive from this."""
 
+    COVERS: tuple[str, ...] = ()  # attributes that a property of the mixin hides; found in `Layer.covered`
+
     @property
     def _layer(self) -> Layer:
         layer = layer_of(self)
@@ -61,6 +63,10 @@ def swap(module: Any, layer: Layer, mixin: type) -> None:
             f"{layer.spec.name} has a forward of its own, set on the module by a wrapper: it would go on running dense attention; "
             "sparsify_ first and wrap after, or unwrap."
         )
+    # Not read from `module.__dict__` by the properties themselves: torch.compile before 2.13 takes that for the property again.
+    layer.covered = {
+        name: module.__dict__[name] for name in cast(type[Swapped], mixin).COVERS if name in module.__dict__
+    }
     setattr(module, ATTRIBUTE, layer)
     module.__class__ = _swapped(mixin, layer.original)
 

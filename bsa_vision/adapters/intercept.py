@@ -69,14 +69,17 @@ _answering = threading.local()  # .layer: whose call of torch's attention this t
 class Intercepted(Swapped):
     """What the mixins of adapters have in common whose swapped modules run their own forward, with our attention in it."""
 
+    COVERS = ("fused_attn",)
+
     @property
     def fused_attn(self) -> bool:
         """timm's switch to torch's attention: on where we answer that call, the module's own otherwise."""
-        if "fused_attn" not in self.__dict__:
+        layer = self._layer
+        if "fused_attn" not in layer.covered:
             raise AttributeError(f"{type(self).__name__} has no attribute 'fused_attn'")
         if torch.compiler.is_compiling():
-            return self.__dict__["fused_attn"] or not self._layer.runs_original()
-        return self.__dict__["fused_attn"] or getattr(_answering, "layer", None) is self._layer
+            return layer.covered["fused_attn"] or not layer.runs_original()
+        return layer.covered["fused_attn"] or getattr(_answering, "layer", None) is layer
 
     def _serve(
         self,

@@ -132,6 +132,7 @@ class Layer:
         # runs as it is.
         self.untouched = self.masks.all_dense and tower.backend == "auto" and not exact
         self.fallbacks: Counter[str] = Counter()
+        self.covered: dict[str, Any] = {}  # attributes of the module that properties hide while it is swapped
         self.weight: Tensor | None = None  # of the output projection, while the layer is observed
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -163,10 +164,11 @@ class Layer:
                 "on_unsupported='fallback' to let the original attention serve it."
             )
         if torch.compiler.is_compiling():
-            if getattr(torch.compiler, "is_exporting", lambda: False)():
+            if torch.compiler.is_exporting():
                 raise BackendUnavailable(
                     f"torch.export would export layer {self.spec.name!r} dense: {reason}. Exported programs cannot fall back "
-                    "and count; export the original model, or one whose attention takes no mask while tracing (DINOv3)."
+                    "and count; export the original model, or one whose attention takes no mask while tracing (DINOv3). torch.compile "
+                    "before torch 2.13 says that it exports: there, compile with torch 2.13 or newer."
                 )
             return
         if not self.fallbacks[reason]:

@@ -41,7 +41,7 @@ def _unsupported(
     module: Any, layer: Layer, query: Tensor, key: Tensor, value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str | None:
     names = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
-    asked = {**dict(zip(names, args, strict=False)), **kwargs}
+    asked = {**dict(zip(names, args)), **kwargs}
     if asked.get("key_padding_mask") is not None or asked.get("attn_mask") is not None:
         return "an attention mask was passed"
     if asked.get("is_causal"):

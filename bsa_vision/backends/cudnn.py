@@ -1,7 +1,8 @@
 """NVIDIA's block-sparse attention kernels, from the package nvidia-cudnn-frontend: our block lists as they are.
 
-Read from 1.32.0 (`cudnn/block_sparse_attention`, Apache-2.0), not yet run by us. CUDA, compute capability 9.0 to 11.x, float16 or bfloat16,
-blocks of 128 tokens, no bias, not causal; q and k padded to 64, 96 or 128, and v for itself (on 9.x). Relative position by `concat`.
+Read from 1.32.0 (`cudnn/block_sparse_attention`, Apache-2.0), whose checks and compiler take these calls; not yet run by us. CUDA, compute
+capability 9.0 to 12.x, float16 or bfloat16, blocks of 128 tokens, no bias, not causal; q and k padded to 64, 96 or 128, and v for itself (on 9.x;
+to 128 on 12.x). Relative position by `concat`.
 Nothing is sorted or synchronised in a call: lists are made once for each `HeadMasks`. The kernels' gradient serves bfloat16, one key head
 for each query head and one width; calls that need another go elsewhere. It is not deterministic. Kernels are compiled at their first call.
 """
@@ -51,8 +52,8 @@ def why_not(problem: Problem) -> str | None:
     if q.device.type != "cuda":
         return f"cuDNN's kernels run on CUDA, the tensors are on {q.device.type}"
     major = torch.cuda.get_device_capability(q.device)[0]
-    if not 9 <= major <= 11:
-        return f"cuDNN's block-sparse kernels need a GPU of compute capability 9.0 to 11.x, this one has {major}.x"
+    if not 9 <= major <= 12:
+        return f"cuDNN's block-sparse kernels need a GPU of compute capability 9.0 to 12.x, this one has {major}.x"
     if problem.needs_gradient:
         reason = _why_no_gradient(problem)
         if reason is not None:
@@ -99,24 +100,27 @@ def run(problem: Problem) -> Result:
 def _run(problem: Problem) -> Result:
     q, k, v = problem.q, problem.k, problem.v
     width, width_v = (next(width for width in WIDTHS if width >= x.shape[-1]) for x in (q, v))
-    # Kernels for newer GPUs have one width; so has every gradient, which for 9.x is 128.
+    # Kernels for newer GPUs have one width, which on 12.x is 128; so has every gradient, which for 9.x is 128.
     major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 9
-    if problem.needs_gradient:
+    if major == 12:
+        width = width_v = WIDTHS[-1]
+    elif problem.needs_gradient:
         width = width_v = WIDTHS[-1] if major == 9 or max(width, width_v) > 64 else 64
     elif major > 9:
         width = width_v = max(width, width_v)
-    q, k, v = _padded(q, width), _padded(k, width), _padded(v, width_v)
+    start = 128 if major == 12 else 16
+    q, k, v = _padded(q, width, start), _padded(k, width, start), _padded(v, width_v, start)
     out, lse = _Attend.apply(q, k, v, _lists(problem), problem.scale)
     lse = lse.masked_fill(lse.isneginf(), torch.inf)  # as the other kernel says that a query sees nothing
     return Result(out[..., : problem.v.shape[-1]], lse)
 
 
-def _padded(x: Tensor, width: int) -> Tensor:
-    """As wide, in rows that begin at multiples of 16 bytes, as the kernels read them."""
+def _padded(x: Tensor, width: int, start: int) -> Tensor:
+    """As wide, beginning at a multiple of `start` bytes, rows at multiples of 16, as the kernels read them."""
     if x.shape[-1] < width:
         return F.pad(x, (0, width - x.shape[-1]))
-    aligned = x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(step % 8 == 0 for step in x.stride()[:-1])
-    return x if aligned else x.contiguous()
+    aligned = x.data_ptr() % start == 0 and x.stride(-1) == 1 and all(step % 8 == 0 for step in x.stride()[:-1])
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,28 +2,31 @@
 
 Source: arXiv 2412.05496; torch.nn.attention.flex_attention. Kept blocks are listed as "full", for which the compiled kernel asks no
 questions; only those that causality or the end of a sequence cuts are looked at key by key. Nothing is N x N.
+Relative position is a `score_mod`; where gradients are asked for and it fits, it is more columns (`concat`), whose gradient is a product: that of a
+`score_mod`'s tables is one atomic addition per logit.
 Constraints: CUDA with Triton, compiled at the first call of each shape; blocks of a multiple of 128 tokens; no dropout.
 On a CPU the same functions run un-compiled and build every logit: tests do that, users have `gather`.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bsa_vision.backends import concat
 from bsa_vision.backends.problem import Problem, Result
 from bsa_vision.block_rows import block_lists
+from bsa_vision.rel_pos import RelPos
 
 BLOCK = 128  # the kernel's tiles are that large, and must divide the blocks
 LEAST_DIM = 16
+SHARED_MEMORY = 160_000  # bytes; the GPUs of data centres have more
 SHAPES = 256  # compiled at most; torch's own limit of 8 is soon reached by models of several resolutions
-
 MOST_BLOCKS = 2**24  # entries of the block mask of a ragged batch
 
 Modify = Callable[..., Tensor]
@@ -59,18 +62,26 @@ def _blocks(problem: Problem) -> int:
 
 @lru_cache(maxsize=1)
 def _probe() -> str | None:
-    """Why this torch has no FlexAttention that serves."""
-    try:
-        from torch.nn.attention.flex_attention import BlockMask
-        from torch.utils._triton import has_triton
-    except ImportError as error:
-        return f"torch {torch.__version__} has no FlexAttention: {error}"
-    if "seq_lengths" not in inspect.signature(BlockMask).parameters:
-        return f"FlexAttention of torch {torch.__version__} knows no lengths that blocks do not divide"
+    from torch.utils._triton import has_triton
+
     return None if has_triton() else "FlexAttention is compiled with Triton, which is not installed"
 
 
 def run(problem: Problem) -> Result:
+    if problem.rel_pos is None or not problem.needs_gradient or concat.why_not(problem, _widest(problem)) is not None:
+        return _run(problem)
+    if problem.order_q is not None:
+        terms = RelPos(*(term.index_select(2, problem.order_q) for term in problem.rel_pos))
+        problem = replace(problem, rel_pos=terms, order_q=None)
+    return concat.attend(problem, _widest(problem), _run)
+
+
+def _widest(problem: Problem) -> int:
+    """Columns of queries and keys for which the kernel's tiles fit into shared memory."""
+    return 256 if problem.q.dtype.itemsize == 2 else 128
+
+
+def _run(problem: Problem) -> Result:
     where = _where(problem)
     q = _spread(problem.q, where.place_q, where.tokens[0])
     k, v = (_spread(x, where.place_k, where.tokens[1]) for x in (problem.k, problem.v))
@@ -82,9 +93,28 @@ def run(problem: Problem) -> Result:
         block_mask=where.blocks,
         scale=problem.scale,
         enable_gqa=problem.group > 1,
+        kernel_options=_tiles(problem),
     )
     out = out if where.place_q is None else out.index_select(2, where.place_q)
     return Result(out, _lse(problem, where, lse) if problem.return_lse else None)
+
+
+def _tiles(problem: Problem) -> dict[str, int] | None:
+    """Of the forward kernel, where torch's own choice does not fit, or spills registers by the kilobyte: seen by compiling for these GPUs."""
+    q, half = problem.q, problem.q.dtype.itemsize == 2
+    if q.device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(q.device)
+    small = getattr(properties, "shared_memory_per_block_optin", 0) < SHARED_MEMORY
+    if small and max(q.shape[-1], problem.v.shape[-1]) > 64:
+        return _tile(64, 64 if half else 32, warps=4, stages=2)
+    if half and problem.rel_pos is not None and torch.cuda.get_device_capability(q.device)[0] == 9:
+        return _tile(128, 64, warps=8, stages=3)
+    return None
+
+
+def _tile(queries: int, keys: int, warps: int, stages: int) -> dict[str, int]:
+    return {"fwd_BLOCK_M": queries, "fwd_BLOCK_N": keys, "fwd_num_warps": warps, "fwd_num_stages": stages}
 
 
 @lru_cache(maxsize=2)
@@ -92,9 +122,7 @@ def _compiled(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """`flex_attention` with its log-sum-exp, compiled; by the backend "eager", which builds everything, where there is no Triton."""
     from torch.nn.attention import flex_attention as flex
 
-    lse: dict[str, Any] = {"return_lse": True}
-    if hasattr(flex, "AuxRequest"):  # torch 2.9
-        lse = {"return_aux": flex.AuxRequest(lse=True)}
+    lse = flex.AuxRequest(lse=True)
     # fullgraph: falling back to the un-compiled form must be an error, not N x N without a word.
     # Shapes stay fixed: with dynamic ones the kernel would check the end of the sequence in every block.
     call: Any = torch.compile(
@@ -103,8 +131,8 @@ def _compiled(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
     def attend(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         with torch._dynamo.config.patch(cache_size_limit=SHAPES):
-            out, found = call(*tensors, **options, **lse)
-        return out, found if isinstance(found, Tensor) else found.lse
+            out, found = call(*tensors, **options, return_aux=lse)
+        return out, found.lse
 
     return attend
 

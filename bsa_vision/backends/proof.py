@@ -1,8 +1,8 @@
 """Backends for GPUs prove themselves before they are taken: a small call, or its gradient, against the definition.
 
 They depend on packages, compilers and hardware that no test of ours can have seen. One that is off, or breaks, on this machine is not used:
-never a silently different result. Once per process, device, dtype and kind of call (with relative position, with gradients); compiling takes the
-time it takes.
+never a silently different result. Once per process, device, dtype and kind of call (head dims, grid of relative position, gradients): each compiles
+kernels of its own, which may fit a GPU or not. Compiling takes the time it takes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from bsa_vision.rel_pos import RelPos
 from masks import TokenLayout, random_blocks, stack_heads
 
 TOLERANCE = {torch.float16: 0.02, torch.bfloat16: 0.1, torch.float32: 0.02}  # of values of about 1
-LAYOUT = TokenLayout((14, 20))  # 280 tokens: the last block is shorter
-DIM = 64
+GRID = (14, 20)  # 280 tokens: the last block is shorter; at most, where relative position has a grid of its own
 
 
 @dataclass(frozen=True)
@@ -33,15 +32,18 @@ class Kind:
 
     dtype: torch.dtype
     device: torch.device
-    with_rel_pos: bool
+    dims: tuple[int, int]  # of queries and keys, of values
+    grid: tuple[int, ...] | None  # of relative position
     gradient: bool
 
     @classmethod
     def of(cls, problem: Problem) -> Kind:
-        return cls(problem.q.dtype, problem.q.device, problem.rel_pos is not None, problem.needs_gradient)
+        q, v, terms = problem.q, problem.v, problem.rel_pos
+        grid = None if terms is None else tuple(term.shape[-1] for term in terms)
+        return cls(q.dtype, q.device, (q.shape[-1], v.shape[-1]), grid, problem.needs_gradient)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def objection(backend: ModuleType, reference: ModuleType, kind: Kind) -> str | None:
     """What is wrong with this backend here; None = its results are right."""
     # In a thread of its own: whatever the caller is in (autocast, inference mode, an operator, another default device), this is not.
@@ -75,20 +77,22 @@ def _results(backend: Any, problem: Problem, gradient: bool) -> tuple[Tensor, ..
 
 
 def _problem(kind: Kind) -> Problem:
-    """One dense head, two that skip; logits of standard deviation 1 and more."""
+    """One dense head, two that skip; logits of standard deviation 1 and more. Of a large grid the keys fill a corner."""
     generator = torch.Generator("cpu").manual_seed(0)
+    height, width = GRID if kind.grid is None else map(min, GRID, kind.grid)
+    layout, dim = TokenLayout((height, width)), kind.dims[0]
 
     def random(width: int) -> Tensor:
-        made = torch.randn(2, 3, LAYOUT.num_tokens, width, generator=generator, device="cpu")
+        made = torch.randn(2, 3, layout.num_tokens, width, generator=generator, device="cpu")
         return made.to(kind.device, kind.dtype).requires_grad_(kind.gradient)
 
-    base = stack_heads([random_blocks(LAYOUT, 0.5, seed=0, stream=head) for head in range(2)], 1)
-    masks = HeadMasks(base, [0, 1, 1], layout=LAYOUT)
-    problem = Problem(random(DIM), random(DIM), random(DIM), masks, DIM**-0.5)
-    if not kind.with_rel_pos:
+    base = stack_heads([random_blocks(layout, 0.5, seed=0, stream=head) for head in range(2)], 1)
+    masks = HeadMasks(base, [0, 1, 1], layout=layout)
+    problem = Problem(random(dim), random(dim), random(kind.dims[1]), masks, dim**-0.5)
+    if kind.grid is None:
         return problem
-    row, column = (place.to(kind.device) for place in LAYOUT.coordinates)
-    return replace(problem, rel_pos=RelPos(*map(random, LAYOUT.grid)), key_row=row, key_column=column)
+    row, column = (place.to(kind.device) for place in layout.coordinates)
+    return replace(problem, rel_pos=RelPos(*map(random, kind.grid)), key_row=row, key_column=column)
 
 
 def _off(found: Tensor, expected: Tensor) -> float:
