@@ -215,12 +215,13 @@ import resource, signal, sys, warnings
 from tests.test_tuning import SMALL, images
 from tests import models, neighbours
 import bsa_vision as bsa
+model = models.make("dinov3")  # importing may write files, too
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
-    plan = bsa.tune(models.make("dinov3"), images(4), sparsity=0.4, statistics=r"{tmp_path}/s", **SMALL)
-assert plan.report["sparsity"] >= 0.4
+    plan = bsa.tune(model, images(4), sparsity=0.4, statistics=r"{tmp_path}/s", **SMALL)
+assert plan.report["sparsity"] >= 0.4 - 1e-9
 print([str(one.message) for one in said if "could not be saved" in str(one.message)])
 try:
     plan.save(r"{tmp_path}/plan.json")
