@@ -11,8 +11,10 @@ from torch.autograd import forward_ad
 
 from bsa_vision.arguments import check_fit, check_head_masks, check_numbers, check_tensors, check_varlen
 from bsa_vision.backends import Problem, Result, choose
+from bsa_vision.carried_masks import carried, is_recording, plain_sizes
 from bsa_vision.custom_op import attend, attention_op
 from bsa_vision.head_masks import Handled, HeadMasks
+from bsa_vision.onnx_form import is_exporting_onnx, masked_dense
 from bsa_vision.packing import pack, pack_head_masks, unpack
 from bsa_vision.rel_pos import RelPos
 
@@ -133,11 +135,16 @@ def _run(
     torch or bring their own gradient, so they run directly where Python runs anyway.
     """
     q, k, v = _autocast(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    head_dim, num_keys, height, width = plain_sizes(q.shape[-1], k.shape[2], *grid)
+    grid, scale = (height, width), head_dim**-0.5 if scale is None else scale
     seed = torch.randint(2**62, (1,), device="cpu") if dropout_p else None
     rel_h, rel_w = (None, None) if rel_pos is None else rel_pos
-    if not torch.compiler.is_compiling():
-        masks = _masks(source, grid, k.shape[2])
+    # How the operator learns of the masks: a handle, or in a program that is saved a tensor; else the kernel's tensors.
+    handle, stored = 0, None
+    raw: tuple[Tensor | None, ...] = (None, None, None)
+    recording = is_recording()
+    if not recording and not torch.compiler.is_compiling():
+        masks = _masks(source, grid, num_keys)
         problem = Problem(
             q,
             k,
@@ -161,14 +168,22 @@ def _run(
         _refuse_forward_mode(backend, q, k, v)
         if backend != "gather":
             return attend(problem, backend)
-        source = masks
+        handle = masks.handle
     elif return_probs:
         raise ValueError(
-            "return_attn_probs with dropout under torch.compile: the dropout mask is not returned; do not compile."
+            "return_attn_probs with dropout under torch.compile or torch.export: the dropout mask is not returned; "
+            "call it outside of them."
         )
-    handle, raw = (source.handle, (None, None, None)) if isinstance(source, Handled) else (0, source)
+    elif not isinstance(source, Handled):
+        raw = source
+    elif recording and is_exporting_onnx():
+        return Result(masked_dense(source, grid, q, k, v, rel_pos, scale))
+    elif recording:
+        stored = carried(source, grid, num_keys)
+    else:
+        handle = source.dynamic_handle
     numbers = (handle, *grid, *longest, scale, is_causal, exact_streaming, dropout_p, return_lse)
-    out, lse = attention_op(q, k, v, rel_h, rel_w, *cu_seqlens, *raw, seed, *numbers, backend)
+    out, lse = attention_op(q, k, v, rel_h, rel_w, *cu_seqlens, *raw, stored, seed, *numbers, backend)
     return Result(out, lse)
 
 

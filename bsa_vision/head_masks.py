@@ -14,6 +14,11 @@ from bsa_vision.block_rows import BlockRow, RunTable, block_rows, run_table
 from bsa_vision.cache import Cache
 from masks import TokenLayout
 
+try:
+    from torch.fx.experimental.sym_node import DynamicInt
+except ImportError:  # older versions of torch compile each layer by itself
+    DynamicInt = int  # type: ignore[assignment, misc]
+
 T = TypeVar("T")
 
 
@@ -24,13 +29,15 @@ class Handled:
     """
 
     handle: int
+    dynamic_handle: int  # the same for torch.compile, which makes one graph for layers that differ in nothing else
 
     def _new_handle(self) -> None:
         self.handle = next(_next_handle)
+        self.dynamic_handle = DynamicInt(self.handle)
         _by_handle[self.handle] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "handle"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("handle", "dynamic_handle")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

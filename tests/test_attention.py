@@ -376,7 +376,7 @@ class TestBackends:
 
         hm, q, k, v = small_problem(grid=(3, 5), dim=4)
         none = (None,) * 7
-        arguments = (q, k, v, *none, None, hm.handle, 0, 0, 0, 0, 0.5, False, False, 0.0, True, "gather")
+        arguments = (q, k, v, *none, None, None, hm.handle, 0, 0, 0, 0, 0.5, False, False, 0.0, True, "gather")
         torch.library.opcheck(attention_op, arguments)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from bsa_vision.attention import attend_masks
+from bsa_vision.carried_masks import expect_size_op, is_recording, is_symbolic, outside_of_tracing, plain_sizes
 from bsa_vision.errors import BackendUnavailable, PlanError
 from bsa_vision.layer_masks import Context, LayerMasks
 from bsa_vision.model_spec import LayerSpec, ModelSpec
@@ -74,14 +77,40 @@ class Tower:
         self.hook: Any = None
         self._local = threading.local()
 
-    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def see(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook of the patch embedding: remember the grid of the image that comes in."""
+        if torch.jit.is_tracing():
+            with outside_of_tracing():  # there, sizes are numbers
+                self._remember_grid(module, args, kwargs)
+            return self._fix_size(args, kwargs)
+        self._remember_grid(module, args, kwargs)
+        return None
+
+    def _fix_size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Make a traced program refuse other sizes: its grid is fixed, and as many tokens may be another grid."""
+
+        def fixed(x: Any) -> Any:
+            if not isinstance(x, Tensor) or x.dim() != 4:
+                return x
+            with outside_of_tracing():
+                height, width = x.shape[-2:]
+            return expect_size_op(x, height, width)
+
+        return tuple(map(fixed, args)), {name: fixed(x) for name, x in kwargs.items()}
+
+    def _remember_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         grid = self.grid_of(module, args, kwargs) if self.grid_of else self._grid_of_pixels(args, kwargs)
         height, width = grid or (0, 0)  # (0, 0): cannot be told; not that of the image before
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             self.grid = (height, width)
             return
-        self.grid = (int(height), int(width))  # torch.jit.trace hands out tensors
+        if is_symbolic((height, width)):  # torch.export with sizes that may change: for this trace only
+            self._local.symbolic = (weakref.ref(get_proxy_mode()), (height, width))
+            return
+        self._local.symbolic = None
+        self.grid = (int(height), int(width))
         self._local.grid = self.grid  # threads that share a model each have their own image
         if self.recomputed:
             self.seen, self.recomputed = {}, False
@@ -95,8 +124,11 @@ class Tower:
 
     def current_grid(self, tokens: int) -> tuple[int, int]:
         """The grid of the image that these tokens come from."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self.grid
+        symbolic = getattr(self._local, "symbolic", None)
+        if symbolic is not None and symbolic[0]() is get_proxy_mode() is not None:
+            return symbolic[1]
         if torch._C._current_graph_task_id() == -1:
             return getattr(self._local, "grid", self.grid)
         # Within backward: a checkpointed layer is computed again, maybe after images of other sizes came by.
@@ -146,6 +178,7 @@ class Layer:
         """Why `tokens`, and so many remembered `keys`, do not fit the image seen last, or None when they do."""
         if self.spec.window:
             return None  # dense, whatever the image
+        (tokens,) = plain_sizes(tokens)
         height, width = self.tower.current_grid(tokens)
         spec = self.tower.spec
         if (height, width) == (0, 0):
@@ -192,7 +225,7 @@ class Layer:
         """(B, H, N, D) in model order -> (B, H, N, D) with this layer's masks. grid None = that of the last image."""
         if self.masks.is_dynamic:
             self._check_prompts(q)
-        grid = self.tower.current_grid(q.shape[2]) if grid is None else grid
+        grid = self.tower.current_grid(*plain_sizes(q.shape[2])) if grid is None else grid
         if self.tower.observer is not None:
             factor = q.shape[-1] ** -0.5 if scale is None else scale
             self.tower.observer(Observation(self.spec, grid, q, k, v, factor, rel_pos, self.weight))
@@ -201,6 +234,11 @@ class Layer:
 
     def _check_prompts(self, q: Tensor) -> None:
         """Prompts belong to the moment of the call: refuse what would look for them later, when there may be others."""
+        if is_recording():
+            raise BackendUnavailable(
+                f"layer {self.spec.name!r} follows prompts: an exported or traced program would keep the masks of one "
+                "prompt; export the model with other patterns, or inside `with bsa.dense(model)`."
+            )
         if torch.compiler.is_compiling():
             if torch.is_grad_enabled() and q.requires_grad:
                 raise RuntimeError(
