@@ -229,7 +229,8 @@ def _deal(batch: _Batch, direction: int, units: int, floats: int, alive: tuple[A
         own = _Batch.from_buffer_copy(batch)
         own.first, own.last = first, min(first + step, units)
         size = floats + CHUNK * VECTORS * LANES
-        own.scratch = scratch("attend", (size,), torch.float32, torch.device("cpu")).data_ptr()
+        memory = scratch("attend", (size,), torch.float32, torch.device("cpu"))
+        own.scratch = memory.data_ptr()
         functions[direction](ctypes.byref(own))
 
     return [partial(task, first, alive) for first in range(0, units, step)]
