@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import bsa_vision as bsa
-from bsa_vision import timing
+from bsa_vision import files, timing
 from bsa_vision.backends import compiled, workers
 from bsa_vision.backends.workers import run_tasks, scratch
 from bsa_vision.cache import Cache
@@ -57,6 +58,63 @@ class TestCache:
         for thread in threads:
             thread.join()
         assert seen[0] is seen[1]
+
+
+class TestFiles:
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_ctrl_c_stays_ctrl_c(self, tmp_path, monkeypatch, when):
+        """While the new file takes the old one's place: one of both is there, and nothing else."""
+        path, replace = tmp_path / "plan.json", os.replace
+        path.write_bytes(b"old")
+
+        def interrupted(source, target):
+            if when == "after":
+                replace(source, target)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            files.write(path, b"n", b"ew")
+        assert path.read_bytes() == (b"new" if when == "after" else b"old")
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_interrupted_at_any_line(self, tmp_path):
+        path, line, done = tmp_path / "plan.json", 0, False
+        while not done:
+            line += 1
+            path.write_bytes(b"old")
+            left = [line]
+
+            def trace(frame, event, arg, left=left):
+                if frame.f_code.co_filename != files.__file__:
+                    return None
+                if event == "line":
+                    left[0] -= 1
+                    if left[0] == 0:
+                        raise KeyboardInterrupt
+                return trace
+
+            sys.settrace(trace)
+            try:
+                files.write(path, b"new")
+                done = True
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.settrace(None)
+            assert path.read_bytes() in (b"old", b"new")
+            assert list(tmp_path.iterdir()) == [path]
+        assert line > 8
+
+    def test_errors_name_what_was_given(self, tmp_path):
+        with pytest.raises(FileNotFoundError) as error:
+            files.write(tmp_path / "none" / "plan.json", b"x")
+        assert error.value.filename == str(tmp_path / "none" / "plan.json")
+        assert ".tmp" not in str(error.value)
+        (tmp_path / "x").mkdir()
+        with pytest.raises(IsADirectoryError):
+            files.write(tmp_path / "x", b"x")
+        assert [x.name for x in tmp_path.iterdir()] == ["x"]
 
 
 class TestWorkers:

@@ -136,7 +136,7 @@ def show_model(
 
 def show_comparison(
     model: ModelName,
-    images: Annotated[list[Path], typer.Argument(help="Photographs, or folders of them.")],
+    images: Annotated[list[str], typer.Argument(help="Photographs, or folders of them.")],
     random: Random = False,
     checkpoint: Checkpoint = None,
     image_size: ImageSize = None,
@@ -156,12 +156,12 @@ def show_comparison(
         read, size, how = read_images(loaded, files, image_size)
         sparsify_(loaded, chosen)
         with Progress(console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("comparing", total=num_steps(read, rounds))
-            found = compare(loaded, read, rounds, lambda: progress.advance(task))
+            task = progress.add_task("comparing", total=num_steps(list(read), rounds))
+            found = compare(loaded, list(read.values()), rounds, lambda: progress.advance(task))
     except (ValueError, OSError) as error:
         print(f"bsa-vision compare: {error}", file=sys.stderr)
         raise typer.Exit(WRONG_USAGE) from None
-    about = {"images": [str(file) for file in files], "size": size, "normalisation": how, "random_weights": random}
+    about = {"images": [str(file) for file in read], "size": size, "normalisation": how, "random_weights": random}
     if as_json:
         print(json.dumps({**about, **found.to_json()}, indent=2))
         return

@@ -75,7 +75,7 @@ def tune(
 
     The model must have no sparse heads, and has none afterwards. `plan.report` holds what was predicted and measured, `bsa.report` makes a
     page of it. Where `torch.distributed` has a process group, its processes share the images: all must be given all of them, and all get
-    the plan. ValueError or PlanError for budgets that cannot be met (with what can), too few images, images of several sizes, and
+    the plan. After Ctrl-C the KeyboardInterrupt says what is saved. ValueError or PlanError for budgets that cannot be met (with what can), too few images, images of several sizes, and
     results that are not finite; FileExistsError for statistics that would be overwritten.
     """
     _check_installed()
@@ -117,6 +117,8 @@ def tune(
             best = trials.search()
             measured = layer_errors(model, best.plan, mine, target, tuned_layers)
             curve = trials.curve()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"tune was interrupted: {store.interrupted}") from None
     finally:
         for module, training in modes:
             module.training = training
