@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ class TestDoctor:
         code, out, _ = run(capsys, "doctor --json")
         assert code == 0
         kinds = [finding["kind"] for finding in json.loads(out)]
-        assert kinds == sorted(kinds, key=["machine", "backend", "library"].index)
+        assert kinds == sorted(kinds, key=["package", "machine", "backend", "library"].index)
 
     def test_reasons_are_not_read_as_markup(self, capsys, monkeypatch):
         found = [doctor.Finding("library", "timm", doctor.BROKEN, "[Errno 2] no such file")]
@@ -84,7 +85,49 @@ class TestDoctor:
         table = subprocess.run(
             [sys.executable, "-c", BREAK.format(arguments=["doctor"])], capture_output=True, text=True, cwd=ROOT
         )
-        assert "torchvision is installed and fails to import: reinstall it to fit your torch" in table.stdout
+        assert "torchvision does not fit torch" in table.stdout
+        assert table.stdout.count("uninstall torchvision") == 1
+
+    def test_what_models_need_is_imported_and_its_cause_named(self, monkeypatch):
+        """timm beside a torchvision for another torch breaks transformers' DINOv3, not `import transformers`."""
+        real = doctor.importlib.import_module
+
+        class Transformers:
+            def __getattr__(self, name):
+                if name != "DINOv3ViTModel":
+                    return object
+                try:
+                    raise RuntimeError("operator torchvision::nms does not exist")
+                except RuntimeError as error:
+                    raise ModuleNotFoundError(f"Could not import module {name!r}.") from error
+
+        monkeypatch.setattr(
+            doctor.importlib, "import_module", lambda name: Transformers() if name == "transformers" else real(name)
+        )
+        found = doctor._library("transformers")
+        assert found.state == doctor.BROKEN
+        assert "DINOv3ViTModel: RuntimeError: operator torchvision::nms does not exist" in found.detail
+        assert "install the torchvision made for this torch" in doctor.advice(found)
+        assert "reinstall it to fit your torch" in doctor.advice(
+            doctor.Finding("library", "timm", doctor.BROKEN, "1.0: OSError: x")
+        )
+
+    def test_sources_that_hide_an_installation(self, tmp_path, monkeypatch):
+        installed = tmp_path / "bsa_vision"
+        installed.mkdir()
+        (installed / "__init__.py").touch()
+
+        class Distribution:
+            def locate_file(self, name):
+                return tmp_path / name
+
+        assert doctor._package().state == doctor.OK
+        assert version("bsa-vision") in doctor._package().detail
+        monkeypatch.setattr(doctor, "distribution", lambda name: Distribution())
+        found = doctor._package()
+        assert found.state == doctor.SHADOWED
+        assert str(installed) in found.detail
+        assert "run from another folder" in found.detail
 
 
 class TestMasks:
