@@ -71,7 +71,9 @@ class LayerMasks(Handled):
         ValueError where they follow prompts and there are none, or these lie outside an image of this size.
         """
         key, layout = self.layer.key, self.plan.layout(self.spec, (grid[0], grid[1]))
-        keys = self.plan.key_layout(self.layer, layout, num_keys)
+        keys = self.plan.key_layout(
+            self.layer, layout, None if num_keys is None else int(num_keys)
+        )  # a tensor in a trace
         if not self.is_dynamic:
             return self.plan.compile(key, layout, keys=keys)
         entry = self.context.entry
