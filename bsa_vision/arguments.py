@@ -21,6 +21,11 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, dims: int, expected: str) -> 
             raise TypeError(
                 f"{name} is {got}: expected a floating point tensor {expected}; convert it, e.g. with .float()."
             )
+        if x.is_nested:
+            raise TypeError(
+                f"{name} is a nested tensor: expected {expected}; give images of different sizes as lists, {name}.unbind(), with one "
+                "HeadMasks each, or as one sequence by bsa.pack."
+            )
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == dims:
         raise ValueError(f"{shapes}: expected {expected} for each; reshape them.")

@@ -201,7 +201,7 @@ def _refuse_forward_mode(backend: str, *tensors: Tensor) -> None:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as torch's own attention would take them: in autocast's dtype where that is on."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+    if device == "meta" or not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
         return tensors
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 

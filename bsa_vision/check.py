@@ -91,6 +91,8 @@ def check(
     packed = q.dim() == 3
     expected = "(total, H, D)" if packed else "(B, H, N, D)"
     attempt("tensors", lambda: check_tensors(q, k, k, q.dim(), expected))
+    if q.is_nested or k.is_nested:
+        return CheckReport(tuple(findings))
     longest: tuple[int | None, int | None] = (q.shape[-2], k.shape[-2])
     if packed:
         longest = (
@@ -131,7 +133,7 @@ def _longest(name: str, x: Tensor, bounds: Tensor | None, longest: int | None) -
 
 
 def _device_findings(q: Tensor) -> Iterator[Finding]:
-    if q.device.type != "cuda":
+    if q.device.type != "cuda" or torch.version.hip:
         return
     if q.dtype not in (torch.float16, torch.bfloat16):
         yield Finding(

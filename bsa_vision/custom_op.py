@@ -7,7 +7,7 @@ in programs that are saved, as one tensor that holds them (`carried_masks`).
 
 # No `from __future__ import annotations` here: torch reads the operators' schemas from these annotations.
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bsa_vision.arguments import check_fit
 from bsa_vision.backends import BACKENDS, Problem, Result, choose, compiled, gather, why_not
+from bsa_vision.backends.once import refuse_second_derivative
 from bsa_vision.carried_masks import read
 from bsa_vision.errors import BackendUnavailable
 from bsa_vision.head_masks import HeadMasks, from_handle
@@ -33,7 +34,7 @@ def attend(problem: Problem, backend: str) -> Result:
             "needed; give as many prompts as images."
         )
     # Autocast has done its work on what made q, k and v; inside, precision is the backend's own business.
-    with torch.autocast(problem.q.device.type, enabled=False):
+    with _without_autocast(problem.q.device):
         if backend == "gather" and compiled.why_not(problem) is None:
             return gather.run(_with_order(problem))
         layout, _ = _layouts(problem)
@@ -43,6 +44,10 @@ def attend(problem: Problem, backend: str) -> Result:
         out = restore_tokens(out.transpose(1, 2), layout, dim=1).transpose(1, 2)  # (B, H, N, D)
         lse = None if lse is None else restore_tokens(lse, layout, dim=-1)
     return Result(out, lse, probs)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _layouts(problem: Problem) -> tuple[TokenLayout | None, TokenLayout | None]:
@@ -268,7 +273,7 @@ def gradient_op(
         raise BackendUnavailable(
             f"this compiled call has no gradient: {reason}. Use backend='gather', or do not compile it."
         )
-    with torch.autocast(q.device.type, enabled=False):
+    with _without_autocast(q.device):
         gradients = _gradients(problem, out, grad_out)
     dq, dk, dv, dh, dw = (q.new_empty(0) if grad is None else grad for grad in gradients)
     return dq, dk, dv, dh, dw
@@ -381,3 +386,4 @@ def _gradient(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
 
 
 attention_op.register_autograd(_gradient, setup_context=_save)
+gradient_op.register_autograd(lambda ctx, *_: refuse_second_derivative("gather"))

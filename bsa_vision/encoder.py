@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bsa_vision.adapters import dense_plan, sparsify_, uniform_plan
 from bsa_vision.blocks import Block, Grid, PatchEmbed, Rotation, neck, resize_positions, rotary_angles
+from bsa_vision.carried_masks import plain_sizes
 from bsa_vision.errors import PlanError
 from bsa_vision.plan import PatternLike, SparsityPlan
 from bsa_vision.rel_pos import resize_table
@@ -179,7 +180,7 @@ class ImageEncoder(nn.Module):
                 f"{self.patch_size} pixel patches; resize or pad the images."
             )
         x = self.patch_embed(pixels)  # (B, h, w, C)
-        grid = (x.shape[1], x.shape[2])
+        grid = plain_sizes(x.shape[1], x.shape[2])
         if self.pos_embed is not None:
             x = x + resize_positions(self.pos_embed, grid)
         x = self._with_special(x.flatten(1, 2), special)  # (B, N, C)

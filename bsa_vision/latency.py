@@ -170,6 +170,8 @@ def describe_machine(head_dim: int, dtype: torch.dtype, device: torch.device) ->
     """What constants hold for, in words; another of any of it is measured anew."""
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
+    elif device.type != "cpu":
+        where = f"{device.type} of {platform.machine()} {_cpu_name()}"
     else:
         loop = "torch" if compiled.why_not() else torch.backends.cpu.get_cpu_capability()
         where = f"{platform.machine()} {_cpu_name()}, {torch.get_num_threads()} threads, loop {loop}"

@@ -51,7 +51,7 @@ TABLE = {
         *("layer_masks", "model_spec", "plan", "prompts", "pruning", "rel_pos"),
     },
     "blocks": {"masks", "attention", "carried_masks", "head_masks", "rel_pos"},
-    "encoder": {"masks", "adapters", "blocks", "errors", "plan", "rel_pos"},
+    "encoder": {"masks", "adapters", "blocks", "carried_masks", "errors", "plan", "rel_pos"},
     "bench": {
         *("masks", "adapters", "attention", "backends", "cost", "errors", "loading"),
         *("features", "files", "head_masks", "meter", "model_spec", "plan", "rel_pos", "timing", "tuning"),

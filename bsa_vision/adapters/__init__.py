@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.fx import GraphModule
 
 from bsa_vision.adapters import hiera, memory, sam, timm_vit, torchvision_vit, transformers_vit
 from bsa_vision.adapters.layer import Found, Layer, Observation, Tower, layer_of, layers_of
@@ -33,7 +34,7 @@ from masks import Pattern
 
 ADAPTERS: tuple[ModuleType, ...] = (transformers_vit, timm_vit, torchvision_vit, sam, hiera, memory)
 SUPPORTED = (
-    "timm's ViTs (Attention, AttentionRope, EvaAttention); torchvision's ViT; transformers ViT, DINOv2 (with and without registers), DINOv3, CLIP, SigLIP, SigLIP 2 "
+    "timm's ViTs, NaFlexVit among them (Attention, AttentionRope, EvaAttention); torchvision's ViT; transformers ViT, DINOv2 (with and without registers), DINOv3, CLIP, SigLIP, SigLIP 2 "
     "and SAM 3's vision encoder; SAM's image encoder in segment_anything, timm, transformers (SAM, "
     "SAM-HQ, DeepSeek-OCR 2), DeepSeek-OCR's own code and bsa_vision.encoder; SAM 2's image encoder in sam2, timm and transformers, and its memory "
     "attention in sam2 and transformers (Sam2Video, Sam3TrackerVideo)"
@@ -288,6 +289,11 @@ def _find(model: nn.Module) -> tuple[ModuleType, Found]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module; pass the model itself.")
     found = [(adapter, encoder) for adapter in ADAPTERS for encoder in adapter.find(model)]
+    if not found and any(isinstance(module, GraphModule) for module in model.modules()):
+        raise PlanError(
+            f"this {type(model).__name__} is a graph that torch.fx traced (a feature extractor): expected the model it was made "
+            "from; sparsify_ that one first, then extract."
+        )
     if not found:
         has = [f"{left.count} x {left.kind} ({left.reason})" for left in left_dense(model)]
         raise PlanError(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,6 +58,21 @@ class Observation:
     scale: float
     rel_pos: RelPos | None
     weight: Tensor | None
+
+
+MOST_WAITING = 8
+
+
+@dataclass
+class Waiting:
+    """An image whose patches were made, and the layers that its tokens went through since."""
+
+    grid: tuple[int, int]
+    ran: set[str] = field(default_factory=set)
+
+    def may_have(self, tokens: int, special: int) -> bool:
+        """Return whether so many tokens, so many of them special, may be this image's."""
+        return self.grid == (0, 0) or tokens == special + self.grid[0] * self.grid[1]
 
 
 class Tower:
@@ -112,6 +128,11 @@ class Tower:
         self._local.symbolic = None
         self.grid = (int(height), int(width))
         self._local.grid = self.grid  # threads that share a model each have their own image
+        waiting = self._waiting()
+        if self.dense or any(image.ran for image in waiting):
+            waiting.clear()  # their tokens have been through the layers, or will not come
+        if not self.dense:
+            waiting.append(Waiting(self.grid))
         if self.recomputed:
             self.seen, self.recomputed = {}, False
         self.seen.setdefault(self.spec.start + self.grid[0] * self.grid[1] + self.spec.end, set()).add(self.grid)
@@ -121,6 +142,38 @@ class Tower:
         if not isinstance(pixels, Tensor):
             return None
         return pixels.shape[-2] // self.spec.patch_size[0], pixels.shape[-1] // self.spec.patch_size[1]
+
+    def _waiting(self) -> deque[Waiting]:
+        """Images of this thread whose patches were made since tokens went through a layer."""
+        if not hasattr(self._local, "waiting"):
+            self._local.waiting = deque(maxlen=MOST_WAITING)
+        return self._local.waiting
+
+    def claim(self, layer: LayerSpec, tokens: int) -> str | None:
+        """Find the image that these tokens of a layer come from; why that cannot be told, or None."""
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+            return None  # `current_grid` sees to it
+        count = partial(Waiting.may_have, tokens=tokens, special=self.spec.start + self.spec.end)
+        waiting = [image for image in self._waiting() if layer.key not in image.ran and count(image)]
+        grids = sorted({image.grid for image in waiting})
+        if len(grids) > 1:
+            return f"patches of images of {grids} were made, and these {tokens} tokens may be of any of them"
+        grid = self.current_grid(tokens)
+        if grids:
+            waiting[0].ran.add(layer.key)
+            self._local.grid = grids[0]
+        elif self.on_unsupported == "error" and grid != (0, 0) and count(Waiting(grid)):
+            raise BackendUnavailable(
+                f"layer {layer.name!r} got {tokens} tokens that did not come through the patch embedding since it ran last: their grid "
+                "cannot be told. Run the whole model, or its patch embedding first; with on_unsupported='fallback' they are taken for those "
+                f"of the last image, {grid}."
+            )
+        return None
+
+    def passed(self, key: str) -> None:
+        """Note that the tokens of the last image went through a layer's original."""
+        if not torch.compiler.is_compiling() and self._waiting():
+            self._waiting()[-1].ran.add(key)
 
     def current_grid(self, tokens: int) -> tuple[int, int]:
         """The grid of the image that these tokens come from."""
@@ -179,6 +232,9 @@ class Layer:
         if self.spec.window:
             return None  # dense, whatever the image
         (tokens,) = plain_sizes(tokens)
+        unknown = self.tower.claim(self.spec, tokens)
+        if unknown is not None:
+            return unknown
         height, width = self.tower.current_grid(tokens)
         spec = self.tower.spec
         if (height, width) == (0, 0):
@@ -191,6 +247,7 @@ class Layer:
 
     def fall_back(self, reason: str) -> None:
         """Count a call that the original serves; warn the first time. Raises instead with on_unsupported="error"."""
+        self.tower.passed(self.spec.key)
         if self.tower.on_unsupported == "error":
             raise BackendUnavailable(
                 f"layer {self.spec.name!r} cannot run this call sparse: {reason}. Change the call, or sparsify_ with "
@@ -225,7 +282,7 @@ class Layer:
         """(B, H, N, D) in model order -> (B, H, N, D) with this layer's masks. grid None = that of the last image."""
         if self.masks.is_dynamic:
             self._check_prompts(q)
-        grid = self.tower.current_grid(*plain_sizes(q.shape[2])) if grid is None else grid
+        grid = self.tower.current_grid(*plain_sizes(q.shape[2])) if grid is None else plain_sizes(*grid)
         if self.tower.observer is not None:
             factor = q.shape[-1] ** -0.5 if scale is None else scale
             self.tower.observer(Observation(self.spec, grid, q, k, v, factor, rel_pos, self.weight))

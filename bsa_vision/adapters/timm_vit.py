@@ -1,5 +1,7 @@
 """timm: every ViT whose blocks hold `Attention`, `AttentionRope` or `EvaAttention`: ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, EVA, PE ...
 
+NaFlexVit is one of them. It takes images of one size, or patches of several with their coordinates: these come with an attention mask, and
+run the original.
 A swapped module runs its own forward; only the call of torch's attention in it is ours (see `intercept`).
 """
 
@@ -19,6 +21,7 @@ from bsa_vision.model_spec import LayerSpec, ModelSpec
 
 EXACT = False  # a layer without sparse heads runs its original attention
 
+NAFLEX_GRID = (16, 16)  # of a NaFlexVit without position embeddings, which has no grid of its own
 FAMILIES = ("dinov3", "dinov2", "siglip", "clip", "eva")  # looked for in the name of the architecture; else "vit"
 
 
@@ -69,7 +72,7 @@ def serves(module: nn.Module) -> bool:
 
 
 def find(model: nn.Module) -> list[Found]:
-    """The encoders of this family in `model`: attention is `<encoder>.blocks.<index>.attn`, pixels enter `<encoder>.patch_embed`."""
+    """The encoders of this family in `model`: attention is `<encoder>.blocks.<index>.attn`, pixels enter `patch_embed` or `embeds` beside them."""
     encoders: dict[str, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         if serves(module) and name.endswith(".attn"):
@@ -77,8 +80,13 @@ def find(model: nn.Module) -> list[Found]:
     return [
         _found(model, root, attention)
         for root, attention in encoders.items()
-        if hasattr(model.get_submodule(root), "patch_embed")
+        if _embeddings(model.get_submodule(root)) is not None
     ]
+
+
+def _embeddings(encoder: Any) -> Any:
+    """Return the module that makes patches of pixels, which NaFlexVit calls otherwise; None where there is none."""
+    return getattr(encoder, "patch_embed", None) or getattr(encoder, "embeds", None)
 
 
 def _found(model: nn.Module, root: str, attention: list[tuple[str, nn.Module]]) -> Found:
@@ -89,12 +97,12 @@ def _found(model: nn.Module, root: str, attention: list[tuple[str, nn.Module]]) 
         LayerSpec(name, index, cast(Any, module).num_heads, cast(Any, module).head_dim, **block_weights(block, module))  # type: ignore[arg-type]
         for index, ((name, module), block) in enumerate(zip(attention, blocks, strict=True))
     )
-    embed = encoder.patch_embed
+    embed = _embeddings(encoder)
     ratio = embed.feat_ratio(as_scalar=False)
     spec = ModelSpec(
         family=_family(encoder),
         layers=layers,
-        grid=tuple(embed.grid_size),
+        grid=tuple(getattr(embed, "grid_size", None) or embed.pos_embed_grid_size or NAFLEX_GRID),
         patch_size=(ratio, ratio) if isinstance(ratio, int) else tuple(ratio),
         start=encoder.num_prefix_tokens,
         **outside_weights(encoder, blocks, embed),  # type: ignore[arg-type]

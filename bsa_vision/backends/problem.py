@@ -104,6 +104,13 @@ class Problem:
         return torch.promote_types(self.q.dtype, torch.float32)
 
     @property
+    def not_on_nvidia(self) -> str | None:
+        """Where the tensors are instead, in words; torch calls AMD's GPUs "cuda" as well."""
+        if self.q.device.type != "cuda":
+            return f"the tensors are on {self.q.device.type}"
+        return "this torch is built for ROCm" if torch.version.hip else None
+
+    @property
     def needs_gradient(self) -> bool:
         """Whether torch would differentiate this call."""
         tensors = (self.q, self.k, self.v, *(self.rel_pos or ()))
