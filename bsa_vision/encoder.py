@@ -180,7 +180,8 @@ class ImageEncoder(nn.Module):
                 f"{self.patch_size} pixel patches; resize or pad the images."
             )
         x = self.patch_embed(pixels)  # (B, h, w, C)
-        grid = plain_sizes(x.shape[1], x.shape[2])
+        height, width = plain_sizes(x.shape[1], x.shape[2])
+        grid = (height, width)
         if self.pos_embed is not None:
             x = x + resize_positions(self.pos_embed, grid)
         x = self._with_special(x.flatten(1, 2), special)  # (B, N, C)

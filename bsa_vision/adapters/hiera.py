@@ -14,7 +14,7 @@ from bsa_vision.adapters import seams
 from bsa_vision.adapters.intercept import Intercepted
 from bsa_vision.adapters.layer import Found, Layer
 from bsa_vision.adapters.seams import check_swapped, kind_of, original_of, prepare, unswap
-from bsa_vision.adapters.weights import linear_weights
+from bsa_vision.adapters.weights import convolution, linear_weights
 from bsa_vision.errors import PlanError
 from bsa_vision.model_spec import LayerSpec, ModelSpec, OtherBlock
 
@@ -79,14 +79,10 @@ def _found(model: nn.Module, root: str) -> Found | None:
 
 def _pixels(encoder: Any) -> list[int]:
     """Per side of a token, of what enters each block, and of what leaves the last one."""
-    pixels = [_projection(encoder).stride[0]]
+    pixels = [convolution(encoder.patch_embed).stride[0]]
     for block in encoder.blocks:
         pixels.append(pixels[-1] * _q_stride(block))
     return pixels
-
-
-def _projection(encoder: Any) -> nn.Conv2d:
-    return getattr(encoder.patch_embed, "proj", None) or encoder.patch_embed.projection
 
 
 def _layer(name: str, index: int, block: Any) -> LayerSpec:
@@ -140,7 +136,7 @@ def _outside(model: nn.Module, root: str, pixels: list[int], patch: int) -> floa
     at = {block.dim_out: after for block, after in zip(encoder.blocks, pixels[1:], strict=True)}
     neck = getattr(model.get_submodule(root.rpartition(".")[0]), "neck", nn.Identity()) if root else nn.Identity()
     convolutions = [x for x in neck.modules() if isinstance(x, nn.Conv2d)]
-    stem = _projection(encoder).weight.numel() * (patch / pixels[0]) ** 2
+    stem = convolution(encoder.patch_embed).weight.numel() * (patch / pixels[0]) ** 2
     return stem + sum(x.weight.numel() * (patch / at.get(x.in_channels, patch)) ** 2 for x in convolutions)
 
 

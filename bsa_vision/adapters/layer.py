@@ -282,7 +282,10 @@ class Layer:
         """(B, H, N, D) in model order -> (B, H, N, D) with this layer's masks. grid None = that of the last image."""
         if self.masks.is_dynamic:
             self._check_prompts(q)
-        grid = self.tower.current_grid(*plain_sizes(q.shape[2])) if grid is None else plain_sizes(*grid)
+        if grid is None:
+            grid = self.tower.current_grid(*plain_sizes(q.shape[2]))
+        height, width = plain_sizes(*grid)
+        grid = (height, width)
         if self.tower.observer is not None:
             factor = q.shape[-1] ** -0.5 if scale is None else scale
             self.tower.observer(Observation(self.spec, grid, q, k, v, factor, rel_pos, self.weight))

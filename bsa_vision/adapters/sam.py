@@ -25,7 +25,7 @@ from bsa_vision.adapters.transformers_vit import (
     attentions_are_collected,
     is_watched,
 )
-from bsa_vision.adapters.weights import block_weights, outside_weights
+from bsa_vision.adapters.weights import block_weights, convolution, outside_weights
 from bsa_vision.carried_masks import plain_sizes
 from bsa_vision.model_spec import LayerSpec, ModelSpec
 from bsa_vision.rel_pos import RelPos, decompose, resize_table
@@ -166,8 +166,7 @@ def _found(model: nn.Module, root: str, attention: list[tuple[str, nn.Module]]) 
 def _grid_and_patch(encoder: Any) -> tuple[tuple[int, int], tuple[int, int]]:
     """The encoder's own grid in patches, and its patch size in pixels, from where each code base keeps the image size."""
     embed = encoder.patch_embed
-    projection = getattr(embed, "proj", None) or embed.projection
-    patch = _pair(projection.kernel_size)
+    patch = _pair(convolution(embed).kernel_size)
     size = getattr(embed, "image_size", None) or getattr(embed, "img_size", None) or encoder.img_size
     height, width = _pair(size)
     return (height // patch[0], width // patch[1]), patch
