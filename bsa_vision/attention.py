@@ -43,7 +43,7 @@ def sparse_attention(
         >>> hm = HeadMasks(*masks.generate_vit_hybrid_mask(1024, 16, 128, 1, 12))
         >>> out = sparse_attention(q, k, v, hm)
     """
-    check_head_masks(head_masks)
+    check_head_masks(head_masks, q)
     check_numbers(dropout_p, scale)
     if isinstance(head_masks, HeadMasks) and isinstance(q, (list, tuple)):
         raise TypeError(
@@ -51,7 +51,7 @@ def sparse_attention(
         )
     if isinstance(head_masks, HeadMasks):
         q, k, v = cast(Tensor, q), cast(Tensor, k), cast(Tensor, v)
-        check_tensors(q, k, v, 4, "(B, H, N, D)")
+        check_tensors(q, k, v, 4, "(B, H, N, D)", head_masks.num_heads)
         check_fit(q, k, head_masks, rel_pos)
         return attend_masks(head_masks, q, k, v, rel_pos=rel_pos, scale=scale, dropout_p=dropout_p, backend=backend)
     if rel_pos is not None:
@@ -73,7 +73,7 @@ def _ragged_attention(
             f"{len(q)} images in q, {len(k)} in k, {len(v)} in v and {len(masks)} HeadMasks: the lists must be equally long."
         )
     for image_q, image_k, image_v, image_masks in zip(q, k, v, masks, strict=True):
-        check_tensors(image_q, image_k, image_v, 3, "(H, n, D) per image")
+        check_tensors(image_q, image_k, image_v, 3, "(H, n, D) per image", image_masks.num_heads)
         check_fit(image_q[None], image_k[None], image_masks, None)
         if image_q.dtype != q[0].dtype or image_q.device != q[0].device:
             raise TypeError(
@@ -339,7 +339,9 @@ def _varlen(
     exact_streaming: bool,
     return_attn_probs: bool,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    check_tensors(q, k, v, 3, "(total, H, D)")
+    head_mask_type = masks[0]
+    heads = head_mask_type.numel() if isinstance(head_mask_type, Tensor) else None
+    check_tensors(q, k, v, 3, "(total, H, D)", heads)
     check_numbers(dropout_p, scale)
     check_varlen(q, k, cu_seqlens, masks, longest, is_causal, exact_streaming)
     result = _run(

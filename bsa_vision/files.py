@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from contextlib import suppress
@@ -13,6 +14,7 @@ def write(path: str | os.PathLike[str], *data: bytes | memoryview) -> None:
 
     OSError names the path that was given.
     """
+    check_folder(path)
     target = Path(path).resolve()  # a link stays a link
     # Named before it exists, so that it is removed whenever an interruption comes.
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
@@ -30,3 +32,9 @@ def write(path: str | os.PathLike[str], *data: bytes | memoryview) -> None:
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Raise FileNotFoundError unless the folder of `path` is there."""
+    if not Path(path).resolve().parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder, make it first", os.fspath(path))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from os import PathLike
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ from bsa_vision.latency import Latency
 from bsa_vision.latency import latency as latency_here
 from bsa_vision.layer_masks import Entry
 from bsa_vision.model_spec import ModelSpec
-from bsa_vision.plan import PatternLike, SparsityPlan
+from bsa_vision.plan import PatternLike, SparsityPlan, as_plan
 from bsa_vision.prompts import Prompts
 from masks import Pattern
 
@@ -68,9 +69,12 @@ def dense_plan(model: nn.Module | ModelSpec) -> SparsityPlan:
     return SparsityPlan.uniform(_spec_of(model), "dense")
 
 
-def sparsify_(model: Model, plan: SparsityPlan, backend: str = "auto", on_unsupported: str = "fallback") -> Model:
+def sparsify_(
+    model: Model, plan: SparsityPlan | str | PathLike[str], backend: str = "auto", on_unsupported: str = "fallback"
+) -> Model:
     """Give `model` sparse heads, in place; returns it. Parameters, state_dict keys and your hooks stay as they are.
 
+    plan            a SparsityPlan, or the path of one that was saved
     backend         "auto", or a name that every sparse layer must then run on
     on_unsupported  what to do with calls outside the contract (attention masks, attention weights, unknown grids):
                     "fallback" runs the original attention, warns once and counts; "error" raises BackendUnavailable
@@ -80,11 +84,7 @@ def sparsify_(model: Model, plan: SparsityPlan, backend: str = "auto", on_unsupp
     """
     if on_unsupported not in ("fallback", "error"):
         raise ValueError(f"on_unsupported={on_unsupported!r}: allowed are 'fallback' and 'error'; choose one of them.")
-    if not isinstance(plan, SparsityPlan):
-        raise TypeError(
-            f"plan is a {type(plan).__name__}: expected a SparsityPlan; make one with bsa.uniform_plan(model, ...), or read one "
-            "with bsa.SparsityPlan.load(path)."
-        )
+    plan = as_plan(plan)
     if layers_of(model):
         raise ValueError("this model has sparse heads already: one plan at a time; call restore_(model) first.")
     adapter, found = _find(model)
@@ -287,7 +287,7 @@ def _sized(spec: ModelSpec, image_size: int | tuple[int, int] | None) -> ModelSp
 
 def _find(model: nn.Module) -> tuple[ModuleType, Found]:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module; pass the model itself.")
+        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module; {_how_to_pass(model)}.")
     found = [(adapter, encoder) for adapter in ADAPTERS for encoder in adapter.find(model)]
     if not found and any(isinstance(module, GraphModule) for module in model.modules()):
         raise PlanError(
@@ -307,6 +307,16 @@ def _find(model: nn.Module) -> tuple[ModuleType, Found]:
             "or one after the other."
         )
     return found[0]
+
+
+def _how_to_pass(given: Any) -> str:
+    if isinstance(given, str):
+        return "load it first, e.g. with timm.create_model or from_pretrained"
+    if isinstance(given, type):
+        return f"make one, {given.__name__}(...)"
+    if isinstance(getattr(given, "model", None), nn.Module):  # pipelines, predictors
+        return "pass its .model"
+    return "pass the model itself"
 
 
 def _is_served(module: nn.Module) -> bool:
