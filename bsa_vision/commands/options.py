@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bsa_vision import photographs
 from bsa_vision.adapters import inspect, uniform_plan
+from bsa_vision.adapters.values import like_of
 from bsa_vision.bench import parse
 from bsa_vision.loading import FORMS
 from bsa_vision.plan import SparsityPlan
@@ -31,7 +32,7 @@ def read_images(
     """The photographs as the model wants them, their pixels (h, w), and how they were normalised."""
     spec, how = inspect(model, image_size), photographs.normalisation(model)
     size = (spec.grid[0] * spec.patch_size[0], spec.grid[1] * spec.patch_size[1])
-    like = next(model.parameters())
+    like = like_of(model, model)
     return [photographs.read(file, size, how).to(like.device, like.dtype) for file in files], size, how
 
 
