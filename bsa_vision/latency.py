@@ -203,6 +203,8 @@ def latency(
     which compiles kernels and takes longer; from then on `backend="auto"` takes the one that costs least. After installing another backend: `anew`.
     """
     device = torch.device(device)
+    if device.type == "meta":
+        raise ValueError("device='meta': nothing is computed there; give a device that computes, 'cpu' or 'cuda'.")
     what = describe_machine(head_dim, dtype, device)
     known = _known.get(what) or _read().get(what)
     if device.type == "cuda" and (anew or not costs.known(costs.describe(device, dtype, head_dim, False))):

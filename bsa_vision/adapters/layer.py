@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 import warnings
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import ModuleType
 from typing import Any
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -87,10 +90,15 @@ class Tower:
         # For recomputation: tokens -> grids of that many tokens, of the inputs since backward ran last.
         self.seen: dict[int, set[tuple[int, int]]] = {}
         self.recomputed = False
-        self.dense = 0  # how many `dense(model)` blocks are open
+        self.dense: list[object] = []  # one entry for each `dense(model)` block that is open
         self.context = Context()
         self.observer: Callable[[Observation], None] | None = None
-        self.hook: Any = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start without what belongs to one process, and to one of several copies of a model."""
+        self.layers: WeakSet[Layer] = WeakSet()  # those that a living module has
+        self.homes: tuple[ref[nn.Module], ...] = ()  # the model that was swapped, and its embeddings; none in a copy
         self._local = threading.local()
 
     def see(
@@ -195,24 +203,53 @@ class Tower:
         return next(iter(grids))
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {key: value for key, value in self.__dict__.items() if key != "_local"}
-        return {**state, "dense": 0, "observer": None}  # a copy made inside `dense(model)` is not dense for ever
+        own = ("_local", "layers", "homes")
+        state = {key: value for key, value in self.__dict__.items() if key not in own}
+        return {**state, "dense": [], "observer": None}  # a copy made inside `dense(model)` is not dense for ever
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._local = threading.local()
+        self._forget()
+
+    def watch(self, model: nn.Module, embeddings: nn.Module) -> None:
+        """See every image that comes in, from now on."""
+        self.homes = (ref(model), ref(embeddings))
+        embeddings.register_forward_pre_hook(self.see, with_kwargs=True)
+
+    def unwatch(self, modules: Iterable[nn.Module]) -> None:
+        """Undo `watch`, also one that was interrupted; `modules` are where to look."""
+        for module in (*modules, *(home for one in self.homes if (home := one()) is not None)):
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if getattr(hook, "__self__", None) is self:
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+                    module._forward_pre_hooks.pop(key, None)
+
+    def check_whole(self, model: nn.Module, layers: Iterable[Layer]) -> None:
+        """Raise ValueError where `model` is only a part of the encoder, and holds only `layers` of it.
+
+        Blocks that were removed from the encoder since, gone or kept elsewhere, are not missed.
+        """
+        here = set(layers)
+        elsewhere = [layer for layer in self.layers if layer not in here]
+        homes = [home for one in self.homes if (home := one()) is not None]
+        inside = set(model.modules())
+        whole = self in watching(model) or any(home in inside for home in homes) or (self.homes and not homes)
+        if elsewhere and not whole:
+            raise ValueError(
+                f"{type(model).__name__} holds {len(here)} of {len(here) + len(elsewhere)} swapped layers: an encoder is "
+                "restored as a whole; pass the model that sparsify_ was given."
+            )
 
 
 class Layer:
     """One swapped attention module: its masks, and the calls that went to the original instead, by reason."""
 
-    def __init__(
-        self, tower: Tower, spec: LayerSpec, original: Any, prepare: Callable[[], None], exact: bool = False
-    ) -> None:
+    def __init__(self, tower: Tower, spec: LayerSpec, adapter: ModuleType, original: Any, exact: bool = False) -> None:
         self.tower, self.spec = tower, spec
-        self.prepare = prepare  # what a process must do once before it can run such layers
+        self._adapter = adapter.__name__  # pickles name it
         self.masks = LayerMasks(tower.plan, tower.spec, spec, tower.context)
         self.original = original  # what the adapter needs to put back
+        self.swapped: Any = None  # what it needs to know of what it put there instead
         # A layer without a sparse head has nothing to skip: unless a backend was named, or we are faster (`exact`), the original
         # runs as it is.
         self.untouched = self.masks.all_dense and tower.backend == "auto" and not exact
@@ -222,10 +259,25 @@ class Layer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.prepare()  # unpickled, maybe in a process that never called sparsify_
+        self.tower.layers.add(self)
+        self.adapter.prepare()  # unpickled, maybe in a process that never called sparsify_
+
+    @property
+    def adapter(self) -> ModuleType:
+        return importlib.import_module(self._adapter)
+
+    def attach(self, module: nn.Module) -> None:
+        """Say of `module` that it is swapped, or about to be."""
+        self.tower.layers.add(self)
+        setattr(module, ATTRIBUTE, self)
+
+    def detach(self, module: nn.Module) -> None:
+        """Say of `module` that it is as it was."""
+        self.tower.layers.discard(self)
+        delattr(module, ATTRIBUTE)
 
     def runs_original(self) -> bool:
-        return (self.untouched and self.tower.observer is None) or self.tower.dense > 0
+        return (self.untouched and self.tower.observer is None) or bool(self.tower.dense)
 
     def wrong_grid(self, tokens: int, keys: int | None = None) -> str | None:
         """Why `tokens`, and so many remembered `keys`, do not fit the image seen last, or None when they do."""
@@ -332,8 +384,19 @@ def layer_of(module: nn.Module) -> Layer | None:
     return module.__dict__.get(ATTRIBUTE)
 
 
-def layers_of(model: nn.Module) -> list[Layer]:
-    """The swapped layers of a model, in order."""
+def swapped_in(model: nn.Module) -> dict[nn.Module, Layer]:
+    """Return the swapped attention modules of a model and their layers, in order."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module; pass the model itself.")
-    return [layer for module in model.modules() if (layer := layer_of(module)) is not None]
+    return {module: layer for module in model.modules() if (layer := layer_of(module)) is not None}
+
+
+def layers_of(model: nn.Module) -> list[Layer]:
+    """The swapped layers of a model, in order."""
+    return list(swapped_in(model).values())
+
+
+def watching(model: nn.Module) -> list[Tower]:
+    """Return the towers that see what comes into a model, or into modules of it."""
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    return [tower for hook in hooks if isinstance(tower := getattr(hook, "__self__", None), Tower)]

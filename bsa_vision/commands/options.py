@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bsa_vision import photographs
 from bsa_vision.adapters import inspect, uniform_plan
+from bsa_vision.adapters.values import like_of
 from bsa_vision.bench import parse
 from bsa_vision.loading import FORMS
 from bsa_vision.plan import SparsityPlan
@@ -33,7 +34,7 @@ def read_images(
     """Return the photographs that can be read, as the model wants them, their pixels (h, w), and their normalisation."""
     spec, how = inspect(model, image_size), photographs.normalisation(model)
     size = (spec.grid[0] * spec.patch_size[0], spec.grid[1] * spec.patch_size[1])
-    like = next(model.parameters())
+    like = like_of(model, model)
     images, unreadable = photographs.read_all(files, size, how)
     if unreadable and not int(os.environ.get("RANK", 0)):
         print(f"{len(unreadable)} of {len(files)} images are left out:", *unreadable, sep="\n  ", file=sys.stderr)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bsa_vision.adapters import inspect, observe
+from bsa_vision.adapters.values import state
 from bsa_vision.errors import PlanError
 from bsa_vision.features import features
 from bsa_vision.latency import Latency
@@ -104,7 +105,7 @@ def tune(
         **{"model": spec.fingerprint, "layers": [layer.key for layer in tuned_layers], "candidates": list(candidates)},
         **{"table": digest([repr(table.GEOMETRIC), table.DENSITIES, table.COMPARED])},
         **{"order": order, "tile": list(tile), "block_size": block_size, "target": _name_of(target)},
-        **{"images": digest(chosen), "kept back": digest(kept_back), "weights": digest(model.state_dict().items())},
+        **{"images": digest(chosen), "kept back": digest(kept_back), "weights": digest(state(model))},
     }
     _check_processes(identity)
     calibration = store.open(identity, resume)
