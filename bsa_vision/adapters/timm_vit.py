@@ -54,7 +54,8 @@ ATTENTION: dict[tuple[str, str], type[Intercepted]] = {
 
 def _asked(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
     """The arguments that older versions do not take, where they say something."""
-    return {**({} if attn_mask is None else {"attn_mask": attn_mask}), **({"is_causal": True} if is_causal else {})}
+    asked: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
+    return asked if is_causal is False else {**asked, "is_causal": is_causal}  # torch.fx has something else for a flag
 
 
 def _unsupported(layer: Layer, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> str | None:
