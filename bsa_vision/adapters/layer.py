@@ -236,6 +236,19 @@ def layer_of(module: nn.Module) -> Layer | None:
 
 def layers_of(model: nn.Module) -> list[Layer]:
     """The swapped layers of a model, in order."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module; pass the model itself.")
+    check_model(model)
     return [layer for module in model.modules() if (layer := layer_of(module)) is not None]
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError unless `model` is a module."""
+    if isinstance(model, nn.Module):
+        return
+    how = "pass the model itself"
+    if isinstance(model, str):
+        how = "load it first, e.g. with timm.create_model or from_pretrained"
+    elif isinstance(model, type):
+        how = f"make one, {model.__name__}(...)"
+    elif isinstance(getattr(model, "model", None), nn.Module):  # pipelines, predictors
+        how = "pass its .model"
+    raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module; {how}.")
