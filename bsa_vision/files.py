@@ -16,7 +16,7 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
     given = os.fspath(path)
     path = Path(path).resolve()  # a link stays a link
     if path.exists() and not path.is_file():  # a pipe, /dev/null
-        path.write_bytes(data)
+        Path(given).write_bytes(data)
         return
     check_folder(given)
     try:
