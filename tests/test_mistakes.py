@@ -199,7 +199,7 @@ PATTERN_MISTAKES = {
     "a model for a spec": (
         lambda: bsa.SparsityPlan.uniform(ONCE.model, "axial"),
         Type,
-        "bsa.uniform_plan",
+        "bsa.inspect(model)",
         "attribute",
     ),
     "heads= forgotten": (lambda: bsa.HeadMasks.from_patterns(ONCE.layout, "axial"), Value, "heads=12", ""),
