@@ -36,11 +36,13 @@ def sparse_attention(
     k, v        (B, G, M, D) and (B, G, M, Dv) with H a multiple of G; M = N unless `head_masks` says otherwise
     rel_pos     factored relative position (`RelPos`), added to the logits
     scale       of q . k; None = D ** -0.5
-    backend     "auto" takes the first that can, a name takes that one or raises BackendUnavailable
+    backend     "auto" takes the first that can, on GPUs the fastest as far as measured; a name takes that one or raises
+                BackendUnavailable
 
     Returns (B, H, N, Dv), or a list of (H, n, Dv).
 
-        >>> hm = HeadMasks(*masks.generate_vit_hybrid_mask(1024, 16, 128, 1, 12))
+        >>> layout = masks.TokenLayout((64, 64), start=1, order="tile")
+        >>> hm = HeadMasks.from_patterns(layout, masks.Pattern("local_window", radius=8), heads=12)
         >>> out = sparse_attention(q, k, v, hm)
     """
     check_head_masks(head_masks, q)
@@ -243,7 +245,9 @@ def block_sparse_attn_func(
     is_causal        bottom-right aligned; exact_streaming (causal only) counts sinks and windows in tokens
 
     Tokens are taken in the order they come. A query that sees nothing gives 0 and LSE +inf. Returns out (total_q, H, D),
-    or with return_attn_probs (out, lse (batch, H, max_seqlen_q_) float32 without gradient, S_dmask: empty without dropout).
+    or with return_attn_probs (out, lse (batch, H, max_seqlen_q_) float32 without gradient, S_dmask). S_dmask is empty without
+    dropout; with it (batch, H, queries, keys), lengths rounded up to whole blocks: probabilities before dropout, negative
+    where they were dropped. The kernel's own is in the order of its registers, and comes so from `kernel`.
     """
     return _varlen(
         q,

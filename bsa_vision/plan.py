@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bsa_vision.cache import Cache
 from bsa_vision.errors import PlanError, nearest
@@ -21,6 +21,7 @@ from bsa_vision.head_patterns import BlockMaskFn, check_blocks, with_special
 from bsa_vision.model_spec import LayerSpec, ModelSpec
 from bsa_vision.static_mask import Static, static_heads
 from masks import PATTERNS, Pattern, TokenLayout
+from masks.origin import check_layout
 from masks.patterns import Box, is_pattern_name, parameters
 
 if TYPE_CHECKING:
@@ -109,8 +110,7 @@ class SparsityPlan:
         **params: Any,
     ) -> SparsityPlan:
         """The same pattern for all heads but the first `dense_heads`, in all global layers or these: indices, keys or module paths."""
-        if not isinstance(spec, ModelSpec):
-            raise TypeError(f"spec is a {type(spec).__name__}: expected a ModelSpec; use bsa.uniform_plan(model, ...).")
+        _check_spec(spec)
         _check_options(pattern, params, ("dense_heads", "layers", "order", "tile", "block_size"))
         if layers is not None:
             wanted = _listed("layers", layers)
@@ -120,7 +120,7 @@ class SparsityPlan:
         heads = spec.layers[0].heads
         if not isinstance(dense_heads, int) or not 0 <= dense_heads <= heads:
             raise PlanError(
-                f"dense_heads={dense_heads!r}: the model has {heads} heads; give a number from 0 to {heads}."
+                f"dense_heads={dense_heads!r}: the model has {heads} heads; give a whole number from 0 to {heads}."
             )
         if dense_heads == heads:
             pattern, params, dense_heads = "dense", {}, 0
@@ -142,8 +142,7 @@ class SparsityPlan:
         A HeadMasks without a layout is for tokens as they come at the spec's own grid; pass `inspect(model, image_size=...)`
         for another. All must share order and block size, and be equal across the batch.
         """
-        if not isinstance(spec, ModelSpec):
-            raise TypeError(f"spec is a {type(spec).__name__}: expected a ModelSpec; pass bsa.inspect(model).")
+        _check_spec(spec)
         if not isinstance(head_masks, Mapping):
             raise TypeError(
                 f"head_masks is a {type(head_masks).__name__}: expected {{layer name: HeadMasks}}; name the layer each is for."
@@ -266,9 +265,10 @@ class SparsityPlan:
         if params:
             raise PlanError(f"{pattern!r} takes no further parameters, got {', '.join(params)}; remove them.")
         if not callable(pattern):
+            given = f"is a {type(pattern).__name__}" if isinstance(pattern, (Tensor, HeadMasks)) else f"={pattern!r}"
             raise PlanError(
-                f"pattern={pattern!r}: expected a name, a Pattern, or a function layout -> (R, C) bool; pass one (masks by layer: "
-                "bsa.SparsityPlan.from_head_masks)."
+                f"pattern{' ' if given.startswith('is') else ''}{given}: expected a name, a Pattern, or a function layout -> (R, C) bool; "
+                f"pass one{_instead_of_pattern(pattern)}."
             )
         name = repr(pattern)
         if not isinstance(pattern, (Pattern, Static)):
@@ -306,6 +306,7 @@ class SparsityPlan:
 
     def layout(self, spec: ModelSpec, grid: tuple[int, int] | None = None) -> TokenLayout:
         """The layout of the plan's masks for `spec` at `grid` (None = the model's own)."""
+        _check_spec(spec)
         return TokenLayout(
             spec.grid if grid is None else grid,
             start=spec.start,
@@ -342,6 +343,7 @@ class SparsityPlan:
 
         Cached, unless the layer is dynamic. A head whose pattern keeps every block becomes dense, which is the same function.
         """
+        check_layout("layout", layout)
         if layer not in self.layers:
             raise PlanError(f"no layer {layer!r} in this plan: it has {', '.join(self.layers)}; use one of these keys.")
         if self.is_dynamic(layer):
@@ -355,6 +357,7 @@ class SparsityPlan:
 
     def sparsity(self, layout: TokenLayout) -> float:
         """Realised sparsity over all heads and blocks of the model, dense ones included, 0 to 1. What is remembered counts as one frame."""
+        check_layout("layout", layout)
         one_frame = replace(layout, start=0, end=0)
         per_layer = [
             self.compile(key, layout, keys=one_frame if key.startswith("mem_cross.") else None).sparsity
@@ -364,11 +367,13 @@ class SparsityPlan:
 
     def complete(self, spec: ModelSpec) -> SparsityPlan:
         """This plan with every layer of `spec` named: those it does not mention are dense."""
+        _check_spec(spec)
         dense = {layer.key: ("dense",) * layer.heads for layer in spec.layers}
         return replace(self, layers={**dense, **self.layers})
 
     def check(self, spec: ModelSpec) -> None:
         """Raise PlanError unless this plan is for models like `spec`."""
+        _check_spec(spec)
         wrong = {
             key: (self.model.get(key), value) for key, value in spec.fingerprint.items() if self.model.get(key) != value
         }
@@ -469,9 +474,25 @@ def as_plan(plan: object) -> SparsityPlan:
     held = list(plan.values()) if isinstance(plan, Mapping) else [plan]
     if held and all(isinstance(masks, HeadMasks) for masks in held):
         how = "make one of masks with bsa.SparsityPlan.from_head_masks(bsa.inspect(model), {layer: masks})"
+    elif isinstance(plan, nn.Module):
+        how = "the model comes first"
     elif isinstance(plan, Pattern):
         how = "make one with bsa.uniform_plan(model, pattern)"
     raise TypeError(f"plan is a {type(plan).__name__}: expected a SparsityPlan or the path of one; {how}.")
+
+
+def _instead_of_pattern(given: object) -> str:
+    """The end of a message about what is no pattern."""
+    if isinstance(given, (Tensor, HeadMasks)):
+        return ", and masks with bsa.SparsityPlan.from_head_masks(bsa.inspect(model), {layer: HeadMasks})"
+    if isinstance(given, (list, tuple)):
+        return ", and others head by head with plan.replace(heads=..., pattern=...)"
+    return ""
+
+
+def _check_spec(spec: object) -> None:
+    if not isinstance(spec, ModelSpec):
+        raise TypeError(f"spec is a {type(spec).__name__}: expected a ModelSpec; pass bsa.inspect(model).")
 
 
 def _check_options(pattern: Any, params: Mapping[str, Any], options: Sequence[str]) -> None:

@@ -70,7 +70,8 @@ TABLE = {
     },
     "compare": {"adapters", "features", "meter", "timing"},
     "doctor": {"backends", "head_masks"},
-    "loading": {"encoder", "errors"},
+    "hub_configs": set(),
+    "loading": {"encoder", "errors", "hub_configs"},
     "commands": {
         *("masks", "adapters", "bench", "compare", "doctor", "errors", "loading", "meter"),
         *("photographs", "plan", "tuning", "viz"),

@@ -21,7 +21,17 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from bsa_vision.adapters import hiera, memory, sam, timm_vit, torchvision_vit, transformers_vit
-from bsa_vision.adapters.layer import Found, Layer, Observation, Tower, layer_of, layers_of, swapped_in, watching
+from bsa_vision.adapters.layer import (
+    Found,
+    Layer,
+    Observation,
+    Tower,
+    check_model,
+    layer_of,
+    layers_of,
+    swapped_in,
+    watching,
+)
 from bsa_vision.adapters.left_dense import ELSEWHERE, LeftDense, common_path, left_dense
 from bsa_vision.adapters.report import LayerReport, ModelReport, probe_problem, report_layer
 from bsa_vision.adapters.values import like_of, output_weight
@@ -60,7 +70,7 @@ def uniform_plan(model: nn.Module | ModelSpec, pattern: str | PatternLike, **opt
     """The same pattern for all heads of `model` but the first `dense_heads`.
 
     pattern  a name of `masks.PATTERNS`, a `masks.Pattern`, or your own function layout -> (R, C) bool
-    options  dense_heads=0, layers=None (all that are not windowed; indices or keys), order="tile", tile=(8, 16), block_size=128, and the
+    options  dense_heads=0, layers=None (all that are not windowed; indices, keys or module paths), order="tile", tile=(8, 16), block_size=128, and the
              parameters of the pattern
 
         >>> plan = bsa.uniform_plan(model, "local_window", radius=8, dense_heads=4)
@@ -308,8 +318,7 @@ def _sized(spec: ModelSpec, image_size: int | tuple[int, int] | None) -> ModelSp
 
 
 def _find(model: nn.Module) -> tuple[ModuleType, Found]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module; {_how_to_pass(model)}.")
+    check_model(model)
     found = [(adapter, encoder) for adapter in ADAPTERS for encoder in adapter.find(model)]
     if not found and any(isinstance(module, GraphModule) for module in model.modules()):
         raise PlanError(
@@ -333,16 +342,6 @@ def _find(model: nn.Module) -> tuple[ModuleType, Found]:
             "or one after the other."
         )
     return found[0]
-
-
-def _how_to_pass(given: Any) -> str:
-    if isinstance(given, str):
-        return "load it first, e.g. with timm.create_model or from_pretrained"
-    if isinstance(given, type):
-        return f"make one, {given.__name__}(...)"
-    if isinstance(getattr(given, "model", None), nn.Module):  # pipelines, predictors
-        return "pass its .model"
-    return "pass the model itself"
 
 
 def _is_served(module: nn.Module) -> bool:

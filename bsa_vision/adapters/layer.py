@@ -386,8 +386,7 @@ def layer_of(module: nn.Module) -> Layer | None:
 
 def swapped_in(model: nn.Module) -> dict[nn.Module, Layer]:
     """Return the swapped attention modules of a model and their layers, in order."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module; pass the model itself.")
+    check_model(model)
     return {module: layer for module in model.modules() if (layer := layer_of(module)) is not None}
 
 
@@ -400,3 +399,17 @@ def watching(model: nn.Module) -> list[Tower]:
     """Return the towers that see what comes into a model, or into modules of it."""
     hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
     return [tower for hook in hooks if isinstance(tower := getattr(hook, "__self__", None), Tower)]
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError unless `model` is a module."""
+    if isinstance(model, nn.Module):
+        return
+    how = "pass the model itself"
+    if isinstance(model, str):
+        how = "load it first, e.g. with timm.create_model or from_pretrained"
+    elif isinstance(model, type):
+        how = f"make one, {model.__name__}(...)"
+    elif isinstance(getattr(model, "model", None), nn.Module):  # pipelines, predictors
+        how = "pass its .model"
+    raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module; {how}.")

@@ -20,7 +20,7 @@ from bsa_vision.plan import SparsityPlan
 JsonFlag = Annotated[bool, typer.Option("--json", help="Data instead of a table.")]
 SOMETHING_WRONG, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 ModelName = Annotated[str, typer.Argument(help=FORMS)]
-Random = Annotated[bool, typer.Option("--random", help="Fresh weights; nothing is downloaded.")]
+Random = Annotated[bool, typer.Option("--random", help="Fresh weights, none are downloaded.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Of segment_anything, for sam:...")]
 ImageSize = Annotated[int | None, typer.Option(help="Pixels per side. [the model's own]")]
 PatternName = Annotated[str | None, typer.Option(help="Sparse heads in all global layers: local:8, window:14:shift=7.")]

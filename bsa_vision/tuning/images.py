@@ -19,8 +19,9 @@ def check_images(images: Any, target: Target) -> list[Any]:
     """The images as a list; TypeError or ValueError for what can be seen of them before anything runs."""
     if target is features:
         given: list[Any] = list(check_pixels(images))
-    elif not isinstance(images, Iterable):
-        raise TypeError(f"images is a {type(images).__name__}: expected a list of what the target takes; give one.")
+    elif not isinstance(images, Iterable) or isinstance(images, (str, bytes)):
+        said = repr(images) if isinstance(images, str) else f"a {type(images).__name__}"
+        raise TypeError(f"images is {said}: expected a list of what the target takes; give one.")
     else:
         given = list(images)
     pixels = [[x for x in tree_leaves(image) if isinstance(x, Tensor) and x.dim() == 4] for image in given]
