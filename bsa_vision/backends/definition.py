@@ -73,7 +73,9 @@ def _part(problem: Problem, queries: Queries, k: Tensor, v: Tensor) -> tuple[Ten
     """Out (H, groups, g, Dv), lse (H, groups, g) and, where asked for, probs (H, groups, g, n_k)."""
     q, nothing, sees, bias, keep = queries
     by_any = sees.any(2)  # (H, groups, n_k)
-    most = int(by_any.sum(-1).max()) if by_any.numel() else 0
+    most = by_any.shape[-1]
+    if by_any.numel() and not by_any.is_meta:  # which holds no values
+        most = int(by_any.sum(-1).max())
     keys = by_any.byte().argsort(dim=-1, descending=True, stable=True)[
         ..., :most
     ]  # and others, where a group sees fewer
