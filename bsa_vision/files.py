@@ -28,7 +28,7 @@ def write(path: str | os.PathLike[str], *data: bytes | memoryview) -> None:
             os.chmod(temporary, target.stat().st_mode & 0o777)
         os.replace(temporary, target)
     except OSError as error:
-        raise type(error)(error.errno, error.strerror, os.fspath(path)) from None
+        raise type(error)(error.errno, error.strerror or str(error), os.fspath(path)) from None
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)

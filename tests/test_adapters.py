@@ -456,7 +456,10 @@ class TestErrors:
 
     def test_what_is_not_a_model_or_plan(self):
         model = make("vit")
-        for wrong in ("local_window", "plan.json", None, {}):
+        for wrong in ("local_window", "no-such-plan.json"):
+            with pytest.raises(FileNotFoundError, match=r"no such file; pass a SparsityPlan or the path of one"):
+                bsa.sparsify_(model, wrong)
+        for wrong in (None, {}):
             with pytest.raises(TypeError, match=r"plan is a .*: expected a SparsityPlan.*uniform_plan"):
                 bsa.sparsify_(model, wrong)
         for function in (bsa.restore_, lambda m: bsa.dense(m).__enter__()):
