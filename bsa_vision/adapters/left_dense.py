@@ -22,9 +22,7 @@ WINDOWS = "it attends within windows, which are too small to skip anything in"
 HIERA = "it attends within windows, which are too small to skip anything in, or pools its queries"
 MEMORY = "memory attention takes a plan of its own: pass it to sparsify_ by itself"
 SERVED = "served, but not swapped: pass it to sparsify_ by itself"
-ELSEWHERE = (
-    "its class is served in the encoders named below; this is none of them, or a wrapper changed it: then sparsify_ first"
-)
+ELSEWHERE = "its class is served in the encoders named below; this is none of them, or a wrapper changed it: then sparsify_ first"
 UNKNOWN = "not a class this version serves"
 
 # Module and class, as regular expressions -> why.

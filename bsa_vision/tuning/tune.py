@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bsa_vision.adapters import inspect, observe
 from bsa_vision.adapters.values import state
+from bsa_vision.compare import evaluating
 from bsa_vision.errors import PlanError
 from bsa_vision.features import features
 from bsa_vision.latency import Latency
@@ -105,22 +106,16 @@ def tune(
     }
     _check_processes(identity)
     calibration = store.open(identity, resume)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            options = Options(tuned_layers, tuple(candidates), target, layout)
-            tuned = calibrate(model, chosen, calibration, store, options, on_step)
-            mine = processes.share(kept_back)
-            if name == "speedup":
-                latency = _latency(model, chosen[0], target, tuned_layers[0]) if latency is None else latency
-            trials = _Trials(tuned, model, name, wanted, mine, kept_back[0], target, latency, on_step)
-            best = trials.search()
-            measured = layer_errors(model, best.plan, mine, target, tuned_layers)
-            curve = trials.curve()
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model), torch.no_grad():
+        options = Options(tuned_layers, tuple(candidates), target, layout)
+        tuned = calibrate(model, chosen, calibration, store, options, on_step)
+        mine = processes.share(kept_back)
+        if name == "speedup":
+            latency = _latency(model, chosen[0], target, tuned_layers[0]) if latency is None else latency
+        trials = _Trials(tuned, model, name, wanted, mine, kept_back[0], target, latency, on_step)
+        best = trials.search()
+        measured = layer_errors(model, best.plan, mine, target, tuned_layers)
+        curve = trials.curve()
     about = {"chosen on": len(chosen), "kept back": len(kept_back), "seed": seed}
     notes = describe(tuned, best, trials.tried, {name: wanted}, about, calibration.orders, measured, curve)
     return replace(best.plan, notes={"tuned": notes})
