@@ -15,6 +15,7 @@ import torch
 import bsa_vision as bsa
 from bsa_vision.adapters.layer import layers_of
 from masks import TokenLayout, generate_vit_hybrid_mask, local_window
+from tests import timm_models
 from tests.models import MODELS, SMALL, START, attention_logits, features, image, make
 
 BLOCK = dict(block_size=8, tile=(2, 4))
@@ -541,3 +542,94 @@ class TestErrors:
         features(model, image())
         with pytest.raises(bsa.PlanError, match=r"made for TokenLayout\(grid=\(8, 8\).*fits one layout only"):
             features(model, image(80, 64))
+
+
+class TestTokensOfAnotherImage:
+    """As many tokens, another grid: whose they are is known from the patch embedding, or not at all."""
+
+    def made(self, model, pixels):
+        """Tokens as the first layer gets them, and nothing but the embedding run."""
+        from timm.models import VisionTransformer
+
+        assert isinstance(model, VisionTransformer)
+        return model.norm_pre(model._pos_embed(model.patch_embed(pixels)))
+
+    def blocks(self, model, tokens):
+        return model.blocks(tokens)
+
+    @pytest.fixture
+    def model(self):
+        return timm_models.make("vit, any size")
+
+    def images(self):
+        return timm_models.image(96, 64, batch=1), timm_models.image(64, 96, batch=1)
+
+    def sparse(self, model, **options):
+        return bsa.sparsify_(model, bsa.uniform_plan(model, "local_window", radius=1, **BLOCK), **options)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("on_unsupported", ["error", "fallback"])
+    def test_made_one_after_the_other(self, model, on_unsupported):
+        """Which of two images is meant cannot be told; the original runs, or nothing."""
+        tall, wide = self.images()
+        dense = self.blocks(model, self.made(model, tall))
+        self.sparse(model, on_unsupported=on_unsupported)
+        tokens, _ = self.made(model, tall), self.made(model, wide)
+        message = r"patches of images of \[\(8, 12\), \(12, 8\)\] were made, and these 97 tokens may be of any"
+        if on_unsupported == "error":
+            with pytest.raises(bsa.BackendUnavailable, match=message):
+                self.blocks(model, tokens)
+        else:
+            with pytest.warns(UserWarning, match=message):
+                assert torch.equal(self.blocks(model, tokens), dense)
+        for pixels in (tall, wide, tall):  # and afterwards all is as before
+            model(pixels)
+        assert layers_of(model)[0].fallbacks.total() == (on_unsupported == "fallback")
+
+    @torch.no_grad()
+    def test_of_other_sizes_are_told_apart(self, model):
+        tall, small = self.images()[0], timm_models.image(64, 64, batch=1)
+        self.sparse(model, on_unsupported="error")
+        expected = [self.blocks(model, self.made(model, pixels)) for pixels in (tall, small)]
+        tokens = [self.made(model, pixels) for pixels in (tall, small)]
+        for own, wanted in zip(tokens, expected, strict=True):
+            assert torch.equal(self.blocks(model, own), wanted)
+
+    @torch.no_grad()
+    def test_that_came_without_their_image(self, model):
+        tall, wide = self.images()
+        tokens = self.made(model, wide)
+        self.sparse(model, on_unsupported="error")
+        model(tall)
+        for _ in range(2):
+            with pytest.raises(
+                bsa.BackendUnavailable, match=r"got 97 tokens that did not come through the patch embedding.*\(12, 8\)"
+            ):
+                self.blocks(model, tokens)
+        model(tall)  # a refusal leaves nothing behind
+        self.blocks(model, self.made(model, wide))
+        assert layers_of(model)[0].tower.grid == (8, 12)
+
+    @torch.no_grad()
+    def test_dense_runs_and_failures_leave_nothing_behind(self, model):
+        tall, wide = self.images()
+        self.sparse(model, on_unsupported="error")
+        expected = model(wide)
+        with bsa.dense(model):
+            model(tall)
+        assert torch.equal(model(wide), expected)
+        mask = torch.ones(97, 97, dtype=torch.bool)
+        with pytest.raises(bsa.BackendUnavailable, match="an attention mask was passed"):
+            model(tall, attn_mask=mask)
+        assert torch.equal(model(wide), expected)
+
+    @torch.no_grad()
+    def test_an_unknown_grid_is_not_that_of_an_image_that_waits(self):
+        model = make("siglip2")
+        bsa.sparsify_(model, sparse_plan(model))
+        grids = torch.tensor([[4, 8], [8, 4]])
+        patches = torch.randn(2, 32, 192)
+        embed = next(module for module in model.modules() if type(module).__name__ == "Siglip2VisionEmbeddings")
+        embed(patches[:1], grids[:1])
+        with pytest.warns(UserWarning, match="may be of any of them"):
+            model(patches, pixel_attention_mask=None, spatial_shapes=grids)

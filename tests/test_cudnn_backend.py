@@ -236,3 +236,14 @@ def test_a_missing_or_broken_package_is_a_reason(monkeypatch, error, reason):
         assert reason in why_not()
     finally:
         cudnn._probe.cache_clear()
+
+
+def test_second_derivatives_are_refused():
+    """cuDNN's gradient is a constant to torch: without a word, they would be zero."""
+    given = problem(heads=1, tokens=(20, 20), batch=1)
+    leaves = [x.detach().requires_grad_() for x in (given.q, given.k, given.v)]
+    q, k, v = leaves
+    out = cudnn.run(replace(given, q=q, k=k, v=v)).out
+    (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"do not reach through 'cudnn'.*name backend='reference'"):
+        first.square().sum().backward()

@@ -313,3 +313,12 @@ def test_other_backends_serve_what_the_kernel_does_not():
     problem = uniform([0, 1], 1, dim=136)
     assert gather.why_not(problem) is None
     assert torch.allclose(gather.run(problem).out.float(), reference.run(problem).out.float(), atol=5e-3)
+
+
+def test_second_derivatives_are_refused():
+    """The kernel's gradient is a constant to torch: without a word, they would be zero."""
+    q, k, v = (torch.randn(1, 1, 16, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    problem = Problem(q, k, v, HeadMasks(torch.ones(1, 1, 1, 1, dtype=torch.bool)), scale=0.2)
+    (first,) = torch.autograd.grad(kernel.run(problem).out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"do not reach through 'kernel'.*name backend='reference'"):
+        first.square().sum().backward()

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -275,3 +276,53 @@ class Twice(nn.Module):
     def forward(self, x):
         q = x[:, None]
         return x + 0 * F.scaled_dot_product_attention(q, q, q)[:, 0]
+
+
+class TestNaFlex:
+    """Images of one size, or patches of several with their coordinates."""
+
+    def make(self, **changes: Any) -> nn.Module:
+        from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+
+        torch.manual_seed(0)
+        config = NaFlexVitCfg(patch_size=8, embed_dim=48, depth=2, num_heads=4, reg_tokens=2, **changes)
+        model = NaFlexVit(config, num_classes=0).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 2:
+                    gain = 2.2 if any(part in name for part in ("qkv", "q_proj", "k_proj")) else 0.8
+                    parameter.normal_(0, gain * parameter.shape[-1] ** -0.5)
+        return model
+
+    @pytest.mark.parametrize("changes", [{}, dict(rope_type="axial", attn_type="rope")])
+    def test_images(self, changes):
+        model, pixels = self.make(**changes), image(96, 64)
+        assert (bsa.inspect(model).grid, bsa.inspect(model).start) == ((16, 16), 2)
+        with torch.no_grad():
+            dense, outs = model(pixels), {}
+            bsa.sparsify_(model, bsa.dense_plan(model), backend="gather", on_unsupported="error")
+            assert relative(model(pixels), dense) < 1e-5
+            for backend in ("gather", "reference"):
+                bsa.restore_(model)
+                bsa.sparsify_(model, local(model), backend=backend, on_unsupported="error")
+                outs[backend] = model(pixels)
+            assert layers_of(model)[0].tower.grid == (12, 8)
+        assert relative(outs["gather"], outs["reference"]) < 1e-5
+        assert relative(outs["gather"], dense) > 1e-2
+
+    def test_patches_with_coordinates_run_the_original(self):
+        from timm.models.naflexvit import batch_patchify
+
+        model = self.make()
+        patches, (height, width) = batch_patchify(image(96, 64), (8, 8))
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        coordinates = torch.stack([rows, columns], -1).flatten(0, 1).expand(2, -1, 2)
+        valid = torch.ones(2, height * width, dtype=torch.bool)
+        valid[1, 50:] = False
+        given = dict(patches=patches, patch_coord=coordinates, patch_valid=valid)
+        with torch.no_grad():
+            expected = model(given)
+            bsa.sparsify_(model, local(model))
+            model(image(96, 64))
+            with pytest.warns(UserWarning, match="an attention mask was passed"):
+                assert torch.equal(model(given), expected)

@@ -13,13 +13,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from os import PathLike
 from types import ModuleType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from bsa_vision.adapters import hiera, memory, sam, timm_vit, torchvision_vit, transformers_vit
-from bsa_vision.adapters.layer import Found, Layer, Observation, Tower, layer_of, layers_of, swapped_in, watching
+from bsa_vision.adapters.layer import (
+    Found,
+    Layer,
+    Observation,
+    Tower,
+    check_model,
+    layer_of,
+    layers_of,
+    swapped_in,
+    watching,
+)
 from bsa_vision.adapters.left_dense import ELSEWHERE, LeftDense, common_path, left_dense
 from bsa_vision.adapters.report import LayerReport, ModelReport, probe_problem, report_layer
 from bsa_vision.adapters.undo import always
@@ -32,13 +44,13 @@ from bsa_vision.latency import Latency
 from bsa_vision.latency import latency as latency_here
 from bsa_vision.layer_masks import Entry
 from bsa_vision.model_spec import ModelSpec
-from bsa_vision.plan import PatternLike, SparsityPlan
+from bsa_vision.plan import PatternLike, SparsityPlan, as_plan
 from bsa_vision.prompts import Prompts
 from masks import Pattern
 
 ADAPTERS: tuple[ModuleType, ...] = (transformers_vit, timm_vit, torchvision_vit, sam, hiera, memory)
 SUPPORTED = (
-    "timm's ViTs (Attention, AttentionRope, EvaAttention); torchvision's ViT; transformers ViT, DINOv2 (with and without registers), DINOv3, CLIP, SigLIP, SigLIP 2 "
+    "timm's ViTs, NaFlexVit among them (Attention, AttentionRope, EvaAttention); torchvision's ViT; transformers ViT, DINOv2 (with and without registers), DINOv3, CLIP, SigLIP, SigLIP 2 "
     "and SAM 3's vision encoder; SAM's image encoder in segment_anything, timm, transformers (SAM, "
     "SAM-HQ, DeepSeek-OCR 2), DeepSeek-OCR's own code and bsa_vision.encoder; SAM 2's image encoder in sam2, timm and transformers, and its memory "
     "attention in sam2 and transformers (Sam2Video, Sam3TrackerVideo)"
@@ -59,7 +71,7 @@ def uniform_plan(model: nn.Module | ModelSpec, pattern: str | PatternLike, **opt
     """The same pattern for all heads of `model` but the first `dense_heads`.
 
     pattern  a name of `masks.PATTERNS`, a `masks.Pattern`, or your own function layout -> (R, C) bool
-    options  dense_heads=0, layers=None (all that are not windowed; indices or keys), order="tile", tile=(8, 16), block_size=128, and the
+    options  dense_heads=0, layers=None (all that are not windowed; indices, keys or module paths), order="tile", tile=(8, 16), block_size=128, and the
              parameters of the pattern
 
         >>> plan = bsa.uniform_plan(model, "local_window", radius=8, dense_heads=4)
@@ -72,9 +84,12 @@ def dense_plan(model: nn.Module | ModelSpec) -> SparsityPlan:
     return SparsityPlan.uniform(_spec_of(model), "dense")
 
 
-def sparsify_(model: Model, plan: SparsityPlan, backend: str = "auto", on_unsupported: str = "fallback") -> Model:
+def sparsify_(
+    model: Model, plan: SparsityPlan | str | PathLike[str], backend: str = "auto", on_unsupported: str = "fallback"
+) -> Model:
     """Give `model` sparse heads, in place; returns it. Parameters, state_dict keys and your hooks stay as they are.
 
+    plan            a SparsityPlan, or the path of one that was saved
     backend         "auto", or a name that every sparse layer must then run on
     on_unsupported  what to do with calls outside the contract (attention masks, attention weights, unknown grids):
                     "fallback" runs the original attention, warns once and counts; "error" raises BackendUnavailable
@@ -85,11 +100,7 @@ def sparsify_(model: Model, plan: SparsityPlan, backend: str = "auto", on_unsupp
     """
     if on_unsupported not in ("fallback", "error"):
         raise ValueError(f"on_unsupported={on_unsupported!r}: allowed are 'fallback' and 'error'; choose one of them.")
-    if not isinstance(plan, SparsityPlan):
-        raise TypeError(
-            f"plan is a {type(plan).__name__}: expected a SparsityPlan; make one with bsa.uniform_plan(model, ...), or read one "
-            "with bsa.SparsityPlan.load(path)."
-        )
+    plan = as_plan(plan)
     _check_unswapped(model)
     adapter, found = _find(model)
     plan.check(found.spec)
@@ -305,9 +316,13 @@ def _sized(spec: ModelSpec, image_size: int | tuple[int, int] | None) -> ModelSp
 
 
 def _find(model: nn.Module) -> tuple[ModuleType, Found]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module; pass the model itself.")
+    check_model(model)
     found = [(adapter, encoder) for adapter in ADAPTERS for encoder in adapter.find(model)]
+    if not found and any(isinstance(module, GraphModule) for module in model.modules()):
+        raise PlanError(
+            f"this {type(model).__name__} is a graph that torch.fx traced (a feature extractor): expected the model it was made "
+            "from; sparsify_ that one first, then extract."
+        )
     if not found:
         modules = Modules(model)
         for name, module in modules:

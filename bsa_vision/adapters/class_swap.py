@@ -32,6 +32,18 @@ class Swapped(nn.Module):
         function, arguments, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
         return _new, (self._layer.swapped, self._layer.original, function, arguments[1:]), *state
 
+    def __prepare_scriptable__(self) -> Any:
+        """Refuse torch.jit.script, which asks every module for this first."""
+        raise RuntimeError(
+            f"torch.jit.script cannot compile layer {self._layer.spec.name!r}, which has sparse heads: script the model after "
+            "restore_(model), or take torch.export or torch.jit.trace instead."
+        )
+
+    def _fx_leaf(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what stands for a call of this module in a graph of torch.fx, which does not look inside."""
+        tracer = args[0].tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+
 
 @cache
 def _swapped(mixin: type, original: type) -> type:

@@ -14,7 +14,7 @@ from bsa_vision.adapters import seams
 from bsa_vision.adapters.intercept import Intercepted
 from bsa_vision.adapters.layer import Found, Layer
 from bsa_vision.adapters.seams import check_swapped, kind_of, original_of, prepare, unswap
-from bsa_vision.adapters.weights import convolution_weights, linear_weights
+from bsa_vision.adapters.weights import convolution, convolution_weights, linear_weights
 from bsa_vision.adapters.wrappers import Modules, unwrap, wrapped
 from bsa_vision.errors import PlanError
 from bsa_vision.model_spec import LayerSpec, ModelSpec, OtherBlock
@@ -89,15 +89,10 @@ def _blocks(encoder: Any) -> list[tuple[int, Any]]:
 
 def _pixels(encoder: Any) -> list[int]:
     """Per side of a token, of what enters each block, and of what leaves the last one."""
-    pixels = [_projection(encoder).stride[0]]
+    pixels = [convolution(encoder.patch_embed).stride[0]]
     for _, block in _blocks(encoder):
         pixels.append(pixels[-1] * _q_stride(block))
     return pixels
-
-
-def _projection(encoder: Any) -> nn.Conv2d:
-    embed = unwrap(encoder.patch_embed)
-    return unwrap(getattr(embed, "proj", None) or embed.projection)
 
 
 def _layer(name: str, index: int, block: Any) -> LayerSpec:
@@ -151,7 +146,7 @@ def _outside(modules: Modules, root: str, pixels: list[int], patch: int) -> floa
     at = {block.dim_out: after for (_, block), after in zip(_blocks(encoder), pixels[1:], strict=True)}
     neck = getattr(modules[root.rpartition(".")[0]], "neck", nn.Identity()) if root else nn.Identity()
     convolutions = [x for x in neck.modules() if isinstance(x, nn.Conv2d)]
-    stem = convolution_weights(_projection(encoder)) * (patch / pixels[0]) ** 2
+    stem = convolution_weights(convolution(encoder.patch_embed)) * (patch / pixels[0]) ** 2
     return stem + sum(convolution_weights(x) * (patch / at.get(x.in_channels, patch)) ** 2 for x in convolutions)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.overrides import TorchFunctionMode
 
 from bsa_vision.adapters.class_swap import Swapped
@@ -63,6 +64,15 @@ class Interception(TorchFunctionMode):
         return self.attend(query, key, value, scale, dropout_p)
 
 
+def dropout_watched(drop: nn.Module) -> str | None:
+    """Why a module that is handed attention weights must be called: a hook sees them, or it is no plain dropout."""
+    if drop._forward_hooks or drop._forward_pre_hooks:
+        return "a hook on attn_drop sees the attention weights"
+    if type(drop) not in (nn.Dropout, nn.Identity):
+        return f"attn_drop is a {type(drop).__name__}, which sees the attention weights"
+    return None
+
+
 _answering = threading.local()  # .layer: whose call of torch's attention this thread answers at the moment
 
 
@@ -81,6 +91,18 @@ class Intercepted(Swapped):
             return layer.covered["fused_attn"] or not layer.runs_original()
         return layer.covered["fused_attn"] or getattr(_answering, "layer", None) is layer
 
+    @fused_attn.setter
+    def fused_attn(self, value: bool) -> None:
+        layer = self._layer
+        layer.covered["fused_attn"] = self.__dict__["fused_attn"] = value  # what `restore_` uncovers
+
+    def _weights_watched(self) -> str | None:
+        """Why the original must run: with timm's own arithmetic, `attn_drop` is handed the attention weights."""
+        drop = getattr(self, "attn_drop", None)
+        if self._layer.covered.get("fused_attn", True) or not isinstance(drop, nn.Module):
+            return None
+        return dropout_watched(drop)
+
     def _serve(
         self,
         unsupported: Callable[[], str | None],
@@ -95,7 +117,10 @@ class Intercepted(Swapped):
         asked  further arguments for the original, which a call without a reason does not have
         """
         layer, original = self._layer, super().forward
-        reason = None if layer.runs_original() else unsupported()
+        if isinstance(args[0], Proxy):
+            trace = original if layer.untouched else self._fx_leaf
+            return trace(*args, **kwargs, **(asked or {}))
+        reason = None if layer.runs_original() else unsupported() or self._weights_watched()
         if reason is not None:
             layer.fall_back(reason)
         if reason is not None or layer.runs_original():

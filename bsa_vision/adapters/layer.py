@@ -5,17 +5,21 @@ from __future__ import annotations
 import importlib
 import threading
 import warnings
-from collections import Counter
+import weakref
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any
 from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from bsa_vision.attention import attend_masks
+from bsa_vision.carried_masks import expect_size_op, is_recording, is_symbolic, outside_of_tracing, plain_sizes
 from bsa_vision.errors import BackendUnavailable, PlanError
 from bsa_vision.layer_masks import Context, LayerMasks
 from bsa_vision.model_spec import LayerSpec, ModelSpec
@@ -59,6 +63,21 @@ class Observation:
     weight: Tensor | None
 
 
+MOST_WAITING = 8
+
+
+@dataclass
+class Waiting:
+    """An image whose patches were made, and the layers that its tokens went through since."""
+
+    grid: tuple[int, int]
+    ran: set[str] = field(default_factory=set)
+
+    def may_have(self, tokens: int, special: int) -> bool:
+        """Return whether so many tokens, so many of them special, may be this image's."""
+        return self.grid == (0, 0) or tokens == special + self.grid[0] * self.grid[1]
+
+
 class Tower:
     """What the swapped layers of one encoder share: the plan, the grid of the current input, whether to run dense."""
 
@@ -82,15 +101,46 @@ class Tower:
         self.homes: tuple[ref[nn.Module], ...] = ()  # the model that was swapped, and its embeddings; none in a copy
         self._local = threading.local()
 
-    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def see(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook of the patch embedding: remember the grid of the image that comes in."""
+        if torch.jit.is_tracing():
+            with outside_of_tracing():  # there, sizes are numbers
+                self._remember_grid(module, args, kwargs)
+            return self._fix_size(args, kwargs)
+        self._remember_grid(module, args, kwargs)
+        return None
+
+    def _fix_size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Make a traced program refuse other sizes: its grid is fixed, and as many tokens may be another grid."""
+
+        def fixed(x: Any) -> Any:
+            if not isinstance(x, Tensor) or x.dim() != 4:
+                return x
+            with outside_of_tracing():
+                height, width = x.shape[-2:]
+            return expect_size_op(x, height, width)
+
+        return tuple(map(fixed, args)), {name: fixed(x) for name, x in kwargs.items()}
+
+    def _remember_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         grid = self.grid_of(module, args, kwargs) if self.grid_of else self._grid_of_pixels(args, kwargs)
         height, width = grid or (0, 0)  # (0, 0): cannot be told; not that of the image before
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             self.grid = (height, width)
             return
-        self.grid = (int(height), int(width))  # torch.jit.trace hands out tensors
+        if is_symbolic((height, width)):  # torch.export with sizes that may change: for this trace only
+            self._local.symbolic = (weakref.ref(get_proxy_mode()), (height, width))
+            return
+        self._local.symbolic = None
+        self.grid = (int(height), int(width))
         self._local.grid = self.grid  # threads that share a model each have their own image
+        waiting = self._waiting()
+        if self.dense or any(image.ran for image in waiting):
+            waiting.clear()  # their tokens have been through the layers, or will not come
+        if not self.dense:
+            waiting.append(Waiting(self.grid))
         if self.recomputed:
             self.seen, self.recomputed = {}, False
         self.seen.setdefault(self.spec.start + self.grid[0] * self.grid[1] + self.spec.end, set()).add(self.grid)
@@ -101,10 +151,45 @@ class Tower:
             return None
         return pixels.shape[-2] // self.spec.patch_size[0], pixels.shape[-1] // self.spec.patch_size[1]
 
+    def _waiting(self) -> deque[Waiting]:
+        """Images of this thread whose patches were made since tokens went through a layer."""
+        if not hasattr(self._local, "waiting"):
+            self._local.waiting = deque(maxlen=MOST_WAITING)
+        return self._local.waiting
+
+    def claim(self, layer: LayerSpec, tokens: int) -> str | None:
+        """Find the image that these tokens of a layer come from; why that cannot be told, or None."""
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+            return None  # `current_grid` sees to it
+        count = partial(Waiting.may_have, tokens=tokens, special=self.spec.start + self.spec.end)
+        waiting = [image for image in self._waiting() if layer.key not in image.ran and count(image)]
+        grids = sorted({image.grid for image in waiting})
+        if len(grids) > 1:
+            return f"patches of images of {grids} were made, and these {tokens} tokens may be of any of them"
+        grid = self.current_grid(tokens)
+        if grids:
+            waiting[0].ran.add(layer.key)
+            self._local.grid = grids[0]
+        elif self.on_unsupported == "error" and grid != (0, 0) and count(Waiting(grid)):
+            raise BackendUnavailable(
+                f"layer {layer.name!r} got {tokens} tokens that did not come through the patch embedding since it ran last: their grid "
+                "cannot be told. Run the whole model, or its patch embedding first; with on_unsupported='fallback' they are taken for those "
+                f"of the last image, {grid}."
+            )
+        return None
+
+    def passed(self, key: str) -> None:
+        """Note that the tokens of the last image went through a layer's original."""
+        if not torch.compiler.is_compiling() and self._waiting():
+            self._waiting()[-1].ran.add(key)
+
     def current_grid(self, tokens: int) -> tuple[int, int]:
         """The grid of the image that these tokens come from."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self.grid
+        symbolic = getattr(self._local, "symbolic", None)
+        if symbolic is not None and symbolic[0]() is get_proxy_mode() is not None:
+            return symbolic[1]
         if torch._C._current_graph_task_id() == -1:
             return getattr(self._local, "grid", self.grid)
         # Within backward: a checkpointed layer is computed again, maybe after images of other sizes came by.
@@ -202,6 +287,10 @@ class Layer:
         """Why `tokens`, and so many remembered `keys`, do not fit the image seen last, or None when they do."""
         if self.spec.window:
             return None  # dense, whatever the image
+        (tokens,) = plain_sizes(tokens)
+        unknown = self.tower.claim(self.spec, tokens)
+        if unknown is not None:
+            return unknown
         height, width = self.tower.current_grid(tokens)
         spec = self.tower.spec
         if (height, width) == (0, 0):
@@ -214,6 +303,7 @@ class Layer:
 
     def fall_back(self, reason: str) -> None:
         """Count a call that the original serves; warn the first time. Raises instead with on_unsupported="error"."""
+        self.tower.passed(self.spec.key)
         if self.tower.on_unsupported == "error":
             raise BackendUnavailable(
                 f"layer {self.spec.name!r} cannot run this call sparse: {reason}. Change the call, or sparsify_ with "
@@ -248,7 +338,10 @@ class Layer:
         """(B, H, N, D) in model order -> (B, H, N, D) with this layer's masks. grid None = that of the last image."""
         if self.masks.is_dynamic:
             self._check_prompts(q)
-        grid = self.tower.current_grid(q.shape[2]) if grid is None else grid
+        if grid is None:
+            grid = self.tower.current_grid(*plain_sizes(q.shape[2]))
+        height, width = plain_sizes(*grid)
+        grid = (height, width)
         if self.tower.observer is not None:
             factor = q.shape[-1] ** -0.5 if scale is None else scale
             self.tower.observer(Observation(self.spec, grid, q, k, v, factor, rel_pos, self.weight))
@@ -257,6 +350,11 @@ class Layer:
 
     def _check_prompts(self, q: Tensor) -> None:
         """Prompts belong to the moment of the call: refuse what would look for them later, when there may be others."""
+        if is_recording():
+            raise BackendUnavailable(
+                f"layer {self.spec.name!r} follows prompts: an exported or traced program would keep the masks of one "
+                "prompt; export the model with other patterns, or inside `with bsa.dense(model)`."
+            )
         if torch.compiler.is_compiling():
             if torch.is_grad_enabled() and q.requires_grad:
                 raise RuntimeError(
@@ -292,8 +390,7 @@ def layer_of(module: nn.Module) -> Layer | None:
 
 def swapped_in(model: nn.Module) -> dict[nn.Module, Layer]:
     """Return the swapped attention modules of a model and their layers, in order."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module; pass the model itself.")
+    check_model(model)
     return {module: layer for module in model.modules() if (layer := layer_of(module)) is not None}
 
 
@@ -306,3 +403,17 @@ def watching(model: nn.Module) -> list[Tower]:
     """Return the towers that see what comes into a model, or into modules of it."""
     hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
     return [tower for hook in hooks if isinstance(tower := getattr(hook, "__self__", None), Tower)]
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError unless `model` is a module."""
+    if isinstance(model, nn.Module):
+        return
+    how = "pass the model itself"
+    if isinstance(model, str):
+        how = "load it first, e.g. with timm.create_model or from_pretrained"
+    elif isinstance(model, type):
+        how = f"make one, {model.__name__}(...)"
+    elif isinstance(getattr(model, "model", None), nn.Module):  # pipelines, predictors
+        how = "pass its .model"
+    raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module; {how}.")

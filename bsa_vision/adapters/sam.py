@@ -13,12 +13,21 @@ import re
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from bsa_vision.adapters import class_swap
 from bsa_vision.adapters.class_swap import Swapped, check_swapped, kind_of, original_of, prepare, unswap
+from bsa_vision.adapters.intercept import dropout_watched
 from bsa_vision.adapters.layer import Found, Layer, check_indices, layer_of
-from bsa_vision.adapters.weights import block_weights, outside_weights
+from bsa_vision.adapters.transformers_vit import (
+    WEIGHTS_ASKED_FOR,
+    WEIGHTS_WATCHED,
+    attentions_are_collected,
+    is_watched,
+)
+from bsa_vision.adapters.weights import block_weights, convolution, outside_weights
 from bsa_vision.adapters.wrappers import Modules, unwrap
+from bsa_vision.carried_masks import plain_sizes
 from bsa_vision.model_spec import LayerSpec, ModelSpec
 from bsa_vision.rel_pos import RelPos, decompose, resize_table
 
@@ -29,11 +38,16 @@ class SparseAttention(Swapped):
     """segment_anything's seam, timm's and DeepSeek-OCR's: (B, h, w, C) -> (B, h, w, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return self._fx_leaf(x)
         layer = layer_of(self)
         assert layer is not None
-        if layer.runs_original():
+        drop: Any = getattr(self, "attn_drop", None)  # timm only
+        reason = None if drop is None or getattr(self, "fused_attn", True) else dropout_watched(drop)
+        if reason is not None and not layer.runs_original():
+            layer.fall_back(reason)
+        if reason is not None or layer.runs_original():
             return super().forward(x)
-        drop = getattr(self, "attn_drop", None)  # timm only
         return _attend(self, layer, x, self.num_heads, drop.p if self.training and drop is not None else 0.0)  # type: ignore
 
 
@@ -41,17 +55,22 @@ class SparseTransformersAttention(Swapped):
     """transformers' seam: (B, h, w, C) -> ((B, h, w, C), attention weights or None)."""
 
     def forward(self, hidden_states: Tensor, output_attentions: bool | None = None) -> tuple[Tensor, Tensor | None]:
+        if isinstance(hidden_states, Proxy):
+            return self._fx_leaf(hidden_states, output_attentions=output_attentions)
         layer = layer_of(self)
         assert layer is not None
-        weights_asked_for = output_attentions or _weights_are_collected()
-        if weights_asked_for and not layer.runs_original():
-            layer.fall_back("attention weights were asked for")
-        if weights_asked_for or layer.runs_original():
+        # Only the eager class returns attention weights, and drops some while training; the SDPA class ignores both settings.
+        eager, reason = "Sdpa" not in layer.original.__name__, None
+        if output_attentions or attentions_are_collected(self):
+            reason = WEIGHTS_ASKED_FOR
+        elif eager and is_watched(self):
+            reason = WEIGHTS_WATCHED
+        if reason is not None and not layer.runs_original():
+            layer.fall_back(reason)
+        if reason is not None or layer.runs_original():
             return super().forward(hidden_states, output_attentions=output_attentions)
-        # Only the eager class drops attention weights while training; the SDPA class ignores its own setting.
-        drops = self.training and "Sdpa" not in layer.original.__name__
-        heads, dropout = self.num_attention_heads, self.dropout
-        return _attend(self, layer, hidden_states, heads, dropout if drops else 0.0), None  # type: ignore[arg-type]
+        heads, dropout = self.num_attention_heads, self.dropout if self.training and eager else 0.0
+        return _attend(self, layer, hidden_states, heads, dropout), None  # type: ignore[arg-type]
 
 
 class SparseOwnAttention(Swapped):
@@ -148,8 +167,7 @@ def _found(modules: Modules, root: str, attention: list[tuple[str, nn.Module]]) 
 
 def _grid_and_patch(encoder: Any, embed: Any) -> tuple[tuple[int, int], tuple[int, int]]:
     """The encoder's own grid in patches, and its patch size in pixels, from where each code base keeps the image size."""
-    projection = unwrap(getattr(embed, "proj", None) or embed.projection)
-    patch = _pair(projection.kernel_size)
+    patch = _pair(convolution(embed).kernel_size)
     size = getattr(embed, "image_size", None) or getattr(embed, "img_size", None) or encoder.img_size
     height, width = _pair(size)
     return (height // patch[0], width // patch[1]), patch
@@ -161,11 +179,13 @@ def _pair(size: Any) -> tuple[int, int]:
 
 def _attend(module: Any, layer: Layer, x: Tensor, heads: int, dropout_p: float) -> Tensor:
     """(B, h, w, C) -> (B, h, w, C): project, attend, project."""
-    batch, height, width, _ = x.shape
-    qkv = module.qkv(x).unflatten(-1, (3, heads, -1)).flatten(1, 2)  # (B, N, 3, H, D)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
-    if hasattr(module, "q_norm"):  # timm
-        q, k = module.q_norm(q), module.k_norm(k)
+    height, width = plain_sizes(x.shape[1], x.shape[2])
+    by_tokens = hasattr(module, "proj_drop")  # timm's projections take (B, N, C), all others (B, h, w, C)
+    qkv = module.qkv(x.flatten(1, 2) if by_tokens else x).unflatten(-1, (3, heads, -1))
+    qkv = qkv if by_tokens else qkv.flatten(1, 2)  # (B, N, 3, H, D)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D) each
+    if by_tokens:
+        q, k = _normed(module.q_norm, q), _normed(module.k_norm, k)
     rel_pos = None
     if module.use_rel_pos:
         tables = (resize_table(module.rel_pos_h, height), resize_table(module.rel_pos_w, width))
@@ -173,23 +193,23 @@ def _attend(module: Any, layer: Layer, x: Tensor, heads: int, dropout_p: float) 
     elif getattr(module, "rope", None) is not None:  # timm
         q, k = (_rotate(module.rope, tokens).type_as(v) for tokens in (q, k))
     out = layer.attend(q, k, v, module.scale, dropout_p, grid=(height, width), rel_pos=rel_pos)  # (B, H, N, D)
-    out = module.proj(out.transpose(1, 2).reshape(batch, height, width, -1))
-    return module.proj_drop(out) if hasattr(module, "proj_drop") else out
+    out = out.transpose(1, 2).flatten(2)  # (B, N, C)
+    if by_tokens:
+        return module.proj_drop(module.proj(out)).unflatten(1, (height, width))
+    return module.proj(out.unflatten(1, (height, width)))
+
+
+def _normed(norm: nn.Module, tokens: Tensor) -> Tensor:
+    """(B, H, N, D) -> (B, H, N, D), by a norm that timm hands (B * H, N, D)."""
+    if isinstance(norm, nn.Identity) and not norm._forward_hooks and not norm._forward_pre_hooks:
+        return tokens
+    return norm(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
 
 
 def _rotate(rope: Any, tokens: Tensor) -> Tensor:
     from timm.layers import apply_rot_embed_cat
 
     return apply_rot_embed_cat(tokens, rope.get_embed())
-
-
-def _weights_are_collected() -> bool:
-    """Whether the model was called with output_attentions=True, which transformers serves through hooks."""
-    try:
-        from transformers.utils.output_capturing import _active_collector
-    except ImportError:  # another version of transformers, which passes output_attentions
-        return False
-    return "attentions" in (_active_collector.get() or {})
 
 
 def swap(module: Any, layer: Layer) -> None:

@@ -1,5 +1,7 @@
 """timm: every ViT whose blocks hold `Attention`, `AttentionRope` or `EvaAttention`: ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, EVA, PE ...
 
+NaFlexVit is one of them. It takes images of one size, or patches of several with their coordinates: these come with an attention mask, and
+run the original.
 A swapped module runs its own forward; only the call of torch's attention in it is ours (see `intercept`).
 """
 
@@ -20,6 +22,7 @@ from bsa_vision.model_spec import LayerSpec, ModelSpec
 
 EXACT = False  # a layer without sparse heads runs its original attention
 
+NAFLEX_GRID = (16, 16)  # of a NaFlexVit without position embeddings, which has no grid of its own
 FAMILIES = ("dinov3", "dinov2", "siglip", "clip", "eva")  # looked for in the name of the architecture; else "vit"
 
 
@@ -51,7 +54,8 @@ ATTENTION: dict[tuple[str, str], type[Intercepted]] = {
 
 def _asked(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
     """The arguments that older versions do not take, where they say something."""
-    return {**({} if attn_mask is None else {"attn_mask": attn_mask}), **({"is_causal": True} if is_causal else {})}
+    asked: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
+    return asked if is_causal is False else {**asked, "is_causal": is_causal}  # torch.fx has something else for a flag
 
 
 def _unsupported(layer: Layer, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> str | None:
@@ -68,7 +72,7 @@ def serves(module: nn.Module) -> bool:
 
 
 def find(model: nn.Module) -> list[Found]:
-    """The encoders of this family in `model`: attention is `<encoder>.blocks.<index>.attn`, pixels enter `<encoder>.patch_embed`."""
+    """The encoders of this family in `model`: attention is `<encoder>.blocks.<index>.attn`, pixels enter `patch_embed` or `embeds` beside them."""
     modules = Modules(model)
     encoders: dict[str, list[tuple[str, nn.Module]]] = {}
     for name, module in modules:
@@ -77,8 +81,13 @@ def find(model: nn.Module) -> list[Found]:
     return [
         _found(modules, root, attention)
         for root, attention in encoders.items()
-        if hasattr(modules[root], "patch_embed")
+        if _embeddings(modules[root]) is not None
     ]
+
+
+def _embeddings(encoder: Any) -> Any:
+    """Return the module that makes patches of pixels, which NaFlexVit calls otherwise; None where there is none."""
+    return unwrap(getattr(encoder, "patch_embed", None) or getattr(encoder, "embeds", None))
 
 
 def _found(modules: Modules, root: str, attention: list[tuple[str, nn.Module]]) -> Found:
@@ -89,12 +98,12 @@ def _found(modules: Modules, root: str, attention: list[tuple[str, nn.Module]]) 
         LayerSpec(modules.path(name), index, attn.num_heads, attn.head_dim, **block_weights(block, attn))  # type: ignore[arg-type]
         for index, ((name, attn), block) in enumerate(zip(cast(Any, attention), blocks, strict=True))
     )
-    embed = unwrap(encoder.patch_embed)
+    embed = _embeddings(encoder)
     ratio = embed.feat_ratio(as_scalar=False)
     spec = ModelSpec(
         family=_family(encoder),
         layers=layers,
-        grid=tuple(embed.grid_size),
+        grid=tuple(getattr(embed, "grid_size", None) or embed.pos_embed_grid_size or NAFLEX_GRID),
         patch_size=(ratio, ratio) if isinstance(ratio, int) else tuple(ratio),
         start=encoder.num_prefix_tokens,
         **outside_weights(encoder, blocks, embed),  # type: ignore[arg-type]

@@ -22,6 +22,8 @@ from bsa_vision.model_spec import LayerSpec, ModelSpec
 EXACT = False  # a layer without sparse heads runs its original attention
 NAME = "bsa_vision"  # transformers reads meaning into names that contain "sdpa" or "flash"
 IMPLEMENTATION = "_attn_implementation_internal"
+WEIGHTS_ASKED_FOR = "attention weights were asked for"
+WEIGHTS_WATCHED = "a forward hook on the module sees its attention weights"
 
 
 class Kind(NamedTuple):
@@ -169,7 +171,7 @@ def attention(
     layer = layer_of(module)
     if layer is None:  # loaded with attn_implementation="bsa_vision" and no plan: dense
         return _original("sdpa", module)(module, query, key, value, attention_mask, **kwargs)
-    reason = None if layer.runs_original() else _unsupported(layer, query, key, attention_mask, kwargs)
+    reason = None if layer.runs_original() else _unsupported(layer, module, query, key, attention_mask, kwargs)
     if reason is not None:
         layer.fall_back(reason)
     if reason is not None or layer.runs_original():
@@ -181,15 +183,42 @@ def attention(
 
 
 def _unsupported(
-    layer: Layer, query: Tensor, key: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]
+    layer: Layer, module: Any, query: Tensor, key: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]
 ) -> str | None:
     if attention_mask is not None:
         return "an attention mask was passed"
     if kwargs.get("is_causal"):
         return "causal attention was asked for"
-    if kwargs.get("output_attentions") or getattr(layer.original, "output_attentions", False):
-        return "attention weights were asked for"
+    asked = kwargs.get("output_attentions") or getattr(layer.original, "output_attentions", False)
+    if asked or attentions_are_collected(module):
+        return WEIGHTS_ASKED_FOR
+    if _returns_weights(layer, module) and is_watched(module):
+        return WEIGHTS_WATCHED
     return layer.wrong_grid(query.shape[2], key.shape[2])
+
+
+def attentions_are_collected(module: nn.Module) -> bool:
+    """Return whether the model was called for its attentions, which transformers takes from a hook on `module`."""
+    if not module._forward_hooks:  # and torch.compile cannot look up what is collected
+        return False
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:  # another version of transformers, which passes output_attentions
+        return False
+    return "attentions" in (_active_collector.get() or {})
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Return whether a forward hook sees what `module` returns, other than those of transformers."""
+    hooks = module._forward_hooks.values()
+    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+
+
+def _returns_weights(layer: Layer, module: nn.Module) -> bool:
+    """Return whether the original module would return attention weights beside its output."""
+    name = str(getattr(layer.original, IMPLEMENTATION))
+    without = "sdpa" in name or "flash" in name
+    return not without and (serves(module) or layer.spec.role != "self")
 
 
 def _original(name: str | None, module: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -37,6 +38,11 @@ def outside_weights(encoder: nn.Module, blocks: Iterable[nn.Module], embeddings:
             else:
                 per_image += weights
     return {"patch_weights": per_patch, "image_weights": per_image}
+
+
+def convolution(embedding: Any) -> nn.Conv2d:
+    """Return the convolution that makes patches of pixels in `embedding`, whatever wraps it."""
+    return next(module for module in embedding.modules() if isinstance(module, nn.Conv2d))
 
 
 def convolution_weights(module: nn.Conv2d) -> int:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bsa_vision.backends import concat
+from bsa_vision.backends.once import once
 from bsa_vision.backends.problem import Problem, Result
 from bsa_vision.block_rows import block_lists
 
@@ -49,8 +50,8 @@ def why_not(problem: Problem) -> str | None:
     reason = concat.why_not(problem, WIDTHS[-1])
     if reason is not None:
         return reason
-    if q.device.type != "cuda":
-        return f"cuDNN's kernels run on CUDA, the tensors are on {q.device.type}"
+    if problem.not_on_nvidia:
+        return f"cuDNN's kernels run on CUDA, {problem.not_on_nvidia}"
     major = torch.cuda.get_device_capability(q.device)[0]
     if not 9 <= major <= 12:
         return f"cuDNN's block-sparse kernels need a GPU of compute capability 9.0 to 12.x, this one has {major}.x"
@@ -190,4 +191,4 @@ class _Attend(torch.autograd.Function):
             softmax_scale=ctx.scale,
             layout="bhsd",
         )
-        return dq, dk, dv, None, None
+        return (*once("cudnn", grad_out, q, (dq, dk, dv)), None, None)

@@ -48,8 +48,8 @@ def why_not(problem: Problem) -> str | None:
         return "there are no tokens"
     if problem.ragged and _blocks(problem) > MOST_BLOCKS:
         return f"images of different sizes follow each other as one sequence, whose block mask would be too large ({_blocks(problem):.1e} entries)"
-    if q.device.type != "cuda":
-        return f"FlexAttention skips blocks on CUDA only, the tensors are on {q.device.type}"
+    if problem.not_on_nvidia:
+        return f"FlexAttention skips blocks on CUDA only, {problem.not_on_nvidia}"
     return _probe()
 
 

@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor
 
 from bsa_vision.backends import concat
+from bsa_vision.backends.once import once
 from bsa_vision.backends.problem import Problem, Result
 from bsa_vision.block_rows import block_lists
 from bsa_vision.errors import BackendUnavailable
@@ -64,8 +65,8 @@ def why_not(problem: Problem) -> str | None:
         return reason
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"the kernel takes float16 or bfloat16, got {q.dtype}"
-    if q.device.type != "cuda":
-        return f"the kernel runs on CUDA, the tensors are on {q.device.type}"
+    if problem.not_on_nvidia:
+        return f"the kernel runs on CUDA, {problem.not_on_nvidia}"
     if torch.cuda.get_device_capability(q.device) < (8, 0):
         return "the kernel needs a GPU of compute capability 8.0 or newer"
     module = _probe()
@@ -257,4 +258,4 @@ class _Attend(torch.autograd.Function):
             call.deterministic,
             random_state,
         )
-        return (*grads, None, None, None, None)
+        return (*once("kernel", grad_out, q, tuple(grads)), None, None, None, None)

@@ -104,6 +104,13 @@ class Problem:
         return torch.promote_types(self.q.dtype, torch.float32)
 
     @property
+    def not_on_nvidia(self) -> str | None:
+        """Where the tensors are instead, in words; torch calls AMD's GPUs "cuda" as well."""
+        if self.q.device.type != "cuda":
+            return f"the tensors are on {self.q.device.type}"
+        return "this torch is built for ROCm" if torch.version.hip else None
+
+    @property
     def needs_gradient(self) -> bool:
         """Whether torch would differentiate this call."""
         tensors = (self.q, self.k, self.v, *(self.rel_pos or ()))
@@ -161,6 +168,16 @@ class Problem:
             seed = (seed * 1_000_003 + number + 1) % 2**63
         generator = torch.Generator(device=self.q.device).manual_seed(seed)
         return torch.rand(shape, generator=generator, device=self.q.device) >= self.dropout_p
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity; False where values cannot be asked for, as under vmap."""
+    if torch.jit.is_tracing():
+        return True  # a trace is made for values of any kind
+    try:
+        return all(bool(x.isfinite().all()) for x in tensors)
+    except RuntimeError:
+        return False
 
 
 def check_bounds(name: str, bounds: Tensor, total: int, longest: int) -> list[int]:
