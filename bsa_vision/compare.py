@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bsa_vision.adapters import dense
 from bsa_vision.adapters.layer import layer_of, layers_of
+from bsa_vision.adapters.undo import always
 from bsa_vision.features import check_pixels, features
 from bsa_vision.meter import Meter
 from bsa_vision.timing import Timing, paired
@@ -114,14 +115,22 @@ def compare(
             f"{type(model).__name__} has no sparse heads to compare, or runs dense at the moment, or has those of several encoders: sparsify_ one "
             "encoder, and compare it outside of `bsa.dense`."
         )
+    with evaluating(model), torch.no_grad():
+        return _compare(model, images, rounds, on_step)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into eval mode, and at the end into the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            return _compare(model, images, rounds, on_step)
-    finally:
+
+    def leave() -> None:
         for module, training in modes:
             module.training = training
+
+    with always(leave):
+        model.eval()
+        yield
 
 
 def num_steps(images: Sequence[Any], rounds: int) -> int:

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import bsa_vision as bsa
-from bsa_vision.adapters.layer import layers_of, swapped_in, watching
+from bsa_vision.adapters.layer import Tower, layers_of, swapped_in, watching
 from bsa_vision.adapters.values import like_of, output_weight, state
 from bsa_vision.tuning.store import digest
 from tests import models, sam2_models, sam_models, test_survives, timm_models
@@ -60,6 +60,10 @@ def alone():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+def is_ours(hook):
+    return isinstance(getattr(hook, "__self__", None), Tower)
 
 
 def put(model, path, module):
@@ -253,6 +257,19 @@ class TestLayersRemoved:
         gc.collect()
         assert not layers_of(bsa.restore_(model))
         assert not layers_of(bsa.restore_(removed))
+
+    def test_what_makes_patches_is_not_the_whole(self, family):
+        model, _ = FAMILIES[family]()
+        bsa.sparsify_(model, plan_for(model))
+        (embeddings,) = [module for module in model.modules() if any(map(is_ours, module._forward_pre_hooks.values()))]
+        if layers_of(embeddings):
+            return  # memory attention: the module itself
+        block = model.get_submodule(layers_of(model)[0].spec.name.rpartition(".")[0])
+        for part in (embeddings, nn.ModuleList([embeddings, block])):
+            with pytest.raises(ValueError, match=r"holds [01] of \d+ swapped layers"):
+                bsa.restore_(part)
+            assert watching(model)
+        bsa.restore_(model)
 
     def test_a_part_of_a_copy_is_refused(self):
         model = models.make("dinov3")

@@ -34,6 +34,7 @@ from bsa_vision.adapters.layer import (
 )
 from bsa_vision.adapters.left_dense import ELSEWHERE, LeftDense, common_path, left_dense
 from bsa_vision.adapters.report import LayerReport, ModelReport, probe_problem, report_layer
+from bsa_vision.adapters.undo import always
 from bsa_vision.adapters.values import like_of, output_weight
 from bsa_vision.adapters.wrappers import Modules, wrapped
 from bsa_vision.backends import BACKENDS, choose
@@ -183,11 +184,8 @@ def _put_back(model: nn.Module, swapped: Sequence[nn.Module], towers: Sequence[T
 def sparse(model: Model, plan: SparsityPlan, on_unsupported: str = "fallback") -> Iterator[Model]:
     """Inside, the model has the sparse heads of `plan`; it has none before, and none afterwards, whatever happened."""
     _check_unswapped(model)
-    try:
+    with always(lambda: restore_(model) if layers_of(model) or watching(model) else model):
         yield sparsify_(model, plan, on_unsupported=on_unsupported)
-    finally:
-        if layers_of(model) or watching(model):
-            restore_(model)
 
 
 @contextmanager
@@ -203,14 +201,16 @@ def dense(model: Model) -> Iterator[Model]:
             "this model has no sparse heads, so it is dense already; sparsify_(model, plan) gives it some."
         )
     mine = object()
-    try:
-        for tower in towers.values():
-            tower.dense.append(mine)
-        yield model
-    finally:
+
+    def leave() -> None:
         for tower in towers.values():
             if mine in tower.dense:
                 tower.dense.remove(mine)
+
+    with always(leave):
+        for tower in towers.values():
+            tower.dense.append(mine)
+        yield model
 
 
 @contextmanager
@@ -237,11 +237,9 @@ def context(model: Model, *, prompts: Prompts | Sequence[Prompts]) -> Iterator[M
             'bsa.uniform_plan(model, "prompt_region", radius=8).'
         )
     entry = Entry(tuple(contexts.values()), given, each=not single)  # type: ignore[arg-type]
-    try:
+    with always(entry.leave):
         entry.enter()
         yield model
-    finally:
-        entry.leave()
 
 
 @contextmanager

@@ -231,10 +231,14 @@ class Tower:
         """
         here = set(layers)
         elsewhere = [layer for layer in self.layers if layer not in here]
-        homes = [home for one in self.homes if (home := one()) is not None]
+        root, embeddings = (one() for one in self.homes) if self.homes else (None, None)
         inside = set(model.modules())
-        whole = self in watching(model) or any(home in inside for home in homes) or (self.homes and not homes)
-        if elsewhere and not whole:
+        if not elsewhere or root in inside:
+            return
+        missed = root is not None and not set(elsewhere).isdisjoint(layers_of(root))
+        encoder = here and (self in watching(model) or embeddings in inside)
+        no_more = self.homes and embeddings is None  # the encoder is gone, these are what is left of it
+        if missed or not (encoder or no_more):
             raise ValueError(
                 f"{type(model).__name__} holds {len(here)} of {len(here) + len(elsewhere)} swapped layers: an encoder is "
                 "restored as a whole; pass the model that sparsify_ was given."

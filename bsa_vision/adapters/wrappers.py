@@ -43,7 +43,8 @@ def _of_torch(kind: type) -> bool:
 
 def _child(module: nn.Module) -> str | None:
     """Return the name of what a known wrapper wraps, None for other modules."""
-    name = _child_of(type(module))  # type: ignore[arg-type]
+    kind: Any = type(module)
+    name = _child_of(kind)
     return name if name is not None and name in module._modules else None
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bsa_vision.adapters import inspect, observe
 from bsa_vision.adapters.values import state
+from bsa_vision.compare import evaluating
 from bsa_vision.errors import PlanError
 from bsa_vision.features import features
 from bsa_vision.latency import Latency
@@ -109,10 +110,8 @@ def tune(
     }
     _check_processes(identity)
     calibration = store.open(identity, resume)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             options = Options(tuned_layers, tuple(candidates), target, layout)
             tuned = calibrate(model, chosen, calibration, store, options, on_step)
             mine = processes.share(kept_back)
@@ -124,9 +123,6 @@ def tune(
             curve = trials.curve()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"tune was interrupted: {store.interrupted}") from None
-    finally:
-        for module, training in modes:
-            module.training = training
     about = {"chosen on": len(chosen), "kept back": len(kept_back), "seed": seed}
     notes = describe(tuned, best, trials.tried, {name: wanted}, about, calibration.orders, measured, curve)
     return replace(best.plan, notes={"tuned": notes})
