@@ -6,30 +6,41 @@ import torch
 from torch import Tensor
 
 from bsa_vision.backends.problem import check_bounds
-from bsa_vision.head_masks import HeadMasks
+from bsa_vision.head_masks import HeadMasks, check_blockmask, instead_of_masks, what_fits
 from bsa_vision.rel_pos import RelPos
 
 BLOCK = 128  # of the kernel, and so of masks that come as bare tensors
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor, dims: int, expected: str) -> None:
-    """Raise unless q, k and v are floating tensors of `dims` axes that fit each other; `expected` is how users know them."""
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, dims: int, expected: str, num_heads: int | None = None) -> None:
+    """Raise unless q, k and v are floating tensors of `dims` axes that fit each other; `expected` is how users know them.
+
+    num_heads  of the masks: where the axis of tokens has that size, and that of heads another, the two are swapped
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.dtype not in DTYPES:
-            got = str(x.dtype) if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            raise TypeError(
-                f"{name} is {got}: expected a floating point tensor {expected}; convert it, e.g. with .float()."
-            )
+            given = isinstance(x, Tensor)
+            got = str(x.dtype) if given else f"a {type(x).__name__}"
+            how = "with .float()" if given else "with torch.as_tensor"
+            raise TypeError(f"{name} is {got}: expected a floating point tensor {expected}; convert it, e.g. {how}.")
         if x.is_nested:
             raise TypeError(
-                f"{name} is a nested tensor: expected {expected}; give images of different sizes as lists, {name}.unbind(), with one "
-                "HeadMasks each, or as one sequence by bsa.pack."
+                f"{name} is a nested tensor: expected {expected}; give images of different sizes as lists, "
+                f"{name}.unbind(), with one HeadMasks each, or as one sequence by bsa.pack."
             )
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == dims:
-        raise ValueError(f"{shapes}: expected {expected} for each; reshape them.")
+        packing = dims == 3 and q.dim() == 4 and expected.startswith("(total")
+        how = ", (B, N, H, D) with x.flatten(0, 1)" if packing else ""
+        raise ValueError(f"{shapes}: expected {expected} for each; reshape them{how}.")
     heads, tokens = (1, 2) if dims == 4 else (1, 0) if expected.startswith("(total") else (0, 1)
+    if num_heads is not None and q.shape[heads] != num_heads == q.shape[tokens]:
+        swap = f"transpose({min(heads, tokens)}, {max(heads, tokens)})"
+        raise ValueError(
+            f"{shapes}: expected {expected}, and these have the {num_heads} heads of the masks where tokens belong; swap the "
+            f"two axes of each, x.{swap}."
+        )
     if q.shape[-1] != k.shape[-1] or k.shape[heads] != v.shape[heads] or k.shape[tokens] != v.shape[tokens]:
         raise ValueError(
             f"{shapes}: q and k need one head dim, k and v the same heads and tokens; correct the one that differs."
@@ -60,6 +71,7 @@ def check_fit(q: Tensor, k: Tensor, masks: HeadMasks, rel_pos: RelPos | None) ->
             f"q has {q.shape[0]} images, base_blockmask {masks.base_blockmask.shape[0]}: allowed are 1 or as many; index the mask."
         )
     sides = (("q", q.shape[2], masks.layout, 0), ("k", k.shape[2], masks.kv_layout, 1))
+    lengths = (q.shape[2], k.shape[2])
     for name, tokens, layout, axis in sides:
         if layout is not None and tokens != layout.num_tokens:
             raise ValueError(
@@ -67,10 +79,10 @@ def check_fit(q: Tensor, k: Tensor, masks: HeadMasks, rel_pos: RelPos | None) ->
                 f"{layout.grid[0]} x {layout.grid[1]} patches + {layout.end} special): make the masks for this grid."
             )
         if masks.num_blocks is not None and masks.num_blocks[axis] != -(-tokens // masks.block_size):
+            fits = what_fits(masks.num_blocks, masks.block_size, lengths, "HeadMasks")
             raise ValueError(
                 f"{name} has {tokens} tokens in {-(-tokens // masks.block_size)} blocks of {masks.block_size}, base_blockmask "
-                f"has shape {tuple(masks.base_blockmask.shape)}: its {'columns' if axis else 'rows'} must match; make the mask "  # type: ignore[union-attr]
-                "for this many tokens (special tokens included)."
+                f"has shape {tuple(masks.base_blockmask.shape)}: its {'columns' if axis else 'rows'} must match; {fits}."  # type: ignore[union-attr]
             )
     if rel_pos is not None:
         _check_rel_pos(q, masks, rel_pos)
@@ -106,15 +118,21 @@ def check_numbers(dropout: float, scale: float | None) -> None:
         )
 
 
-def check_head_masks(head_masks: object) -> None:
-    """Raise unless `head_masks` is one `HeadMasks`, or a list of them."""
+def check_head_masks(head_masks: object, q: object) -> None:
+    """Raise unless `head_masks` is one `HeadMasks`, or a list of them; `q` is what they are for."""
     several = list(head_masks) if isinstance(head_masks, (list, tuple)) else [head_masks]
-    for masks in several:
-        if not isinstance(masks, HeadMasks):
-            raise TypeError(
-                f"head_masks is a {type(masks).__name__}: expected HeadMasks, or a list of them for a list of images; wrap a "
-                "base_blockmask as bsa.HeadMasks(base_blockmask, head_mask_type)."
-            )
+    wrong = next((masks for masks in several if not isinstance(masks, HeadMasks)), None)
+    if wrong is None and all(isinstance(masks, HeadMasks) for masks in several):
+        return
+    how = instead_of_masks(head_masks if isinstance(wrong, Tensor) else wrong)
+    if isinstance(wrong, Tensor) and isinstance(q, Tensor) and wrong.dim() >= 2 and wrong.shape[-2] == q.shape[-2]:
+        how = (
+            "this is a mask of tokens, for torch's scaled_dot_product_attention; a mask of blocks is made from a pattern "
+            "with bsa.HeadMasks.from_patterns"
+        )
+    raise TypeError(
+        f"head_masks is a {type(head_masks).__name__}: expected HeadMasks, or a list of them for a list of images; {how}."
+    )
 
 
 def check_varlen(
@@ -150,6 +168,8 @@ def check_varlen(
             "must describe the same batch."
         )
     head_mask_type, _, base_blockmask = masks
+    if base_blockmask is not None:
+        check_blockmask(base_blockmask)
     if not isinstance(head_mask_type, Tensor):
         raise TypeError(
             f"head_mask_type is a {type(head_mask_type).__name__}: expected an (H,) int32 tensor; use torch.tensor."
@@ -165,7 +185,8 @@ def check_varlen(
         if len(shape) != 4 or shape[0] not in (1, batch) or list(shape[2:]) != blocks:
             raise ValueError(
                 f"base_blockmask has shape {shape}: expected ({batch}, S, {blocks[0]}, {blocks[1]}), blocks of {BLOCK} of the "
-                f"longest sequences ({longest[0]} and {longest[1]} tokens); make it for these lengths."
+                f"longest sequences ({longest[0]} and {longest[1]} tokens); make it for these lengths. (Blocks of other sizes "
+                "are for sparse_attention.)"
             )
     if exact_streaming and not is_causal:
         raise ValueError(

@@ -11,8 +11,10 @@ from torch.autograd import forward_ad
 
 from bsa_vision.arguments import check_fit, check_head_masks, check_numbers, check_tensors, check_varlen
 from bsa_vision.backends import Problem, Result, choose
+from bsa_vision.carried_masks import carried, is_recording, plain_sizes
 from bsa_vision.custom_op import attend, attention_op
 from bsa_vision.head_masks import Handled, HeadMasks
+from bsa_vision.onnx_form import is_exporting_onnx, masked_dense
 from bsa_vision.packing import pack, pack_head_masks, unpack
 from bsa_vision.rel_pos import RelPos
 
@@ -34,14 +36,16 @@ def sparse_attention(
     k, v        (B, G, M, D) and (B, G, M, Dv) with H a multiple of G; M = N unless `head_masks` says otherwise
     rel_pos     factored relative position (`RelPos`), added to the logits
     scale       of q . k; None = D ** -0.5
-    backend     "auto" takes the first that can, a name takes that one or raises BackendUnavailable
+    backend     "auto" takes the first that can, on GPUs the fastest as far as measured; a name takes that one or raises
+                BackendUnavailable
 
     Returns (B, H, N, Dv), or a list of (H, n, Dv).
 
-        >>> hm = HeadMasks(*masks.generate_vit_hybrid_mask(1024, 16, 128, 1, 12))
+        >>> layout = masks.TokenLayout((64, 64), start=1, order="tile")
+        >>> hm = HeadMasks.from_patterns(layout, masks.Pattern("local_window", radius=8), heads=12)
         >>> out = sparse_attention(q, k, v, hm)
     """
-    check_head_masks(head_masks)
+    check_head_masks(head_masks, q)
     check_numbers(dropout_p, scale)
     if isinstance(head_masks, HeadMasks) and isinstance(q, (list, tuple)):
         raise TypeError(
@@ -49,7 +53,7 @@ def sparse_attention(
         )
     if isinstance(head_masks, HeadMasks):
         q, k, v = cast(Tensor, q), cast(Tensor, k), cast(Tensor, v)
-        check_tensors(q, k, v, 4, "(B, H, N, D)")
+        check_tensors(q, k, v, 4, "(B, H, N, D)", head_masks.num_heads)
         check_fit(q, k, head_masks, rel_pos)
         return attend_masks(head_masks, q, k, v, rel_pos=rel_pos, scale=scale, dropout_p=dropout_p, backend=backend)
     if rel_pos is not None:
@@ -71,7 +75,7 @@ def _ragged_attention(
             f"{len(q)} images in q, {len(k)} in k, {len(v)} in v and {len(masks)} HeadMasks: the lists must be equally long."
         )
     for image_q, image_k, image_v, image_masks in zip(q, k, v, masks, strict=True):
-        check_tensors(image_q, image_k, image_v, 3, "(H, n, D) per image")
+        check_tensors(image_q, image_k, image_v, 3, "(H, n, D) per image", image_masks.num_heads)
         check_fit(image_q[None], image_k[None], image_masks, None)
         if image_q.dtype != q[0].dtype or image_q.device != q[0].device:
             raise TypeError(
@@ -133,11 +137,16 @@ def _run(
     torch or bring their own gradient, so they run directly where Python runs anyway.
     """
     q, k, v = _autocast(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    head_dim, num_keys, height, width = plain_sizes(q.shape[-1], k.shape[2], *grid)
+    grid, scale = (height, width), head_dim**-0.5 if scale is None else scale
     seed = torch.randint(2**62, (1,), device="cpu") if dropout_p else None
     rel_h, rel_w = (None, None) if rel_pos is None else rel_pos
-    if not torch.compiler.is_compiling():
-        masks = _masks(source, grid, k.shape[2])
+    # How the operator learns of the masks: a handle, or in a program that is saved a tensor; else the kernel's tensors.
+    handle, stored = 0, None
+    raw: tuple[Tensor | None, ...] = (None, None, None)
+    recording = is_recording()
+    if not recording and not torch.compiler.is_compiling():
+        masks = _masks(source, grid, num_keys)
         problem = Problem(
             q,
             k,
@@ -161,14 +170,22 @@ def _run(
         _refuse_forward_mode(backend, q, k, v)
         if backend != "gather":
             return attend(problem, backend)
-        source = masks
+        handle = masks.handle
     elif return_probs:
         raise ValueError(
-            "return_attn_probs with dropout under torch.compile: the dropout mask is not returned; do not compile."
+            "return_attn_probs with dropout under torch.compile or torch.export: the dropout mask is not returned; "
+            "call it outside of them."
         )
-    handle, raw = (source.handle, (None, None, None)) if isinstance(source, Handled) else (0, source)
+    elif not isinstance(source, Handled):
+        raw = source
+    elif recording and is_exporting_onnx():
+        return Result(masked_dense(source, grid, q, k, v, rel_pos, scale))
+    elif recording:
+        stored = carried(source, grid, num_keys)
+    else:
+        handle = source.dynamic_handle
     numbers = (handle, *grid, *longest, scale, is_causal, exact_streaming, dropout_p, return_lse)
-    out, lse = attention_op(q, k, v, rel_h, rel_w, *cu_seqlens, *raw, seed, *numbers, backend)
+    out, lse = attention_op(q, k, v, rel_h, rel_w, *cu_seqlens, *raw, stored, seed, *numbers, backend)
     return Result(out, lse)
 
 
@@ -228,7 +245,9 @@ def block_sparse_attn_func(
     is_causal        bottom-right aligned; exact_streaming (causal only) counts sinks and windows in tokens
 
     Tokens are taken in the order they come. A query that sees nothing gives 0 and LSE +inf. Returns out (total_q, H, D),
-    or with return_attn_probs (out, lse (batch, H, max_seqlen_q_) float32 without gradient, S_dmask: empty without dropout).
+    or with return_attn_probs (out, lse (batch, H, max_seqlen_q_) float32 without gradient, S_dmask). S_dmask is empty without
+    dropout; with it (batch, H, queries, keys), lengths rounded up to whole blocks: probabilities before dropout, negative
+    where they were dropped. The kernel's own is in the order of its registers, and comes so from `kernel`.
     """
     return _varlen(
         q,
@@ -324,7 +343,9 @@ def _varlen(
     exact_streaming: bool,
     return_attn_probs: bool,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    check_tensors(q, k, v, 3, "(total, H, D)")
+    head_mask_type = masks[0]
+    heads = head_mask_type.numel() if isinstance(head_mask_type, Tensor) else None
+    check_tensors(q, k, v, 3, "(total, H, D)", heads)
     check_numbers(dropout_p, scale)
     check_varlen(q, k, cu_seqlens, masks, longest, is_causal, exact_streaming)
     result = _run(

@@ -16,7 +16,6 @@ class BlockRow(NamedTuple):
     start: int  # first query token
     stop: int
     runs: tuple[Run, ...]  # ascending, adjacent key blocks merged; empty when the row keeps nothing
-    blocks: tuple[int, ...]  # the kept key blocks, ascending
     kept: int  # key tokens in all
 
 
@@ -75,6 +74,5 @@ def _merged_runs(block_mask: Tensor, size: int, num_k: int) -> tuple[Tensor, Ten
 
 
 def _block_row(number: int, runs: list[Run], size: int, num_q: int) -> BlockRow:
-    blocks = tuple(block for start, stop in runs for block in range(start // size, -(-stop // size)))
     kept = sum(stop - start for start, stop in runs)
-    return BlockRow(number * size, min((number + 1) * size, num_q), tuple(runs), blocks, kept)
+    return BlockRow(number * size, min((number + 1) * size, num_q), tuple(runs), kept)

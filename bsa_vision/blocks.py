@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from bsa_vision.attention import attend_masks
+from bsa_vision.carried_masks import READERS, carry, encode
 from bsa_vision.head_masks import DENSE, Handled, HeadMasks
 from bsa_vision.rel_pos import RelPos, decompose, resize_table
 from masks import TokenLayout
@@ -111,6 +112,14 @@ class DenseHeads(Handled):
 
     def masks_for(self, grid: Grid, num_keys: int) -> HeadMasks:
         return _dense_heads(self.heads, tuple(grid))
+
+
+@carry.register
+def _(source: DenseHeads, grid: Grid, num_keys: int) -> bytes:
+    return encode("dense", {"heads": source.heads})
+
+
+READERS["dense"] = lambda header, payload: DenseHeads(header["heads"])
 
 
 @lru_cache(maxsize=64)

@@ -24,7 +24,7 @@ def read(name: str) -> dict[str, Any]:
     path = cache_file(name)
     try:
         found = json.loads(path.read_text()) if path else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

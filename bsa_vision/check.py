@@ -13,6 +13,7 @@ from bsa_vision.arguments import check_fit, check_tensors, check_varlen
 from bsa_vision.backends import kernel
 from bsa_vision.backends.problem import check_bounds
 from bsa_vision.head_masks import HeadMasks
+from masks import TokenLayout
 
 # Below these, sparsity cannot be expected to pay: a fused dense kernel is done before blocks are sorted out. The sparsity is
 # the kernel's own published break-even (13 to 20 %, docs/backends.md); both are rules of thumb, to be measured in earnest.
@@ -24,7 +25,8 @@ LITTLE_SPARSITY = 0.2
 class Finding:
     """One thing `check` found.
 
-    level  "error": the call fails or computes something else than meant; "slow": it works and gains nothing
+    level  "error": the call fails or computes something else than meant; "slow": it works and gains nothing; "note": right,
+           if what it says is meant
     topic  a short fixed name, for programs
     """
 
@@ -44,15 +46,16 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """No finding at all: the call is right and can gain."""
-        return not self.findings
+        """No finding but notes: the call is right and can gain."""
+        return all(finding.level == "note" for finding in self.findings)
 
     @property
     def topics(self) -> tuple[str, ...]:
         return tuple(finding.topic for finding in self.findings)
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.findings)) or "nothing wrong found, and blocks to skip"
+        good = ["nothing wrong found, and blocks to skip"] if self.ok else []
+        return "\n".join([*good, *map(str, self.findings)])
 
 
 def check(
@@ -90,7 +93,8 @@ def check(
         )
     packed = q.dim() == 3
     expected = "(total, H, D)" if packed else "(B, H, N, D)"
-    attempt("tensors", lambda: check_tensors(q, k, k, q.dim(), expected))
+    heads = head_masks.num_heads if isinstance(head_masks, HeadMasks) else None
+    attempt("tensors", lambda: check_tensors(q, k, k, q.dim(), expected, heads))
     if q.is_nested or k.is_nested:
         return CheckReport(tuple(findings))
     longest: tuple[int | None, int | None] = (q.shape[-2], k.shape[-2])
@@ -106,12 +110,13 @@ def check(
         raw = (masks.head_mask_type, masks.streaming_info, masks.base_blockmask)
         bounds = (cu_seqlens_q, cu_seqlens_k)
         attempt("mask", lambda: check_varlen(q, k, bounds, raw, longest, False, False))  # type: ignore[arg-type]
-    elif masks is not None and not packed:
+    elif masks is not None and not packed and not findings:
         attempt("mask", lambda: check_fit(q, k, masks, None))
     right = not findings
     findings += _device_findings(q)
     if masks is not None:
         findings += _gain_findings(masks, longest, right)
+        findings += _order_findings(masks, packed)
     return CheckReport(tuple(findings))
 
 
@@ -147,6 +152,44 @@ def _device_findings(q: Tensor) -> Iterator[Finding]:
             "head-dim",
             f"head dim {q.shape[-1]} > 128: the block-sparse kernel cannot run it, another backend will.",
         )
+
+
+def _order_findings(masks: HeadMasks, packed: bool) -> Iterator[Finding]:
+    """Whether tokens are taken in the order that the masks were made for, as far as that is known."""
+    base, known = masks.base_blockmask, masks.made_for
+    given = None if masks.layout is None or masks.kv_layout is None else (masks.layout, masks.kv_layout)
+    if base is None or bool(base.all()):
+        return  # whatever the order, every token sees every other
+    if packed:  # layouts do not count here
+        given, known = None, known or given
+    if known is None and given is None:
+        yield Finding(
+            "note",
+            "order",
+            "tokens are taken as they come (raster): right for masks made in that order; those made in another, say "
+            'order="tile", need ' + (PACK if packed else f"{LAYOUT} makes both."),
+        )
+    elif known is not None and not all(map(_same_places, known, given or (None, None))):
+        taken = "as they come" if given is None else f"in the order of {given[0]}"
+        yield Finding(
+            "note" if packed else "error",
+            "order",
+            f"the masks were made for {known[0]}, tokens are taken {taken}: that is another function; pass "
+            + (PACK if packed else f"the masks' own {LAYOUT} cannot forget it."),
+        )
+
+
+LAYOUT = "layout= to HeadMasks; HeadMasks.from_patterns(layout, patterns)"
+PACK = "tokens in that order, bsa.pack(q, layout).tokens."
+
+
+def _same_places(made_for: TokenLayout, taken: TokenLayout | None) -> bool:
+    """Whether packed tokens lie where the masks have them. Without a layout they come in model order."""
+    if taken is None:
+        return made_for.is_identity
+    if made_for.num_tokens != taken.num_tokens:
+        return True  # not to be compared; the sizes are another finding
+    return all(map(torch.equal, made_for.coordinates, taken.coordinates))
 
 
 def _gain_findings(masks: HeadMasks, longest: tuple[int | None, int | None], right: bool) -> Iterator[Finding]:

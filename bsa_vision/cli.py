@@ -9,6 +9,9 @@ from collections.abc import Sequence
 def main(args: Sequence[str] | None = None) -> None:
     """Run one command line (None = the process's own) and leave with its exit code."""
     given = sys.argv[1:] if args is None else list(args)
+    if any(word == "" or (word.startswith("--") and word.endswith("=")) for word in given):
+        print(f"bsa-vision: an argument is empty in {given}: expected a value for each; leave it out.", file=sys.stderr)
+        sys.exit(2)
     try:
         import rich  # noqa: F401
         import typer

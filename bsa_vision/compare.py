@@ -5,7 +5,7 @@ Errors are relative, ||sparse - dense|| / ||dense||, over all tokens and channel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bsa_vision.adapters import dense
 from bsa_vision.adapters.layer import layer_of, layers_of
-from bsa_vision.features import features
+from bsa_vision.features import check_pixels, features
 from bsa_vision.meter import Meter
 from bsa_vision.timing import Timing, paired
 
@@ -92,7 +92,7 @@ def _range(values: Sequence[float]) -> str:
 
 
 def compare(
-    model: nn.Module, images: Sequence[Tensor], rounds: int = 3, on_step: Callable[[], None] = lambda: None
+    model: nn.Module, images: Iterable[Tensor], rounds: int = 3, on_step: Callable[[], None] = lambda: None
 ) -> Comparison:
     """Run a swapped model with its sparse heads and without, on each of `images`, (1, 3, h, w) of one size, in eval mode.
 
@@ -102,6 +102,7 @@ def compare(
     ValueError for a model without sparse heads (or inside `bsa.dense`), with those of several encoders, and for images that are none, or of
     several sizes. The model is not changed.
     """
+    images = check_pixels(images)
     if not images or len({image.shape for image in images}) != 1 or images[0].dim() != 4 or len(images[0]) != 1:
         raise ValueError(
             f"images of shapes {[tuple(image.shape) for image in images]}: expected at least one, each (1, 3, h, w), all of one size; resize "

@@ -1,20 +1,23 @@
 """The boundary for torch.compile: block-sparse attention as one operator, and its gradient as another.
 
 What is Python about a call (masks, cached block lists, token order, the choice of a backend) happens inside, at run time;
-a compiler sees tensors and numbers. Masks travel as the handle of a living object, or as the kernel's three tensors.
+a compiler sees tensors and numbers. Masks travel as the handle of a living object, as the kernel's three tensors, or,
+in programs that are saved, as one tensor that holds them (`carried_masks`).
 """
 
 # No `from __future__ import annotations` here: torch reads the operators' schemas from these annotations.
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bsa_vision.arguments import check_fit
 from bsa_vision.backends import BACKENDS, Problem, Result, choose, compiled, gather, why_not
 from bsa_vision.backends.once import refuse_second_derivative
+from bsa_vision.carried_masks import read
 from bsa_vision.errors import BackendUnavailable
 from bsa_vision.head_masks import HeadMasks, from_handle
 from bsa_vision.packing import key_places, order_tokens, restore_tokens, token_index
@@ -88,6 +91,42 @@ def _key_places(problem: Problem, ordered: bool) -> tuple[Tensor | None, Tensor 
     return key_places(layout, ordered, problem.k.device)
 
 
+class OpArgs(NamedTuple):
+    """The arguments of `attention_op`, by name; torch hands them around as a flat tuple."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rel_h: Tensor | None
+    rel_w: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    head_mask_type: Tensor | None
+    streaming_info: Tensor | None
+    base_blockmask: Tensor | None
+    carried: Tensor | None
+    seed: Tensor | None
+    handle: int
+    grid_h: int
+    grid_w: int
+    max_q: int
+    max_k: int
+    scale: float
+    is_causal: bool
+    exact_streaming: bool
+    dropout_p: float
+    return_lse: bool
+    backend: str
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        return self[: self._fields.index("handle")]
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        return self[self._fields.index("handle") :]
+
+
 @torch.library.custom_op("bsa_vision::attention", mutates_args=())
 def attention_op(
     q: Tensor,
@@ -100,6 +139,7 @@ def attention_op(
     head_mask_type: Tensor | None,
     streaming_info: Tensor | None,
     base_blockmask: Tensor | None,
+    carried: Tensor | None,
     seed: Tensor | None,
     handle: int,
     grid_h: int,
@@ -113,15 +153,39 @@ def attention_op(
     return_lse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of (B, H, N, D) tensors in model order -> (out, lse).
+    """Return (out, lse) of the attention of (B, H, N, D) tensors in model order.
 
-    handle > 0 names a `HeadMasks`, or whatever else has `masks_for(grid, number of keys)`; 0 means the three mask tensors.
+    carried holds the masks of a saved program; else handle > 0 names a `HeadMasks`, or whatever else has
+    `masks_for(grid, number of keys)`; else the three mask tensors do.
     cu_seqlens None is a uniform batch. lse is (images, H, longest), empty unless asked for. seed (1,) int64 draws the
     dropout mask; it comes from outside, so that a compiler sees two calls with dropout as two different calls.
     """
-    arguments = (q, k, v, rel_h, rel_w, cu_seqlens_q, cu_seqlens_k, head_mask_type, streaming_info, base_blockmask)
-    numbers = (handle, grid_h, grid_w, max_q, max_k, scale, is_causal, exact_streaming, dropout_p, return_lse)
-    problem = _problem(arguments, numbers, seed)
+    arguments = OpArgs(
+        q,
+        k,
+        v,
+        rel_h,
+        rel_w,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        head_mask_type,
+        streaming_info,
+        base_blockmask,
+        carried,
+        seed,
+        handle,
+        grid_h,
+        grid_w,
+        max_q,
+        max_k,
+        scale,
+        is_causal,
+        exact_streaming,
+        dropout_p,
+        return_lse,
+        backend,
+    )
+    problem = _problem(arguments)
     backend = choose(problem, backend)
     with _as_outside() if backend == "flex" else nullcontext():
         out, lse, _ = attend(problem, backend)
@@ -129,11 +193,12 @@ def attention_op(
 
 
 @attention_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    cu_seqlens_q, max_q = arguments[2], arguments[11]
-    images, longest = (q.shape[0], q.shape[2]) if cu_seqlens_q is None else (cu_seqlens_q.shape[0] - 1, max_q)
-    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)  # (B, H, N, Dv)
-    lse_shape = (images, q.shape[1], longest) if arguments[18] else (0,)
+def _(*flat: Any) -> tuple[Tensor, Tensor]:
+    given = OpArgs(*flat)
+    q, bounds = given.q, given.cu_seqlens_q
+    images, longest = (q.shape[0], q.shape[2]) if bounds is None else (bounds.shape[0] - 1, given.max_q)
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], given.v.shape[-1]).transpose(1, 2)  # (B, H, N, Dv)
+    lse_shape = (images, q.shape[1], longest) if given.return_lse else (0,)
     lse = q.new_empty(lse_shape, dtype=torch.promote_types(q.dtype, torch.float32))
     return out, lse
 
@@ -152,6 +217,7 @@ def gradient_op(
     head_mask_type: Tensor | None,
     streaming_info: Tensor | None,
     base_blockmask: Tensor | None,
+    carried: Tensor | None,
     seed: Tensor | None,
     handle: int,
     grid_h: int,
@@ -165,13 +231,36 @@ def gradient_op(
     return_lse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, rel_h, rel_w at `grad_out`; the last two are empty when there is no relative position.
+    """Return the gradients of q, k, v, rel_h, rel_w at `grad_out`; the last two are empty without relative position.
 
     By `gather`, whose gradient needs only the output, or by a backend for GPUs that brings its own, whose forward then runs again.
     """
-    arguments = (q, k, v, rel_h, rel_w, cu_seqlens_q, cu_seqlens_k, head_mask_type, streaming_info, base_blockmask)
-    numbers = (handle, grid_h, grid_w, max_q, max_k, scale, is_causal, exact_streaming, dropout_p, False)
-    problem = _problem(arguments, numbers, seed)
+    arguments = OpArgs(
+        q,
+        k,
+        v,
+        rel_h,
+        rel_w,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        head_mask_type,
+        streaming_info,
+        base_blockmask,
+        carried,
+        seed,
+        handle,
+        grid_h,
+        grid_w,
+        max_q,
+        max_k,
+        scale,
+        is_causal,
+        exact_streaming,
+        dropout_p,
+        False,
+        backend,
+    )
+    problem = _problem(arguments)
     own = _differentiated(problem, backend, grad_out) if not dropout_p else None
     if own is not None:
         dq, dk, dv, *rel = own
@@ -229,57 +318,72 @@ def _gradients(problem: Problem, out: Tensor, grad_out: Tensor) -> tuple[Tensor 
 
 
 @gradient_op.register_fake
-def _(grad_out: Tensor, out: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(
-        x.new_empty(0) if like is None else x.new_empty(like.shape)
-        for x, like in zip((inputs[0],) * 5, inputs[:5], strict=True)
-    )
+def _(grad_out: Tensor, out: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    given = OpArgs(*flat)
+    inputs = (given.q, given.k, given.v, given.rel_h, given.rel_w)
+    return tuple(given.q.new_empty(0 if like is None else like.shape) for like in inputs)
 
 
-def _problem(tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...], seed: Tensor | None) -> Problem:
-    q, k, v, rel_h, rel_w, cu_seqlens_q, cu_seqlens_k, head_mask_type, streaming_info, base_blockmask = tensors
-    handle, grid_h, grid_w, max_q, max_k, scale, is_causal, exact_streaming, dropout_p, return_lse = numbers
-    assert q is not None
-    assert k is not None
-    assert v is not None
-    if handle:
-        masks = from_handle(handle).masks_for((grid_h, grid_w), k.shape[2])
-    else:
-        masks = HeadMasks(base_blockmask, head_mask_type, streaming_info, allow_empty_rows=True)
+def _problem(given: OpArgs) -> Problem:
+    q, k, v = given.q, given.k, given.v
     return Problem(
         q,
         k,
         v,
-        masks,
-        scale,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_q=None if cu_seqlens_q is None else max_q,
-        max_k=None if cu_seqlens_k is None else max_k,
-        is_causal=is_causal,
-        exact_streaming=exact_streaming,
-        dropout_p=dropout_p,
-        seed=0 if seed is None else int(seed),
-        return_lse=return_lse,
-        rel_pos=None if rel_h is None or rel_w is None else RelPos(rel_h, rel_w),
+        _masks(given),
+        given.scale,
+        cu_seqlens_q=given.cu_seqlens_q,
+        cu_seqlens_k=given.cu_seqlens_k,
+        max_q=None if given.cu_seqlens_q is None else given.max_q,
+        max_k=None if given.cu_seqlens_k is None else given.max_k,
+        is_causal=given.is_causal,
+        exact_streaming=given.exact_streaming,
+        dropout_p=given.dropout_p,
+        seed=0 if given.seed is None else int(given.seed),
+        return_lse=given.return_lse,
+        rel_pos=None if given.rel_h is None or given.rel_w is None else RelPos(given.rel_h, given.rel_w),
     )
 
 
+def _masks(given: OpArgs) -> HeadMasks:
+    grid, num_keys = (given.grid_h, given.grid_w), given.k.shape[2]
+    if given.carried is not None:
+        masks = read(given.carried).masks_for(grid, num_keys)
+        if given.cu_seqlens_q is None:
+            _check_carried(given, masks)
+        return masks
+    if given.handle:
+        return from_handle(given.handle).masks_for(grid, num_keys)
+    return HeadMasks(given.base_blockmask, given.head_mask_type, given.streaming_info, allow_empty_rows=True)
+
+
+def _check_carried(given: OpArgs, masks: HeadMasks) -> None:
+    """Raise ValueError where a saved program is run at another size than it carries masks for."""
+    try:
+        check_fit(given.q, given.k, masks, None)
+    except ValueError as error:
+        raise ValueError(
+            f"this program carries the masks of one image size, and was given another: {error} Export it for this size."
+        ) from None
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:TENSORS], output[0])
-    ctx.numbers = inputs[TENSORS:]
+    given = OpArgs(*inputs)
+    ctx.save_for_backward(*given.tensors, output[0])
+    ctx.numbers = given.numbers
     # The masks must live until backward. Under a compiler the handle may be symbolic; there the graph's owner keeps them.
-    handle = inputs[TENSORS]
-    ctx.masks = from_handle(handle) if isinstance(handle, int) and handle else None
+    ctx.masks = from_handle(given.handle) if isinstance(given.handle, int) and given.handle else None
 
 
 def _gradient(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    *inputs, out = ctx.saved_tensors
-    dq, dk, dv, dh, dw = gradient_op(grad_out, out, *inputs, *ctx.numbers)
-    rel = (None, None) if inputs[3] is None else (dh, dw)
-    return dq, dk, dv, *rel, *(None,) * (len(inputs) - 5 + len(ctx.numbers))
+    *tensors, out = ctx.saved_tensors
+    given = OpArgs(*tensors, *ctx.numbers)
+    dq, dk, dv, dh, dw = gradient_op(grad_out, out, *given)
+    found = {"q": dq, "k": dk, "v": dv}
+    if given.rel_h is not None:
+        found |= {"rel_h": dh, "rel_w": dw}
+    return tuple(found.get(name) for name in OpArgs._fields)
 
 
-TENSORS = 11  # the operator's first arguments are tensors, the others numbers and names
 attention_op.register_autograd(_gradient, setup_context=_save)
 gradient_op.register_autograd(lambda ctx, *_: refuse_second_derivative("gather"))

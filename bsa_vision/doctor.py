@@ -7,7 +7,8 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
 
 import torch
 
@@ -29,15 +30,27 @@ LIBRARIES = {
     "rich": ("rich", "the command line"),
     "typer": ("typer", "the command line"),
 }
-OK, ABSENT, BROKEN, NOT_HERE = "ok", "not installed", "BROKEN", "not here"
+# import name -> modules, and classes of transformers, that models are made of: the top package may import without them
+PARTS = {
+    "transformers": (
+        *("ViTModel", "Dinov2Model", "Dinov2WithRegistersModel", "DINOv3ViTModel", "CLIPVisionModel"),
+        *("SiglipVisionModel", "Siglip2VisionModel", "SamVisionModel", "Sam2VisionModel", "Sam3ViTModel"),
+    ),
+    "timm": ("models.vision_transformer", "models.eva", "models.vision_transformer_sam", "models.hieradet_sam2"),
+    "torchvision": ("models.vision_transformer",),
+    "segment_anything": ("modeling",),
+    "sam2": ("modeling.backbones.hieradet", "modeling.memory_attention"),
+}
+OK, ABSENT, BROKEN, NOT_HERE, SHADOWED = "ok", "not installed", "BROKEN", "not here", "shadowed"
 
 
 @dataclass(frozen=True)
 class Finding:
     """One thing that was looked at.
 
-    kind    "machine", "backend" or "library"
-    state   "ok"; "not installed"; "not here": cannot run on this machine; "BROKEN": installed, and fails to import
+    kind    "package" (bsa-vision itself), "machine", "backend" or "library"
+    state   "ok"; "not installed"; "not here": cannot run on this machine; "BROKEN": installed, and fails to import;
+            "shadowed": an installation is hidden by sources that come first on the path
     detail  version, or why not
     """
 
@@ -53,7 +66,29 @@ class Finding:
 
 def doctor() -> list[Finding]:
     """Look at everything; takes as long as importing what is installed."""
-    return [*_machine(), *_backends(), *(_library(name) for name in LIBRARIES)]
+    return [_package(), *_machine(), *_backends(), *(_library(name) for name in LIBRARIES)]
+
+
+def _package() -> Finding:
+    """Say which bsa-vision runs, and whether another one is installed: its compiled loop does not serve this one."""
+    here = Path(__file__).parents[PACKAGE_DEPTH]
+    try:
+        installed = Path(str(distribution("bsa-vision").locate_file("bsa_vision")))
+        number = version("bsa-vision")
+    except PackageNotFoundError:
+        return Finding("package", "bsa-vision", OK, f"not installed, runs from {here}")
+    if (installed / "__init__.py").is_file() and installed.resolve() != here.resolve():
+        return Finding(
+            "package",
+            "bsa-vision",
+            SHADOWED,
+            f"{here} hides {number}, installed in {installed}, whose compiled loop is not used: run from another folder, "
+            "or install this one with pip install -e .",
+        )
+    return Finding("package", "bsa-vision", OK, f"{number}, {here}")
+
+
+PACKAGE_DEPTH = 0  # folders from this file to the package
 
 
 def _machine() -> list[Finding]:
@@ -93,13 +128,41 @@ def _library(name: str) -> Finding:
         number = version(distribution)
     except PackageNotFoundError:
         number = ""
-    error = _import_error(lambda: importlib.import_module(name))
+    error, part = _import_error(lambda: importlib.import_module(name)), ""
+    for part in PARTS.get(name, ()) if error is None else ():
+        error = _import_error(lambda part=part: _import_part(name, part))  # type: ignore[misc]
+        if error is not None:
+            break
     if error is None:
         return Finding("library", name, OK, number or "version unknown")
     if isinstance(error, ModuleNotFoundError) and error.name == name:
         return Finding("library", name, ABSENT, f"for {purpose}")
+    while error.__cause__ or error.__context__:  # transformers says that something failed, its cause what
+        error = error.__cause__ or error.__context__ or error
     first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-    return Finding("library", name, BROKEN, f"{number or 'version unknown'}: {type(error).__name__}: {first}")
+    what = f"{number or 'version unknown'}{part and ', ' + part}"
+    return Finding("library", name, BROKEN, f"{what}: {type(error).__name__}: {first}")
+
+
+def _import_part(name: str, part: str) -> None:
+    """Import a module of a library, or a class of one that loads them when they are asked for."""
+    if part[0].isupper():
+        getattr(importlib.import_module(name), part)
+    else:
+        importlib.import_module(f"{name}.{part}")
+
+
+def advice(finding: Finding) -> str:
+    """Return what to do about a broken library."""
+    if "torchvision" in finding.detail:
+        return (
+            f"torchvision does not fit torch {torch.__version__}, and what uses it fails with it: install the torchvision made "
+            "for this torch, from where torch came from, or uninstall torchvision and what needs it (timm)."
+        )
+    return (
+        f"{finding.name} is installed and fails to import: reinstall it to fit your torch, or uninstall it; bsa_vision works "
+        "without."
+    )
 
 
 def _import_error(load: Callable[[], object]) -> BaseException | None:

@@ -10,6 +10,7 @@ Parameters have segment_anything's names and shapes, so `encoder.load_checkpoint
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bsa_vision.adapters import dense_plan, sparsify_, uniform_plan
-from bsa_vision.adapters.layer import plain_ints
 from bsa_vision.blocks import Block, Grid, PatchEmbed, Rotation, neck, resize_positions, rotary_angles
+from bsa_vision.carried_masks import plain_sizes
 from bsa_vision.errors import PlanError
 from bsa_vision.plan import PatternLike, SparsityPlan
+from bsa_vision.rel_pos import resize_table
 from masks.layout import whole_number, whole_pair
 
 # The three published sizes of Segment Anything: `create_encoder(**SAM["vit_b"])`.
@@ -178,7 +180,8 @@ class ImageEncoder(nn.Module):
                 f"{self.patch_size} pixel patches; resize or pad the images."
             )
         x = self.patch_embed(pixels)  # (B, h, w, C)
-        grid = plain_ints(x.shape[1], x.shape[2])
+        height, width = plain_sizes(x.shape[1], x.shape[2])
+        grid = (height, width)
         if self.pos_embed is not None:
             x = x + resize_positions(self.pos_embed, grid)
         x = self._with_special(x.flatten(1, 2), special)  # (B, N, C)
@@ -214,10 +217,13 @@ class ImageEncoder(nn.Module):
             grid, attention.qkv.in_features // attention.num_heads, self.rope, self.num_special, device
         )
 
-    def load_checkpoint(self, source: str | Path | Mapping[str, Tensor]) -> ImageEncoder:
+    def load_checkpoint(self, source: str | Path | Mapping[str, Tensor], resize: bool = False) -> ImageEncoder:
         """Take the encoder's weights from a checkpoint of segment_anything (or of this encoder); returns the encoder.
 
         source  a file (.pth read with weights_only=True, .safetensors), or its state dict. Of a whole SAM, the `image_encoder.` part is taken
+        resize  interpolate what depends on the image size, where the checkpoint is for another, and warn of it: the
+                position embedding bicubically, antialiased, as timm's `resample_abs_pos_embed` does; relative tables
+                linearly, as segment_anything's `get_rel_pos` does
 
         Raises ValueError unless every parameter is there, in its shape, and no other; the encoder is then untouched. Rotary periods are not
         in checkpoints: create the encoder with those it was trained with.
@@ -233,6 +239,8 @@ class ImageEncoder(nn.Module):
                 f"this checkpoint holds {_some(strange)}: every value must be a dense tensor of floating-point numbers, with its data; "
                 "convert them, or pass the state dict of the model."
             )
+        if resize:
+            state = _resized(state, own)
         wrong = {
             "missing": [key for key in own if key not in state],
             "unexpected": [key for key in state if key not in own],
@@ -246,7 +254,8 @@ class ImageEncoder(nn.Module):
             said = "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in wrong.items() if keys)
             raise ValueError(
                 f"this checkpoint does not fit the encoder ({said}): every parameter must be there in its shape, and no other; create the "
-                "encoder with the sizes the checkpoint was trained with (`SAM` has the published ones; other image sizes work at call time)."
+                "encoder with the sizes the checkpoint was trained with (`SAM` has the published ones; other image sizes work at call "
+                "time), or, where only the image size differs, pass resize=True."
             )
         self.load_state_dict(state)
         return self
@@ -300,6 +309,26 @@ def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
+
+
+def _resized(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `state` with position embedding and relative tables interpolated to the sizes they have in `own`."""
+    found, said = dict(state), []
+    for key, wanted in own.items():
+        given = state.get(key)
+        kind = key.rpartition(".")[2]
+        if given is None or given.dim() != wanted.dim() or given.shape[-1] != wanted.shape[-1]:
+            continue
+        if given.shape == wanted.shape or kind not in ("pos_embed", "rel_pos_h", "rel_pos_w"):
+            continue
+        if kind == "pos_embed":
+            found[key] = resize_positions(given, (wanted.shape[1], wanted.shape[2]))
+        else:
+            found[key] = resize_table(given, (len(wanted) + 1) // 2)
+        said.append(f"{key} {tuple(given.shape)} to {tuple(wanted.shape)}")
+    if said:
+        warnings.warn(f"bsa_vision: resized for another image size: {_some(said)}", stacklevel=3)
+    return found
 
 
 def _is_plain(value: Any) -> bool:

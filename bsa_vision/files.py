@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import tempfile
+import secrets
+from contextlib import suppress
 from pathlib import Path
 
 
-def write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to `path` at once: on any error (a full disk, say) what was there before is still there."""
-    path = Path(path).resolve()  # a link stays a link
-    if path.exists() and not path.is_file():  # a pipe, /dev/null
-        path.write_bytes(data)
-        return
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+def write(path: str | os.PathLike[str], *data: bytes | memoryview) -> None:
+    """Write `data` to `path` at once: after an error or Ctrl-C what was there before is still there.
+
+    OSError names the path that was given.
+    """
+    check_folder(path)
+    target = Path(path).resolve()  # a link stays a link
+    # Named before it exists, so that it is removed whenever an interruption comes.
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        umask = os.umask(0)
-        os.umask(umask)
-        mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~umask  # mkstemp makes files private
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        if target.exists() and not target.is_file():  # a pipe, /dev/null
+            target.write_bytes(b"".join(data))
+            return
+        with open(temporary, "xb") as file:
+            file.writelines(data)
+        if target.exists():
+            os.chmod(temporary, target.stat().st_mode & 0o777)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, os.fspath(path)) from None
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Raise FileNotFoundError unless the folder of `path` is there."""
+    if not Path(path).resolve().parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder, make it first", os.fspath(path))

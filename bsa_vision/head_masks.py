@@ -12,7 +12,14 @@ from torch import Tensor
 
 from bsa_vision.block_rows import BlockRow, RunTable, block_rows, run_table
 from bsa_vision.cache import Cache
-from masks import TokenLayout
+from bsa_vision.head_patterns import HeadPattern, Images, blocks_of, per_head
+from masks import Pattern, TokenLayout
+from masks.origin import check_layout, layouts_of
+
+try:
+    from torch.fx.experimental.sym_node import DynamicInt
+except ImportError:  # older versions of torch compile each layer by itself
+    DynamicInt = int  # type: ignore[assignment, misc]
 
 T = TypeVar("T")
 
@@ -24,13 +31,15 @@ class Handled:
     """
 
     handle: int
+    dynamic_handle: int  # the same for torch.compile, which makes one graph for layers that differ in nothing else
 
     def _new_handle(self) -> None:
         self.handle = next(_next_handle)
+        self.dynamic_handle = DynamicInt(self.handle)
         _by_handle[self.handle] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "handle"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("handle", "dynamic_handle")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -68,7 +77,7 @@ class HeadMasks(Handled):
 
     The masks are copied. Ones mixed with larger entries are refused where they could be meant as counted (as many positive
     entries as slices, and slices left over). Raises ValueError or TypeError for shapes, dtypes, slice numbers and empty rows
-    that do not fit.
+    that do not fit. `from_patterns` makes masks and layout in one call.
     """
 
     def __init__(
@@ -82,7 +91,10 @@ class HeadMasks(Handled):
         block_size: int = 128,
         allow_empty_rows: bool = False,
     ) -> None:
-        self.base_blockmask = _check_blockmask(base_blockmask)
+        # What is remembered follows from the masks, so later writes to the caller's tensor must not count.
+        self.base_blockmask = None if base_blockmask is None else check_blockmask(base_blockmask).detach().clone()
+        # The layouts the masks were made for, where that is known; `check` compares them with those given.
+        self.made_for = None if base_blockmask is None else layouts_of(base_blockmask)
         # Per head: 0 dense, -1 streaming, otherwise its 1-based slice of base_blockmask.
         self.slices = resolve_slices(head_mask_type, self.base_blockmask)
         self._given_types = (
@@ -90,10 +102,8 @@ class HeadMasks(Handled):
         )
         self.streaming = _resolve_streaming(streaming_info, self.slices)  # (sink, local) per head, or nothing
         for name, given in (("layout", layout), ("kv_layout", kv_layout)):
-            if given is not None and not isinstance(given, TokenLayout):
-                raise TypeError(
-                    f"{name} is a {type(given).__name__}: expected a TokenLayout; use masks.TokenLayout(grid)."
-                )
+            if given is not None:
+                check_layout(name, given)
         if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
             raise ValueError(
                 f"block_size={block_size!r}: expected a whole number of tokens of at least 1; give such an int."
@@ -107,6 +117,56 @@ class HeadMasks(Handled):
             self._check_rows()
         self._cache: Cache[Any] = Cache(32)
         self._new_handle()
+
+    @classmethod
+    def from_patterns(
+        cls,
+        layout: TokenLayout,
+        patterns: HeadPattern | Sequence[HeadPattern],
+        *,
+        heads: int | None = None,
+        kv_layout: TokenLayout | None = None,
+        boxes: Images | None = None,
+        stream: int = 0,
+        allow_empty_rows: bool = False,
+    ) -> HeadMasks:
+        """Lay one pattern per head out on `layout`, so that masks and layout cannot disagree.
+
+        patterns   one per head, or a single one for all `heads`: "dense", a name of `masks.PATTERNS`, a `masks.Pattern`,
+                   a function layout -> (R, C) bool, called as (layout, kv_layout) where that is given, or such a mask,
+                   also (B, R, C)
+        kv_layout  the layout of the keys where they are other tokens than queries
+        boxes      for patterns that follow prompts: per image, a list of (top, left, bottom, right) in patches
+        stream     of the first head: random patterns of head h draw from stream + h
+
+        Special rows and columns are kept by patterns and functions; masks are taken as they are. A head that keeps every
+        block becomes dense. ValueError or TypeError for what does not fit.
+
+            >>> layout = masks.TokenLayout((64, 64), start=1, order="tile")
+            >>> hm = HeadMasks.from_patterns(layout, ["dense"] * 2 + [masks.Pattern("local_window", radius=8)] * 10)
+        """
+        check_layout("layout", layout)
+        if kv_layout is not None:
+            check_layout("kv_layout", kv_layout)
+        masks = [
+            blocks_of(pattern, head, layout, kv_layout, boxes, stream + head)
+            for head, pattern in enumerate(per_head(patterns, heads))
+        ]  # (images, R, C) each
+        sparse = [mask for mask in masks if mask is not None and not mask.all()]
+        images = max(map(len, sparse), default=1)
+        if any(len(mask) not in (1, images) for mask in sparse):
+            raise ValueError(
+                f"heads have masks for {sorted(set(map(len, sparse)))} images: expected 1 or one number for all; index them."
+            )
+        return cls(
+            torch.stack([mask.expand(images, -1, -1) for mask in sparse], dim=1)
+            if sparse
+            else None,  # (images, S, R, C)
+            [int(mask is not None and not mask.all()) for mask in masks],
+            layout=layout,
+            kv_layout=kv_layout,
+            allow_empty_rows=allow_empty_rows,
+        )
 
     # What the masks say
 
@@ -254,10 +314,13 @@ class HeadMasks(Handled):
                     "size; rebuild one of them."
                 )
             if self.num_blocks is not None and self.num_blocks[axis] != layout.num_blocks:
+                assert self.layout is not None
+                assert self.kv_layout is not None
+                tokens = (self.layout.num_tokens, self.kv_layout.num_tokens)
+                fits = what_fits(self.num_blocks, layout.block_size, tokens, "TokenLayout")
                 raise ValueError(
                     f"base_blockmask has {self.num_blocks[axis]} block {'columns' if axis else 'rows'}, {name} has "
-                    f"{layout.num_tokens} tokens in {layout.num_blocks} blocks of {layout.block_size}: they must agree; make "
-                    "the mask for this layout."
+                    f"{layout.num_tokens} tokens in {layout.num_blocks} blocks of {layout.block_size}: they must agree; {fits}."
                 )
 
     def _check_rows(self) -> None:
@@ -282,23 +345,58 @@ class HeadMasks(Handled):
 DENSE, STREAMING = 0, -1
 
 
-def _check_blockmask(mask: Tensor | None) -> Tensor | None:
-    if mask is None:
-        return None
+def check_blockmask(mask: object) -> Tensor:
+    """`mask` if it is a (B or 1, S, R, C) bool tensor; TypeError or ValueError otherwise."""
     if not isinstance(mask, Tensor):
-        raise TypeError(
-            f"base_blockmask is a {type(mask).__name__}: expected a bool tensor; convert it with torch.as_tensor."
-        )
+        raise TypeError(f"base_blockmask is a {type(mask).__name__}: expected a bool tensor; {instead_of_masks(mask)}.")
     if mask.dtype != torch.bool:
-        raise TypeError(f"base_blockmask has dtype {mask.dtype}: expected torch.bool, True = compute; use mask.bool().")
-    if mask.dim() != 4:
-        raise ValueError(
-            f"base_blockmask has shape {tuple(mask.shape)}: expected (B or 1, S, R, C), one slice per block-sparse head; "
-            "add the missing axes, e.g. mask[None, None]."
+        raise TypeError(
+            f"base_blockmask has dtype {mask.dtype}: expected torch.bool, True = compute; use mask.bool() for ones and "
+            "zeros, mask == 0 for a mask that is added to logits."
         )
+    if mask.dim() != 4:
+        missing = ", ".join(["None"] * (4 - mask.dim()))
+        add = f"add the missing axes, mask[{missing}]" if 2 <= mask.dim() < 4 else "make it so"
+        raise ValueError(
+            f"base_blockmask has shape {tuple(mask.shape)}: expected (B or 1, S, R, C), one slice per block-sparse head and "
+            f"one entry per pair of blocks; {add}."
+        )
+    return mask
+
+
+def instead_of_masks(given: object) -> str:
+    """The end of a message about what is no mask: what to do with it."""
+    first = given[0] if isinstance(given, (tuple, list)) and given else given
+    if isinstance(first, Tensor) and first is not given:
+        if first.dim() == 4:
+            return "unpack what a generator returned, bsa.HeadMasks(*generated)"
+        return "stack one (R, C) mask per head, bsa.HeadMasks(masks.stack_heads(list, 1))"
+    if isinstance(given, Tensor):
+        return "wrap a base_blockmask as bsa.HeadMasks(base_blockmask, head_mask_type)"
+    if isinstance(given, HeadMasks):
+        return "use the HeadMasks as it is"
+    if isinstance(first, (Pattern, str)) or callable(first):
+        return "lay patterns out with bsa.HeadMasks.from_patterns(layout, patterns)"
+    return "convert an array with torch.as_tensor, or make masks of patterns with bsa.HeadMasks.from_patterns"
+
+
+def other_block_size(num_blocks: tuple[int, int], block_size: int, tokens: tuple[int, int]) -> int | None:
+    """The block size that explains masks of `num_blocks` for so many tokens, among the usual ones; 1 = a mask of tokens."""
+    sizes = (size for size in (1, 16, 32, 64, 128, 256) if size != block_size)
+    return next((size for size in sizes if num_blocks == tuple(-(-count // size) for count in tokens)), None)
+
+
+def what_fits(num_blocks: tuple[int, int], block_size: int, tokens: tuple[int, int], where: str) -> str:
+    """The end of a message about masks of the wrong size: what to do. `where` takes the block size."""
+    size = other_block_size(num_blocks, block_size, tokens)
+    if size == 1:
+        return "this is a mask of tokens, and one entry per pair of blocks is needed; make it from a pattern"
+    wanted = f"make the mask for this many tokens (special tokens included) in blocks of {block_size}"
     return (
-        mask.detach().clone()
-    )  # what follows from it is remembered, so later writes to the caller's tensor must not count
+        wanted
+        if size is None
+        else f"if its blocks are of {size} tokens, pass block_size={size} to {where}; else {wanted}"
+    )
 
 
 def resolve_slices(head_mask_type: Tensor | Sequence[int] | None, mask: Tensor | None) -> tuple[int, ...]:

@@ -203,6 +203,8 @@ def latency(
     which compiles kernels and takes longer; from then on `backend="auto"` takes the one that costs least. After installing another backend: `anew`.
     """
     device = torch.device(device)
+    if device.type == "meta":
+        raise ValueError("device='meta': nothing is computed there; give a device that computes, 'cpu' or 'cuda'.")
     what = describe_machine(head_dim, dtype, device)
     known = _known.get(what) or _read().get(what)
     if device.type == "cuda" and (anew or not costs.known(costs.describe(device, dtype, head_dim, False))):
@@ -221,12 +223,17 @@ _known: dict[str, Latency] = {}
 
 def _read() -> dict[str, Latency]:
     """What the file holds; without entries that are not ours or of another version."""
-    names = {field.name for field in fields(Latency)} - {"what"}
-    return {
-        what: Latency(what=what, **entry)
-        for what, entry in cache_file.read(FILE).items()
-        if isinstance(entry, dict) and set(entry) == names and all(isinstance(x, (int, float)) for x in entry.values())
-    }
+    return {what: Latency(what=what, **entry) for what, entry in cache_file.read(FILE).items() if _is_latency(entry)}
+
+
+def _is_latency(entry: object) -> bool:
+    """Whether these are numbers that `measure` could have found."""
+    numbers = {field.name for field in fields(Latency)} - {"what", "dense_in_loop"}
+    if not isinstance(entry, dict) or set(entry) != {*numbers, "dense_in_loop"}:
+        return False
+    seconds = [entry[name] for name in numbers]
+    possible = all(type(x) is float and 0 <= x < 1e6 for x in seconds)  # NaN is in no range
+    return possible and entry["dense_pair"] > 0 and entry["sparse_pair"] > 0 and type(entry["dense_in_loop"]) is bool
 
 
 # Backend by backend

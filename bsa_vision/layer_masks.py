@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
+from bsa_vision import plan_file
 from bsa_vision.cache import Cache
+from bsa_vision.carried_masks import READERS, carry, encode, is_symbolic
+from bsa_vision.errors import PlanError
 from bsa_vision.head_masks import Handled, HeadMasks
 from bsa_vision.model_spec import LayerSpec, ModelSpec
 from bsa_vision.plan import SparsityPlan
@@ -71,9 +75,7 @@ class LayerMasks(Handled):
         ValueError where they follow prompts and there are none, or these lie outside an image of this size.
         """
         key, layout = self.layer.key, self.plan.layout(self.spec, (grid[0], grid[1]))
-        keys = self.plan.key_layout(
-            self.layer, layout, None if num_keys is None else int(num_keys)
-        )  # a tensor in a trace
+        keys = self.plan.key_layout(self.layer, layout, num_keys)
         if not self.is_dynamic:
             return self.plan.compile(key, layout, keys=keys)
         entry = self.context.entry
@@ -91,3 +93,34 @@ class LayerMasks(Handled):
             return self.masks_for(grid)
         layout = self.plan.layout(self.spec, (grid[0], grid[1]))
         return self.plan.compile(self.layer.key, layout, keys=self.plan.key_layout(self.layer, layout))
+
+
+@carry.register
+def _(source: LayerMasks, grid: tuple[int, int], num_keys: int) -> bytes:
+    """Store the masks of one grid, or, where the grid may change, the patterns that make them."""
+    if not is_symbolic(grid):
+        return carry(source.masks_for(grid, num_keys), grid, num_keys)
+    key = source.layer.key
+    names = source.plan.layers[key]
+    used = {name: pattern for name, pattern in source.plan.patterns.items() if name in names}
+    plan = replace(source.plan, layers={key: names}, patterns=used, scores={}, notes={})
+    spec = replace(source.spec, layers=(source.layer,), others=())
+    try:
+        text = plan_file.dumps(plan)
+    except PlanError as error:
+        raise PlanError(
+            f"layer {source.layer.name!r}: a program whose image size may change carries patterns, not masks, and {error} "
+            "Or export it for one size."
+        ) from None
+    return encode("layer", {"spec": asdict(spec), "plan": text})
+
+
+def _layer(header: dict[str, Any], payload: bytes) -> LayerMasks:
+    fields = header["spec"]
+    pairs = {name: tuple(fields[name]) for name in ("grid", "patch_size", "others")}
+    layer = LayerSpec(**fields["layers"][0])
+    spec = ModelSpec(**{**fields, **pairs, "layers": (layer,)})
+    return LayerMasks(plan_file.loads(header["plan"]), spec, layer, Context())
+
+
+READERS["layer"] = _layer

@@ -5,6 +5,7 @@ Weights come from where each library keeps them; `random=True` builds the model 
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from bsa_vision.errors import nearest
+from bsa_vision.hub_configs import CONFIGS
 
 FORMS = "timm:NAME, transformers:NAME-OR-FOLDER, sam:vit_b | vit_l | vit_h, package.module:factory"
 
@@ -22,7 +24,8 @@ def load(
 ) -> nn.Module:
     """The model, in eval mode.
 
-    random      fresh weights, from the model's configuration: timm's and sam's are built in, transformers' must be a folder or reachable
+    random      fresh weights, from the model's configuration: timm's and sam's are built in, so are those of `hub_configs.CONFIGS`;
+                of other names of transformers it is fetched, or read from a folder
     checkpoint  sam only: a file of segment_anything
     image_size  pixels per side the model is built for, where that is asked (timm, sam)
 
@@ -78,13 +81,18 @@ def _timm(name: str, random: bool, checkpoint: Any, image_size: int | None) -> n
 def _transformers(name: str, random: bool, checkpoint: Any, image_size: int | None) -> nn.Module:
     transformers = _library("transformers")
     try:
+        if random and name in CONFIGS and not Path(name).is_dir():
+            kind, config = CONFIGS[name]
+            return transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **copy.deepcopy(config)))
         if random:
             return transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(name))
         return transformers.AutoModel.from_pretrained(name)
     except Exception as error:
+        near = nearest(name, CONFIGS) if random else ""
+        needs = "its configuration, which is not built in, must be fetched" if random else "its weights must be fetched"
         raise ValueError(
-            f"model 'transformers:{name}' gave {_first_line(error)}; allowed are names on the Hub and folders that hold a config.json (with "
-            "--random that is all they need); check the name, the network, or give a folder."
+            f"model 'transformers:{name}' gave {_first_line(error)}; {needs}: check the name and the network, or give a folder that holds "
+            f"{'a config.json' if random else 'the model'}{near}."
         ) from None
 
 

@@ -100,5 +100,5 @@ class ModelSpec:
                 return layer
         known = [layer.name for layer in self.layers]
         raise PlanError(
-            f"no attention layer {name!r} in this model: it has {', '.join(known)}{nearest(name, known)}; use one of them."
+            f"no attention layer {name!r} in this model: it has {', '.join(known)}{nearest(str(name), known)}; use one of them."
         )

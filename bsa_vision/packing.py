@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bsa_vision.head_masks import HeadMasks
 from masks import TokenLayout
+from masks.origin import check_layout
 
 
 @lru_cache(maxsize=64)
@@ -84,15 +85,23 @@ def pack(x: Tensor | Sequence[Tensor], layouts: TokenLayout | Sequence[TokenLayo
             "(H, n, D) with the same heads and head dim; reshape them."
         )
     per_image = list(layouts) if isinstance(layouts, Sequence) else [layouts] * len(images)
+    for layout in per_image:
+        if layout is not None:
+            check_layout("layout", layout)
     if len(per_image) != len(images):
         raise ValueError(
             f"{len(images)} images but {len(per_image)} layouts: give one layout for all, or one per image."
         )
     for position, (image, layout) in enumerate(zip(images, per_image, strict=True)):
         if layout is not None and layout.num_tokens != image.shape[1]:
+            swapped = layout.num_tokens == image.shape[0]
+            how = (
+                "swap heads and tokens, x.transpose(-3, -2)"
+                if swapped
+                else "build the layout from this image's grid and special tokens"
+            )
             raise ValueError(
-                f"image {position} has {image.shape[1]} tokens, its layout {layout.num_tokens}: they must be equal; build the "
-                "layout from this image's grid and special tokens."
+                f"image {position} has {image.shape[1]} tokens, its layout {layout.num_tokens}: they must be equal; {how}."
             )
     lengths = [image.shape[1] for image in images]
     ordered = [

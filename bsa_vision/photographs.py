@@ -21,12 +21,17 @@ def normalisation(model: nn.Module) -> Normalisation:
 
 
 def find(paths: Iterable[str | Path]) -> list[Path]:
-    """The image files among `paths`, folders searched through; sorted within a folder. ValueError where there is none."""
+    """Return the image files among `paths`: files as given, folders with all below them, sorted, without hidden files.
+
+    ValueError where there is none, and for an empty path.
+    """
     paths = list(paths)
+    if not all(map(str, paths)):
+        raise ValueError("an image path is empty: expected image files, or a folder of them; give '.' for this folder.")
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found += sorted(x for x in path.rglob("*") if x.is_file() and x.suffix.lower() in SUFFIXES)
+            found += sorted(x for x in path.rglob("*") if _is_image(x, path))
         elif path.is_file():
             found.append(path)
         else:
@@ -36,6 +41,28 @@ def find(paths: Iterable[str | Path]) -> list[Path]:
             f"no images in {', '.join(map(str, paths)) or 'nothing'}: files that end with {', '.join(SUFFIXES)} are looked for; give others."
         )
     return found
+
+
+def _is_image(path: Path, folder: Path) -> bool:
+    """Whether a file below `folder` is meant: macOS puts a hidden `._x.jpg` beside `x.jpg` on other file systems."""
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return not hidden and path.suffix.lower() in SUFFIXES and path.is_file()
+
+
+def read_all(
+    paths: Iterable[Path], size: tuple[int, int], how: Normalisation = IMAGENET
+) -> tuple[dict[Path, Tensor], list[str]]:
+    """Return the images that can be read, and why each of the others cannot; ValueError where none can."""
+    images: dict[Path, Tensor] = {}
+    unreadable = []
+    for path in paths:
+        try:
+            images[path] = read(path, size, how)
+        except ValueError as error:
+            unreadable.append(str(error))
+    if not images:
+        raise ValueError(f"none of {len(unreadable)} images can be read; the first: {unreadable[0]}")
+    return images, unreadable
 
 
 def read(path: Path, size: tuple[int, int], how: Normalisation = IMAGENET) -> Tensor:
@@ -54,7 +81,7 @@ def read(path: Path, size: tuple[int, int], how: Normalisation = IMAGENET) -> Te
                     "8-bit image."
                 )
             fitted = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), size[::-1], Image.Resampling.BICUBIC)
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:  # broken PNGs are SyntaxErrors
         raise ValueError(
             f"image {str(path)!r} cannot be read ({error}): give a photograph in a common format."
         ) from None

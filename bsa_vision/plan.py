@@ -5,27 +5,27 @@ Knows no model: an adapter describes one as a `ModelSpec`, and a plan says what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import difflib
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bsa_vision.cache import Cache
 from bsa_vision.errors import PlanError, nearest
-from bsa_vision.head_masks import DENSE, HeadMasks
+from bsa_vision.head_masks import DENSE, HeadMasks, instead_of_masks
+from bsa_vision.head_patterns import BlockMaskFn, check_blocks, with_special
 from bsa_vision.model_spec import LayerSpec, ModelSpec
 from bsa_vision.static_mask import Static, static_heads
 from masks import PATTERNS, Pattern, TokenLayout
-from masks.patterns import Box
+from masks.origin import check_layout
+from masks.patterns import Box, is_pattern_name, parameters
 
 if TYPE_CHECKING:
     from bsa_vision.latency import Latency
-
-# layout -> (R, C) bool; (layout, layout of the keys) in layers that attend to remembered frames
-BlockMaskFn = Callable[..., Tensor]
-
 
 PatternLike = Pattern | Static | BlockMaskFn
 
@@ -110,15 +110,17 @@ class SparsityPlan:
         **params: Any,
     ) -> SparsityPlan:
         """The same pattern for all heads but the first `dense_heads`, in all global layers or these: indices, keys or module paths."""
+        _check_spec(spec)
+        _check_options(pattern, params, ("dense_heads", "layers", "order", "tile", "block_size"))
         if layers is not None:
-            wanted = [layers] if isinstance(layers, (int, str)) else list(layers)
+            wanted = _listed("layers", layers)
             layers = [spec.find(x).key if isinstance(x, str) and not x.isdecimal() else x for x in wanted]
         dense = {layer.key: ("dense",) * layer.heads for layer in spec.layers}
         plan = cls(spec.fingerprint, {}, dense, order, tile, block_size)
         heads = spec.layers[0].heads
         if not isinstance(dense_heads, int) or not 0 <= dense_heads <= heads:
             raise PlanError(
-                f"dense_heads={dense_heads!r}: the model has {heads} heads; give a number from 0 to {heads}."
+                f"dense_heads={dense_heads!r}: the model has {heads} heads; give a whole number from 0 to {heads}."
             )
         if dense_heads == heads:
             pattern, params, dense_heads = "dense", {}, 0
@@ -140,8 +142,11 @@ class SparsityPlan:
         A HeadMasks without a layout is for tokens as they come at the spec's own grid; pass `inspect(model, image_size=...)`
         for another. All must share order and block size, and be equal across the batch.
         """
-        if not isinstance(spec, ModelSpec):
-            raise TypeError(f"spec is a {type(spec).__name__}: expected a ModelSpec; pass bsa.inspect(model).")
+        _check_spec(spec)
+        if not isinstance(head_masks, Mapping):
+            raise TypeError(
+                f"head_masks is a {type(head_masks).__name__}: expected {{layer name: HeadMasks}}; name the layer each is for."
+            )
         if not head_masks:
             raise PlanError("from_head_masks got no masks: give at least one, {layer name: HeadMasks}.")
         patterns: dict[str, PatternLike] = {}
@@ -149,7 +154,16 @@ class SparsityPlan:
         layouts = {}
         for name, masks in head_masks.items():
             layer = spec.find(name)
+            if not isinstance(masks, HeadMasks):
+                raise TypeError(
+                    f"layer {name!r} has a {type(masks).__name__}: expected HeadMasks; {instead_of_masks(masks)}."
+                )
             layout = masks.layout or TokenLayout(spec.grid, start=spec.start, end=spec.end, block_size=masks.block_size)
+            if masks.layout is None and masks.made_for is not None and not masks.made_for[0].is_identity:
+                raise PlanError(
+                    f"layer {layer.name!r}: its masks were made for {masks.made_for[0]}, its HeadMasks has no layout; pass layout= to "
+                    "HeadMasks, or make them with HeadMasks.from_patterns."
+                )
             names = static_heads(layer, masks, layout)
             patterns.update({key: pattern for key, pattern in names if pattern is not None})
             layers[layer.key] = tuple(key for key, _ in names)
@@ -175,10 +189,11 @@ class SparsityPlan:
         pattern  a name of `masks.PATTERNS` with its parameters, the name of a pattern of this plan, a `masks.Pattern`,
                  or any function layout -> (R, C) bool
         """
+        _check_options(pattern, params, ("layers", "heads"))
         name, chosen = self._named(pattern, params)
         keys = self._select(layers)
         every = range(self.model["heads"])
-        wanted = set(every) if heads is None else {heads} if isinstance(heads, int) else set(heads)
+        wanted = set(every) if heads is None else set(_listed("heads", heads))
         if not wanted or not wanted <= set(every):
             raise PlanError(
                 f"heads={list(wanted)} match no head: the model has heads 0 to {self.model['heads'] - 1}; choose among them."
@@ -250,8 +265,10 @@ class SparsityPlan:
         if params:
             raise PlanError(f"{pattern!r} takes no further parameters, got {', '.join(params)}; remove them.")
         if not callable(pattern):
+            given = f"is a {type(pattern).__name__}" if isinstance(pattern, (Tensor, HeadMasks)) else f"={pattern!r}"
             raise PlanError(
-                f"pattern={pattern!r}: expected a name, a Pattern, or a function layout -> (R, C) bool; pass one."
+                f"pattern{' ' if given.startswith('is') else ''}{given}: expected a name, a Pattern, or a function layout -> (R, C) bool; "
+                f"pass one{_instead_of_pattern(pattern)}."
             )
         name = repr(pattern)
         if not isinstance(pattern, (Pattern, Static)):
@@ -268,7 +285,7 @@ class SparsityPlan:
     def _select(self, layers: int | str | Iterable[int | str] | None) -> set[str]:
         if layers is None:
             return set(self.layers)
-        wanted = [layers] if isinstance(layers, (int, str)) else list(layers)
+        wanted = _listed("layers", layers)
         keys = {key for key in self.layers for layer in wanted if key == layer or key.rpartition(".")[2] == str(layer)}
         missing = [
             layer for layer in wanted if not any(key == layer or key.rpartition(".")[2] == str(layer) for key in keys)
@@ -289,6 +306,7 @@ class SparsityPlan:
 
     def layout(self, spec: ModelSpec, grid: tuple[int, int] | None = None) -> TokenLayout:
         """The layout of the plan's masks for `spec` at `grid` (None = the model's own)."""
+        _check_spec(spec)
         return TokenLayout(
             spec.grid if grid is None else grid,
             start=spec.start,
@@ -325,6 +343,7 @@ class SparsityPlan:
 
         Cached, unless the layer is dynamic. A head whose pattern keeps every block becomes dense, which is the same function.
         """
+        check_layout("layout", layout)
         if layer not in self.layers:
             raise PlanError(f"no layer {layer!r} in this plan: it has {', '.join(self.layers)}; use one of these keys.")
         if self.is_dynamic(layer):
@@ -338,6 +357,7 @@ class SparsityPlan:
 
     def sparsity(self, layout: TokenLayout) -> float:
         """Realised sparsity over all heads and blocks of the model, dense ones included, 0 to 1. What is remembered counts as one frame."""
+        check_layout("layout", layout)
         one_frame = replace(layout, start=0, end=0)
         per_layer = [
             self.compile(key, layout, keys=one_frame if key.startswith("mem_cross.") else None).sparsity
@@ -347,11 +367,13 @@ class SparsityPlan:
 
     def complete(self, spec: ModelSpec) -> SparsityPlan:
         """This plan with every layer of `spec` named: those it does not mention are dense."""
+        _check_spec(spec)
         dense = {layer.key: ("dense",) * layer.heads for layer in spec.layers}
         return replace(self, layers={**dense, **self.layers})
 
     def check(self, spec: ModelSpec) -> None:
         """Raise PlanError unless this plan is for models like `spec`."""
+        _check_spec(spec)
         wrong = {
             key: (self.model.get(key), value) for key, value in spec.fingerprint.items() if self.model.get(key) != value
         }
@@ -389,16 +411,14 @@ class SparsityPlan:
     def _compile(
         self, layer: str, layout: TokenLayout, prompts: Sequence[Sequence[Box]], keys: TokenLayout | None
     ) -> HeadMasks:
-        masks = [
-            None
+        heads = [
+            name
             if name == "dense"
             else torch.stack([self._lay_out(layer, head, layout, boxes, keys) for boxes in prompts])
             for head, name in enumerate(self.layers[layer])
         ]  # (images, R, C) each
-        sparse = [mask for mask in masks if mask is not None and not mask.all()]
-        types = [int(mask is not None and not mask.all()) for mask in masks]
         try:
-            return HeadMasks(torch.stack(sparse, dim=1) if sparse else None, types, layout=layout, kv_layout=keys)
+            return HeadMasks.from_patterns(layout, heads, kv_layout=keys)
         except ValueError as error:
             raise PlanError(f"layer {layer!r} of the plan: {error}") from None
 
@@ -407,14 +427,14 @@ class SparsityPlan:
     ) -> Tensor:
         name = self.layers[layer][head]
         pattern = self.patterns[name]
+        if isinstance(pattern, Static):
+            if keys is not None:
+                raise PlanError(
+                    f"layer {layer!r} attends to remembered frames, whose number grows: a static mask fits one number of keys only; use a "
+                    "geometric pattern."
+                )
+            return pattern(layout)
         try:
-            if isinstance(pattern, Static):
-                if keys is not None:
-                    raise PlanError(
-                        f"layer {layer!r} attends to remembered frames, whose number grows: a static mask fits one number of keys only; use a "
-                        "geometric pattern."
-                    )
-                return pattern(layout)
             if isinstance(pattern, Pattern):
                 return pattern(layout, int(layer.rpartition(".")[2]) * self.model["heads"] + head, boxes, keys)
             mask = pattern(layout) if keys is None else pattern(layout, keys)
@@ -424,14 +444,10 @@ class SparsityPlan:
             raise PlanError(
                 f"layer {layer!r}, head {head}, pattern {name!r}: {type(error).__name__}: {error}"
             ) from error
-        expected = (layout.num_blocks, (keys or layout).num_blocks)
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != expected:
-            got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise PlanError(
-                f"pattern {name!r} returned {got}: expected torch.bool of shape {expected}, one entry per pair of blocks of "
-                f"{layout}; return such a tensor."
-            )
-        return mask.cpu() | layout.special_blocks[:, None] | (keys or layout).special_blocks[None]
+        try:
+            return with_special(check_blocks(mask, f"pattern {name!r} returned", layout, keys), layout, keys)
+        except ValueError as error:
+            raise PlanError(str(error)) from None
 
     def __str__(self) -> str:
         lines = [
@@ -441,3 +457,59 @@ class SparsityPlan:
             counts = {name: names.count(name) for name in dict.fromkeys(names)}
             lines.append(f"  {key:<9}" + ", ".join(f"{count} x {name}" for name, count in counts.items()))
         return "\n".join(lines)
+
+
+def as_plan(plan: object) -> SparsityPlan:
+    """`plan`, or the one in the file of that path; TypeError or FileNotFoundError for what is none."""
+    if isinstance(plan, SparsityPlan):
+        return plan
+    if isinstance(plan, (str, os.PathLike)):
+        if not os.path.exists(plan):
+            hint = f"; for a pattern use bsa.uniform_plan(model, {plan!r})" if is_pattern_name(plan) else ""
+            raise FileNotFoundError(
+                f"plan={os.fspath(plan)!r}: no such file; pass a SparsityPlan or the path of one that was saved{hint}."
+            )
+        return SparsityPlan.load(plan)
+    how = "make one with bsa.uniform_plan(model, ...), or read one with bsa.SparsityPlan.load(path)"
+    held = list(plan.values()) if isinstance(plan, Mapping) else [plan]
+    if held and all(isinstance(masks, HeadMasks) for masks in held):
+        how = "make one of masks with bsa.SparsityPlan.from_head_masks(bsa.inspect(model), {layer: masks})"
+    elif isinstance(plan, nn.Module):
+        how = "the model comes first"
+    elif isinstance(plan, Pattern):
+        how = "make one with bsa.uniform_plan(model, pattern)"
+    raise TypeError(f"plan is a {type(plan).__name__}: expected a SparsityPlan or the path of one; {how}.")
+
+
+def _instead_of_pattern(given: object) -> str:
+    """The end of a message about what is no pattern."""
+    if isinstance(given, (Tensor, HeadMasks)):
+        return ", and masks with bsa.SparsityPlan.from_head_masks(bsa.inspect(model), {layer: HeadMasks})"
+    if isinstance(given, (list, tuple)):
+        return ", and others head by head with plan.replace(heads=..., pattern=...)"
+    return ""
+
+
+def _check_spec(spec: object) -> None:
+    if not isinstance(spec, ModelSpec):
+        raise TypeError(f"spec is a {type(spec).__name__}: expected a ModelSpec; pass bsa.inspect(model).")
+
+
+def _check_options(pattern: Any, params: Mapping[str, Any], options: Sequence[str]) -> None:
+    """Raise PlanError for a parameter that looks like one of `options`, misspelt: the pattern's own message would mislead."""
+    own = parameters(pattern) if isinstance(pattern, str) and pattern in PATTERNS else []
+    for param in params:
+        close = difflib.get_close_matches(param, [*options, *own], n=1, cutoff=0.7)
+        if param not in own and close and close[0] in options:
+            raise PlanError(
+                f"{param}={params[param]!r}: allowed are {', '.join([*options, *own])}; did you mean {close[0]}?"
+            )
+
+
+def _listed(name: str, given: Any) -> list[Any]:
+    """A single layer or head, or several, as a list."""
+    if isinstance(given, (int, str)):
+        return [given]
+    if not isinstance(given, Iterable):
+        raise PlanError(f"{name}={given!r}: expected indices{' or names' * (name == 'layers')}; give one, or a list.")
+    return list(given)

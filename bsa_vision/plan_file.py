@@ -23,6 +23,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,9 +53,9 @@ def save(plan: SparsityPlan, path: str | os.PathLike[str]) -> None:
 
 def load(path: str | os.PathLike[str]) -> SparsityPlan:
     """Read a plan; PlanError says what is wrong, OSError that there is no such file."""
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    data = Path(path).read_bytes()
     try:
-        return loads(text)
+        return loads(data)
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from None
 
@@ -93,11 +94,15 @@ def _dumps(plan: SparsityPlan) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def loads(text: str) -> SparsityPlan:
-    """The plan in JSON text."""
+def loads(text: str | bytes) -> SparsityPlan:
+    """The plan in JSON text, or in its UTF-8 bytes."""
     try:
-        data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        text = text.decode() if isinstance(text, bytes) else text
+        data = json.loads(text, object_pairs_hook=_without_repeated_keys, parse_constant=_no_constant)
+        _check_depth(data)
+    except PlanError:
+        raise
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, numbers of thousands of digits
         raise PlanError(
             f"not JSON ({error}): the file is damaged or not a plan; restore it or save the plan again."
         ) from None
@@ -134,8 +139,43 @@ def loads(text: str) -> SparsityPlan:
         )
     except PlanError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise PlanError(f"{error} The file is damaged or was edited wrongly; correct that entry.") from None
+
+
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise PlanError(f"the key {key!r} is written twice: which one counts cannot be told; remove one of them.")
+        found[key] = value
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise PlanError(f"{name} is no number of JSON: expected a finite number; correct it.")
+
+
+DEPTH = 50  # of lists and objects within each other; a tuned plan has 8
+
+
+def _check_depth(data: Any) -> None:
+    """Raise PlanError for data nested deeper than others (copies, hashes, texts) can follow, and for infinite numbers."""
+    level, depth = [data], 0
+    while level:
+        if depth > DEPTH:
+            raise PlanError(
+                f"lists or objects lie more than {DEPTH} deep in each other: the file is damaged; restore it."
+            )
+        if any(isinstance(x, float) and not math.isfinite(x) for x in level):
+            raise PlanError("a number is too large for a float: expected a finite number; correct it.")
+        level = [
+            x
+            for held in level
+            if isinstance(held, (dict, list))
+            for x in (held.values() if isinstance(held, dict) else held)
+        ]
+        depth += 1
 
 
 def _pattern_spec(name: str, pattern: PatternLike) -> dict[str, Any]:
@@ -158,7 +198,7 @@ def _pattern(name: str, spec: Any) -> PatternLike:
     if "static" not in spec:
         try:
             return Pattern.from_spec(spec)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise PlanError(f"pattern {name!r}: {error}") from None
     _check_keys(f"pattern {name!r}", spec, ("static", "layout"))
     try:
@@ -171,7 +211,7 @@ def _pattern(name: str, spec: Any) -> PatternLike:
             raise ValueError(f"{len(bits)} bytes of mask, {layout} needs {-(-size // 8)}")
         mask = torch.from_numpy(np.unpackbits(bits, count=size).astype(bool)).reshape(layout.num_blocks, -1)
         return Static(mask, layout)
-    except (ValueError, TypeError, KeyError, binascii.Error) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, binascii.Error) as error:
         raise PlanError(
             f"static mask {name!r} is damaged ({error}): expected bit-packed base64 and its layout; save it again."
         ) from None

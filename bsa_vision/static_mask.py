@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bsa_vision.errors import PlanError
-from bsa_vision.head_masks import DENSE, HeadMasks
+from bsa_vision.head_masks import DENSE, HeadMasks, other_block_size
 from bsa_vision.model_spec import LayerSpec
 from masks import TokenLayout
 
@@ -52,9 +52,11 @@ def static_heads(layer: LayerSpec, masks: HeadMasks, layout: TokenLayout) -> lis
             f"layer {layer.name!r}: its HeadMasks have other keys than queries, self-attention has one layout."
         )
     if masks.num_blocks is not None and masks.num_blocks != (layout.num_blocks,) * 2:
+        size = other_block_size(masks.num_blocks, layout.block_size, (layout.num_tokens,) * 2)
+        other = f"if their blocks are of {size} tokens, pass block_size={size} to HeadMasks; else " if size else ""
         raise PlanError(
-            f"layer {layer.name!r}: its HeadMasks have {masks.num_blocks} blocks, {layout} has {layout.num_blocks}: make them "
-            "for this image size and its special tokens, or pass inspect(model, image_size=...)."
+            f"layer {layer.name!r}: its HeadMasks have {masks.num_blocks} blocks, {layout} has {layout.num_blocks}: {other}make "
+            "them for this image size and its special tokens, or pass inspect(model, image_size=...)."
         )
     blocks = masks.block_mask(layout.num_tokens, layout.num_tokens)  # (B or 1, H, R, C)
     if not (blocks == blocks[:1]).all():

@@ -26,7 +26,7 @@ def main() -> None:
     runs, pairs = {}, {}
     for grid in GRIDS:
         layout = masks.TokenLayout(grid, order="tile")
-        hm = bsa.HeadMasks(masks.stack_heads([masks.local_window(layout, RADIUS)] * HEADS, 1), layout=layout)
+        hm = bsa.HeadMasks.from_patterns(layout, masks.Pattern("local_window", radius=RADIUS), heads=HEADS)
         tensors = [torch.randn(1, HEADS, layout.num_tokens, 64) for _ in range(3)]
         runs[grid] = lambda tensors=tensors, hm=hm: bsa.sparse_attention(*tensors, hm)
         pairs[grid] = sum(hm.kept_pairs(layout.num_tokens, layout.num_tokens))

@@ -121,7 +121,7 @@ class TokenLayout:
         Special tokens have no place: a block without patches is at distance h + w, farther than any patch.
         Exact: blocks are cut into rectangles, whose row and column gaps are independent; nothing is N x N.
         """
-        return _block_distance(self, _check_metric(metric), self if keys is None else keys)
+        return _block_distance(self, check_metric(metric), self if keys is None else keys)
 
     def centroid_distance(self) -> Tensor:
         """(R, R) float64: squared Euclidean distance between the mean patch positions of blocks; inf without patches."""
@@ -134,7 +134,7 @@ class TokenLayout:
 
     def distance_to_box(self, top: int, left: int, bottom: int, right: int, metric: str = "l1") -> Tensor:
         """(R,) int64: the smallest distance from any patch of rows top to bottom, columns left to right, both included, to each block."""
-        _check_metric(metric)
+        check_metric(metric)
         names = ("top", "left", "bottom", "right")
         top, left, bottom, right = (
             whole_number(n, v, 0) for n, v in zip(names, (top, left, bottom, right), strict=True)
@@ -154,7 +154,8 @@ class TokenLayout:
         return _smallest(_gap(box, rectangles, metric), rectangles.block, self)[0]
 
 
-def _check_metric(metric: str) -> str:
+def check_metric(metric: str) -> str:
+    """`metric`, or a ValueError that names the allowed ones."""
     if metric not in METRICS:
         raise ValueError(f"metric={metric!r}: allowed are {', '.join(map(repr, METRICS))}; choose one of them.")
     return metric

@@ -8,18 +8,22 @@ union and intersection are `|` and `&`. `Pattern` is the same thing not yet laid
 from __future__ import annotations
 
 import copy
+import difflib
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from masks.layout import TokenLayout, whole_number, whole_pair
+from masks.layout import TokenLayout, check_metric, whole_number, whole_pair
+from masks.origin import check_layout, laid_out, layouts_of, remember
 
 
+@laid_out
 def special(layout: TokenLayout, keys: TokenLayout | None = None) -> Tensor:
     """Only what is always kept: rows and columns of blocks that hold a special token, and each block's own (its own place among `keys`)."""
     if keys is not None:
@@ -32,11 +36,13 @@ def _keep_special(layout: TokenLayout, mask: Tensor, keys: TokenLayout | None = 
     return mask | layout.special_blocks[:, None] | (keys or layout).special_blocks[None]
 
 
+@laid_out
 def dense(layout: TokenLayout, keys: TokenLayout | None = None) -> Tensor:
     """Every block sees every block."""
     return torch.ones(layout.num_blocks, (keys or layout).num_blocks, dtype=torch.bool, device="cpu")
 
 
+@laid_out
 def local_window(
     layout: TokenLayout, radius: int = 8, metric: str = "chebyshev", keys: TokenLayout | None = None
 ) -> Tensor:
@@ -51,11 +57,13 @@ def local_window(
     return _keep_special(layout, layout.block_distance(metric, keys) <= whole_number("radius", radius, 0), keys)
 
 
+@laid_out
 def axial(layout: TokenLayout, width: int = 0, keys: TokenLayout | None = None) -> Tensor:
     """Blocks with at least one pair of patches whose rows, or whose columns, differ by at most `width` (any-rule)."""
     return _keep_special(layout, layout.block_distance("axis", keys) <= whole_number("width", width, 0), keys)
 
 
+@laid_out
 def nearest(layout: TokenLayout, sparsity: float = 0.5, metric: str = "chebyshev") -> Tensor:
     """The k nearest blocks of each row, k = max(1, round((1 - sparsity) * C)).
 
@@ -75,12 +83,14 @@ def nearest_among(layout: TokenLayout, blocks: Tensor, sparsity: float, metric: 
     return mask
 
 
+@laid_out
 def strided(layout: TokenLayout, stride: int = 2) -> Tensor:
     """Block columns 0, stride, 2 * stride, ...: every query sees the same regular sample of key blocks."""
     columns = torch.arange(layout.num_blocks, device="cpu") % whole_number("stride", stride, 1) == 0
     return _keep_special(layout, columns.expand(layout.num_blocks, -1))
 
 
+@laid_out
 def random_blocks(layout: TokenLayout, sparsity: float = 0.5, seed: int = 0, stream: int = 0) -> Tensor:
     """k random blocks in each row, its own among them; k as in `nearest`.
 
@@ -93,19 +103,28 @@ def random_blocks(layout: TokenLayout, sparsity: float = 0.5, seed: int = 0, str
     return _keep_special(layout, keep_highest(score, sparsity))
 
 
+@laid_out
 def region(layout: TokenLayout, centers: Sequence[tuple[int, int]], radius: int = 8, metric: str = "l1") -> Tensor:
     """Patches within `radius` of any of `centers` (row, column) see each other (any-rule); no other pair does."""
     radius = whole_number("radius", radius, 0)
     focus = torch.zeros(layout.num_blocks, dtype=torch.bool, device="cpu")
-    for center in centers:
-        row, column = whole_pair("center", center, 0)
+    for row, column in _pairs(centers):
         focus |= layout.distance_to_patch(row, column, metric) <= radius
     return _keep_special(layout, focus[:, None] & focus[None])
+
+
+def _pairs(centers: Any) -> list[tuple[int, int]]:
+    if not isinstance(centers, Sequence) or isinstance(centers, str):
+        raise ValueError(
+            f"centers={centers!r}: expected a list of (row, column) pairs in patches; give e.g. [(10, 20)]."
+        )
+    return [whole_pair("center", center, 0) for center in centers]
 
 
 Box = tuple[int, int, int, int]
 
 
+@laid_out
 def prompt_region(layout: TokenLayout, radius: int = 8, near: int = 2, boxes: Sequence[Box] = ()) -> Tensor:
     """Patches within `radius` of a prompt see each other; beyond that, every patch sees those within `near` (both L1, any-rule).
 
@@ -121,6 +140,7 @@ def prompt_region(layout: TokenLayout, radius: int = 8, near: int = 2, boxes: Se
     return _keep_special(layout, (focus[:, None] & focus[None])) | local_window(layout, near, "l1")
 
 
+@laid_out
 def window(layout: TokenLayout, size: int = 14, shift: int = 0) -> Tensor:
     """Blocks that share a window of size x size patches, the windows moved by `shift` patches (any-rule).
 
@@ -170,6 +190,15 @@ AMONG_OTHERS = tuple(name for name, function in PATTERNS.items() if "keys" in in
 # What a pattern gets when it is laid out; everything else are its parameters.
 GIVEN = ("layout", "stream", "boxes", "keys")
 
+# What the values of parameters must be, whatever the pattern; checked before a grid is known.
+CHECKS: dict[str, Callable[[Any], Any]] = {
+    **{name: partial(whole_number, name, minimum=0) for name in ("radius", "near", "width", "shift", "seed")},
+    **{name: partial(whole_number, name, minimum=1) for name in ("stride", "size")},
+    "metric": check_metric,
+    "sparsity": lambda value: check_sparsity(value),
+    "centers": _pairs,
+}
+
 Spec = dict[str, Any]
 JOINTS = {"any": torch.logical_or, "all": torch.logical_and}
 
@@ -186,8 +215,10 @@ class Pattern:
 
     def __init__(self, name: str, /, **params: Any) -> None:
         if not isinstance(name, str) or name not in PATTERNS:
-            raise ValueError(f"pattern {name!r} is unknown: allowed are {', '.join(PATTERNS)}; choose one of them.")
-        allowed = [p for p in inspect.signature(PATTERNS[name]).parameters if p not in GIVEN]
+            raise ValueError(
+                f"pattern {name!r} is unknown: allowed are {', '.join(PATTERNS)}; choose one of them{_meant(name)}."
+            )
+        allowed = parameters(name)
         for param in params:
             if param not in allowed:
                 raise ValueError(
@@ -195,8 +226,12 @@ class Pattern:
                     "remove it or correct its name."
                 )
         self._name = name
+        if "centers" in allowed and "centers" not in params:
+            raise ValueError(f"pattern {name!r} has no centers: give it (row, column) pairs, e.g. centers=[(10, 20)].")
         self._params = {param: _plain(name, param, params[param]) for param in allowed if param in params}
         self._parts: tuple[Pattern, ...] = ()
+        for param, value in self._params.items():
+            CHECKS[param](value)
 
     @classmethod
     def _join(cls, joint: str, parts: Sequence[Pattern]) -> Pattern:
@@ -233,8 +268,10 @@ class Pattern:
         stream  tells random patterns which of their draws to use; boxes tell dynamic ones where the prompts are, in patches
         keys    the layout of the columns where they are other tokens than the rows. ValueError for patterns that do not know of such
         """
+        check_layout("layout", layout)
         if self._parts:
-            return reduce(JOINTS[self._name], (part(layout, stream, boxes, keys) for part in self._parts))
+            joined = reduce(JOINTS[self._name], (part(layout, stream, boxes, keys) for part in self._parts))
+            return remember(joined, (layout, keys or layout))
         given: dict[str, dict[str, Any]] = {"random_blocks": {"stream": stream}, "prompt_region": {"boxes": boxes}}
         others = dict(given.get(self._name, {}))
         if keys is not None:
@@ -292,6 +329,29 @@ class Pattern:
         return f"{self._name}({', '.join(f'{key}={value!r}' for key, value in self._params.items())})"
 
 
+def parameters(name: str) -> list[str]:
+    """The parameters of this pattern of `PATTERNS`, in their order."""
+    return [param for param in inspect.signature(PATTERNS[name]).parameters if param not in GIVEN]
+
+
+def is_pattern_name(name: Any) -> bool:
+    """Whether `name` is, or looks like, the name of a pattern."""
+    return isinstance(name, str) and (name in PATTERNS or bool(_meant(name)))
+
+
+def _meant(name: Any) -> str:
+    """The end of a message about an unknown name: what it looks like, written as Python wants it."""
+    if not isinstance(name, str):
+        return ""
+    word, *values = name.split(":")
+    close = difflib.get_close_matches(word, PATTERNS, n=1, cutoff=0.55)
+    if not close:
+        return ""
+    first = [f"{param}={value}" for param, value in zip(parameters(close[0]), values, strict=False)]
+    named = [value if "=" in value else pair for value, pair in zip(values, first, strict=False)]
+    return f" (did you mean {', '.join([repr(close[0]), *named])}?)"
+
+
 def _plain(name: str, param: str, value: Any) -> Any:
     """`value` as JSON gives it back, so that a pattern equals itself after a round trip through a file."""
     if value is None or isinstance(value, (str, bool, int, float)):
@@ -312,11 +372,26 @@ def _hashable(value: Any) -> Any:
     return tuple(_hashable(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
+def check_sparsity(sparsity: Any) -> float:
+    """`sparsity` as a float, or a ValueError."""
+    number = isinstance(sparsity, Real) and not isinstance(sparsity, bool)
+    if not number or not 0.0 <= sparsity <= 1.0:
+        percent = number and 1 < sparsity <= 100
+        example = f"{float(sparsity) / 100:g} for {sparsity:g} %" if percent else "such a number"
+        raise ValueError(f"sparsity={sparsity!r}: expected the fraction of blocks to skip, 0 to 1; give {example}.")
+    return float(sparsity)
+
+
 def num_kept(sparsity: float, num_blocks: int) -> int:
     """How many of `num_blocks` blocks a row keeps at `sparsity`: max(1, round((1 - sparsity) * C))."""
-    if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0.0 <= sparsity <= 1.0:
-        raise ValueError(f"sparsity={sparsity!r}: expected the fraction of blocks to skip, 0 to 1; give such a number.")
-    return max(1, round((1 - float(sparsity)) * num_blocks))
+    skipped = check_sparsity(sparsity)
+    if skipped == 1 and num_blocks > 1:
+        warnings.warn(
+            f"sparsity={sparsity!r} keeps one block of {num_blocks} in each row, the least there is: sparsity is "
+            "the fraction to skip; give 0.0 to keep every block.",
+            stacklevel=3,
+        )
+    return max(1, round((1 - skipped) * num_blocks))
 
 
 def keep_highest(score: Tensor, sparsity: float) -> Tensor:
@@ -330,6 +405,15 @@ def stack_heads(masks: Iterable[Tensor], batch_size: int, device: torch.device |
 
     device  None is torch's default device.
     """
-    heads = torch.stack(list(masks))  # (S, R, C)
+    given = list(masks)
+    shapes = {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__ for mask in given}
+    if len(shapes) != 1 or not isinstance(given[0], Tensor):
+        raise ValueError(
+            f"stack_heads got masks of shapes {sorted(map(str, shapes))}: expected one (R, C) tensor per head, all of one "
+            "layout; make them for one TokenLayout."
+        )
+    heads = torch.stack(given)  # (S, R, C)
     device = torch.get_default_device() if device is None else device
-    return heads.repeat(whole_number("batch_size", batch_size, 1), 1, 1, 1).to(device)  # (B, S, R, C)
+    stacked = heads.repeat(whole_number("batch_size", batch_size, 1), 1, 1, 1).to(device)  # (B, S, R, C)
+    known = {layouts for mask in given if (layouts := layouts_of(mask)) is not None}
+    return remember(stacked, known.pop() if len(known) == 1 else None)

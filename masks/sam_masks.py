@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from masks.layout import TokenLayout, whole_number, whole_pair
+from masks.origin import remember
 from masks.patterns import dense, keep_highest, local_window, nearest_among, region, special, stack_heads
 from masks.vit_masks import Device, hybrid, show
 
@@ -73,6 +74,7 @@ def generate_sam_image_to_prompt_mask(
         image_blocks = (~layout.special_blocks).nonzero().squeeze(1)
         prompts = layout.special_blocks
         mask = nearest_among(layout, image_blocks, image_sparsity) | prompts[:, None] | prompts[None]
+        remember(mask, (layout, layout))
     return stack_heads([mask] * whole_number("num_heads", num_heads, 1), batch_size, device)
 
 
@@ -121,7 +123,7 @@ def generate_sam_region_focused_mask(
         stack_heads([local | region(layout, positions, focus_radius)] * num_heads, 1, device)
         for positions in _positions_per_image(prompt_positions, whole_number("batch_size", batch_size, 1))
     ]
-    return torch.cat(images)
+    return remember(torch.cat(images), (layout, layout))
 
 
 def _positions_per_image(positions: Any, batch_size: int) -> list[list[tuple[int, int]]]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from masks.drawing import draw
 from masks.layout import TokenLayout, whole_number, whole_pair
+from masks.origin import remember
 from masks.patterns import dense, local_window, nearest, random_blocks, stack_heads, strided
 
 Size = int | Sequence[int]
@@ -134,6 +135,7 @@ def hybrid(
         )
     mask = nearest(layout, sparsity)
     base = stack_heads([mask] * num_heads, batch_size, device)[:, num_dense:].contiguous()
+    remember(base, (layout, layout))
     return base, torch.tensor([0] * num_dense + [1] * (num_heads - num_dense), dtype=torch.int32, device=base.device)
 
 

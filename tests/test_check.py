@@ -5,7 +5,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import bsa_vision as bsa
-from masks import TokenLayout, generate_vit_random_sparse_mask
+from masks import Pattern, TokenLayout, generate_vit_random_sparse_mask, local_window, stack_heads
 
 TOKENS = 2048
 
@@ -110,3 +110,62 @@ def test_float32_and_wide_heads_on_cuda():
     assert bsa.check(wide, wide, mask).topics == ("dtype", "head-dim")
     assert "q is torch.float32 on CUDA" in str(bsa.check(wide, wide, mask))
     assert bsa.check(half, half, mask).ok
+
+
+TILES = TokenLayout((32, 64), order="tile")
+
+
+class TestOrder:
+    """Masks and tokens in one order, as far as that is known."""
+
+    def blocks(self, layout=TILES):
+        return stack_heads([local_window(layout, 4)] * 4, 1)
+
+    def test_a_forgotten_layout_is_named(self):
+        q, k, _ = good()
+        report = bsa.check(q, k, bsa.HeadMasks(self.blocks()))
+        assert (report.topics, report.findings[0].level, report.ok) == (("order",), "error", False)
+        assert "order='tile'" in str(report)
+        assert "tokens are taken as they come" in str(report)
+        assert "nothing wrong" not in str(report)
+
+    @pytest.mark.parametrize("right", ["given", "in one call", "raster", "a plan's"])
+    def test_twin_with_the_layout(self, right):
+        q, k, _ = good()
+        spec = bsa.ModelSpec("vit", (bsa.LayerSpec("blocks.0", 0, 4, 64),), (32, 64), (16, 16))
+        made = {
+            "given": lambda: bsa.HeadMasks(self.blocks(), layout=TILES),
+            "in one call": lambda: bsa.HeadMasks.from_patterns(TILES, "axial", heads=4),
+            "raster": lambda: bsa.HeadMasks(self.blocks(TokenLayout((32, 64)))),
+            "a plan's": lambda: bsa.SparsityPlan.uniform(spec, "axial").compile("self.0", TILES),
+        }
+        assert bsa.check(q, k, made[right]()).findings == ()
+
+    def test_another_layout_than_the_masks(self):
+        """A generator's masks, given a layout they were not made for; and one whose tiles are rows, which is the same order."""
+        q, k, mask = good()
+        assert "made for TokenLayout(grid=(32, 64)" in str(bsa.check(q, k, bsa.HeadMasks(mask, layout=TILES)))
+        rows = TokenLayout((32, 64), order="tile", tile=(1, 64))
+        assert bsa.check(q, k, bsa.HeadMasks(mask, layout=rows)).ok
+
+    def test_what_is_not_known_is_a_note(self):
+        q, k, _ = good()
+        report = bsa.check(q, k, bsa.HeadMasks(self.blocks().clone()))
+        assert (report.topics, report.findings[0].level, report.ok) == (("order",), "note", True)
+        assert str(report).startswith("nothing wrong found, and blocks to skip\n[note] tokens are taken as they come")
+        assert bsa.check(q, k, bsa.HeadMasks(self.blocks() | True)).topics == ("all-true", "little-sparsity")
+
+    def test_packed_tokens_must_be_in_order_already(self):
+        q, k, _, options = packed()
+        report = bsa.check(q, k, self.blocks(), **options)
+        assert (report.topics, report.ok) == (("order",), True)
+        assert "bsa.pack(q, layout)" in str(report)
+        assert bsa.check(q, k, bsa.HeadMasks(self.blocks(), layout=TILES), **options).topics == ("order",)
+        assert bsa.check(q, k, self.blocks(TokenLayout((32, 64))), **options).findings == ()
+
+    def test_joined_and_moved_masks_are_remembered_where_that_is_cheap(self):
+        q, k, _ = good()
+        joined = (Pattern("axial") | Pattern("strided", stride=5))(TILES)
+        assert bsa.check(q, k, bsa.HeadMasks(stack_heads([joined] * 4, 1))).topics == ("order",)
+        some = [local_window(TILES, 4), local_window(TILES, 2) | joined] * 2  # of the latter nothing is known
+        assert bsa.check(q, k, bsa.HeadMasks(stack_heads(some, 1))).findings[0].level == "error"

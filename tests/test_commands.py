@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from bsa_vision import cli, doctor, loading
+from bsa_vision import cli, doctor, hub_configs, loading
+from bsa_vision.adapters import inspect
 from bsa_vision.backends import BACKENDS
 from masks import TokenLayout, draw, local_window
 from tests import models
@@ -58,7 +61,7 @@ class TestDoctor:
         code, out, _ = run(capsys, "doctor --json")
         assert code == 0
         kinds = [finding["kind"] for finding in json.loads(out)]
-        assert kinds == sorted(kinds, key=["machine", "backend", "library"].index)
+        assert kinds == sorted(kinds, key=["package", "machine", "backend", "library"].index)
 
     def test_reasons_are_not_read_as_markup(self, capsys, monkeypatch):
         found = [doctor.Finding("library", "timm", doctor.BROKEN, "[Errno 2] no such file")]
@@ -84,7 +87,49 @@ class TestDoctor:
         table = subprocess.run(
             [sys.executable, "-c", BREAK.format(arguments=["doctor"])], capture_output=True, text=True, cwd=ROOT
         )
-        assert "torchvision is installed and fails to import: reinstall it to fit your torch" in table.stdout
+        assert "torchvision does not fit torch" in table.stdout
+        assert table.stdout.count("uninstall torchvision") == 1
+
+    def test_what_models_need_is_imported_and_its_cause_named(self, monkeypatch):
+        """timm beside a torchvision for another torch breaks transformers' DINOv3, not `import transformers`."""
+        real = doctor.importlib.import_module
+
+        class Transformers:
+            def __getattr__(self, name):
+                if name != "DINOv3ViTModel":
+                    return object
+                try:
+                    raise RuntimeError("operator torchvision::nms does not exist")
+                except RuntimeError as error:
+                    raise ModuleNotFoundError(f"Could not import module {name!r}.") from error
+
+        monkeypatch.setattr(
+            doctor.importlib, "import_module", lambda name: Transformers() if name == "transformers" else real(name)
+        )
+        found = doctor._library("transformers")
+        assert found.state == doctor.BROKEN
+        assert "DINOv3ViTModel: RuntimeError: operator torchvision::nms does not exist" in found.detail
+        assert "install the torchvision made for this torch" in doctor.advice(found)
+        assert "reinstall it to fit your torch" in doctor.advice(
+            doctor.Finding("library", "timm", doctor.BROKEN, "1.0: OSError: x")
+        )
+
+    def test_sources_that_hide_an_installation(self, tmp_path, monkeypatch):
+        installed = tmp_path / "bsa_vision"
+        installed.mkdir()
+        (installed / "__init__.py").touch()
+
+        class Distribution:
+            def locate_file(self, name):
+                return tmp_path / name
+
+        assert doctor._package().state == doctor.OK
+        assert version("bsa-vision") in doctor._package().detail
+        monkeypatch.setattr(doctor, "distribution", lambda name: Distribution())
+        found = doctor._package()
+        assert found.state == doctor.SHADOWED
+        assert str(installed) in found.detail
+        assert "run from another folder" in found.detail
 
 
 class TestMasks:
@@ -181,6 +226,8 @@ class TestDescribe:
             ("tests.models:nothing", "gave AttributeError"),
             ("tests.models:dinov3 --pattern local --plan p.json", "--pattern and --plan: one of the two"),
             ("tests.models:dinov3 --pattern nope", "allowed are random, local"),
+            ("tests.models:dinov3 --pattern windw:8", "nearest are window"),
+            ("tests.models:dinov3 --pattern local:8.5", "radius=8.5: expected a whole number"),
             ("tests.models:dinov3 --image-size 65", "both sides must be whole numbers of (8, 8) pixel patches"),
         ],
     )
@@ -190,7 +237,67 @@ class TestDescribe:
         assert message in err
 
 
+# Millions of parameters, as published.
+SIZES = {
+    "facebook/dinov2-small": 22.06,
+    "facebook/dinov2-giant": 1136.48,
+    "facebook/dinov2-with-registers-base": 86.58,
+    "facebook/dinov3-vits16-pretrain-lvd1689m": 21.60,
+    "facebook/dinov3-vits16plus-pretrain-lvd1689m": 28.69,
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": 303.13,
+    "facebook/dinov3-vith16plus-pretrain-lvd1689m": 840.59,
+    "facebook/dinov3-vit7b16-pretrain-lvd1689m": 6716.04,
+    "google/vit-base-patch16-224": 86.39,
+    "google/vit-huge-patch14-224-in21k": 632.40,
+    "openai/clip-vit-base-patch32": 151.28,
+    "openai/clip-vit-base-patch16": 149.62,
+    "openai/clip-vit-large-patch14": 427.62,
+    "openai/clip-vit-large-patch14-336": 427.94,
+    "google/siglip-base-patch16-224": 203.16,
+    "google/siglip-large-patch16-256": 652.15,
+    "google/siglip-so400m-patch14-384": 877.96,
+    "facebook/sam-vit-base": 93.74,
+    "facebook/sam-vit-large": 312.34,
+    "facebook/sam-vit-huge": 641.09,
+}
+
+
 class TestLoading:
+    @pytest.fixture
+    def offline(self, monkeypatch):
+        def refuse(*_):
+            raise OSError("no network here")
+
+        monkeypatch.setattr(socket.socket, "connect", refuse)
+        monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+    @pytest.mark.parametrize("name", hub_configs.CONFIGS)
+    def test_well_known_names_need_no_network(self, name, offline):
+        with torch.device("meta"):
+            model = loading.load(f"transformers:{name}", random=True)
+        assert inspect(model).layers
+        if name in SIZES:
+            assert sum(x.numel() for x in model.parameters()) == pytest.approx(SIZES[name] * 1e6, rel=3e-4)
+
+    def test_sizes_are_of_names_there_are(self):
+        assert set(SIZES) <= set(hub_configs.CONFIGS)
+
+    def test_other_names_do(self, monkeypatch):
+        import transformers
+
+        def refuse(*_):
+            raise OSError("no network here")
+
+        for kind in (transformers.AutoConfig, transformers.AutoModel):
+            monkeypatch.setattr(kind, "from_pretrained", refuse)
+        said = (
+            r"its configuration, which is not built in, must be fetched: .*config\.json.*nearest .*facebook/dinov2-base"
+        )
+        with pytest.raises(ValueError, match=said):
+            loading.load("transformers:facebook/dinov2-bas", random=True)
+        with pytest.raises(ValueError, match="no network here; its weights must be fetched"):
+            loading.load("transformers:facebook/dinov2-base")
+
     def test_transformers_from_a_folder(self, tmp_path):
         """With its weights, and from its configuration alone."""
         folder = save(tmp_path)

@@ -14,6 +14,7 @@ from PIL import Image
 import bsa_vision as bsa
 from bsa_vision import photographs
 from bsa_vision.adapters.layer import layers_of
+from bsa_vision.commands.options import read_images
 from bsa_vision.compare import compare, num_steps
 from bsa_vision.features import features
 from tests import models, sam2_models, sam_models, test_torchvision, timm_models
@@ -205,6 +206,33 @@ class TestPhotographs:
         (tmp_path / "folder.jpg").mkdir()
         Image.new("RGB", (9, 9)).save(tmp_path / "real.png")
         assert photographs.find(path for path in [tmp_path]) == [tmp_path / "deep.png", tmp_path / "real.png"]
+
+    def test_hidden_files_are_none_and_unreadable_ones_are_counted(self, tmp_path, capsys):
+        """macOS leaves `._x.jpg` beside `x.jpg`; a download may be cut."""
+        noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
+        for name in ("a.jpg", "B.PNG", "c.png"):
+            Image.fromarray(noise).save(tmp_path / name)
+        whole = (tmp_path / "c.png").read_bytes()
+        (tmp_path / "c.png").write_bytes(whole[: len(whole) // 2])
+        (tmp_path / "d.webp").write_bytes(b"")
+        (tmp_path / "e.png").write_bytes(whole[:40] + b"????" + whole[44:])
+        for name in ("._a.jpg", ".hidden/x.jpg", "Thumbs.db", ".DS_Store", "notes.txt"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(b"x")
+        found = photographs.find([tmp_path])
+        assert [path.name for path in found] == ["B.PNG", "a.jpg", "c.png", "d.webp", "e.png"]
+        images, unreadable = photographs.read_all(found, (8, 8))
+        assert [path.name for path in images] == ["B.PNG", "a.jpg"]
+        assert [name in text for name, text in zip(("c.png", "d.webp", "e.png"), unreadable, strict=True)] == [True] * 3
+        read, _, _ = read_images(models.make("dinov3"), found, 64)
+        assert list(read) == list(images)
+        assert capsys.readouterr().err.startswith("3 of 5 images are left out:")
+        with pytest.raises(ValueError, match="none of 3 images can be read; the first"):
+            photographs.read_all(found[2:], (8, 8))
+
+    def test_an_empty_path_is_refused(self):
+        with pytest.raises(ValueError, match="an image path is empty"):
+            photographs.find([""])
 
     def test_bombs(self, tmp_path, monkeypatch):
         Image.new("RGB", (99, 99)).save(tmp_path / "big.png")

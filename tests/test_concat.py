@@ -108,6 +108,55 @@ def test_what_float16_holds(scale):
     assert torch.allclose(found.float(), reference.run(half).out.float(), atol=0.02)
 
 
+def spoilt(own, generator, but_seen=False):
+    """-inf in some terms, and NaN in those of rows and columns that a query sees no key of, or `but_seen` in one that it does."""
+    mask = own.token_mask(next(iter(own.spans()))) if not own.masks.all_dense else torch.ones(own.num_heads, own.q.shape[2], own.k.shape[2], dtype=torch.bool)  # fmt: skip
+    terms = []
+    for term, place in zip(own.rel_pos, (own.key_row, own.key_column)):
+        seen = torch.stack([mask[..., place == i].any(-1) for i in range(term.shape[-1])], -1)  # (H, N, rows)
+        term = term.masked_fill(torch.rand(term.shape, generator=generator) < 0.3, -torch.inf)
+        term[:, :, ::7] = -torch.inf
+        terms.append(term.masked_fill(~seen, torch.nan))
+        if but_seen:
+            terms[-1][0, 0, 0, seen[0, 0].nonzero()[0, 0]] = torch.nan
+    return replace(own, rel_pos=RelPos(*terms))
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.integers(10, 60))
+def test_terms_that_are_not_finite(given_problem, width):
+    """What is not seen may hold anything, and -inf bars a key, or all there are."""
+    assume(concat.why_not(given_problem, width) is None)
+    own = spoilt(given_problem, torch.Generator().manual_seed(width))
+    found, expected = concat.attend(own, width, lambda part: without_rel_pos([], part)), reference.run(own)
+    assert torch.allclose(found.out, expected.out, atol=1e-5)
+    assert torch.equal(found.lse.isposinf(), expected.lse.isposinf())
+    assert torch.allclose(found.lse.double(), expected.lse, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [0.125, 1.0, 3.0, -0.3])
+def test_terms_that_are_not_finite_in_every_precision(dtype, scale):
+    own = spoilt(problem(TokenLayout((5, 6), block_size=16), scale=scale), torch.Generator().manual_seed(0))
+    narrow = replace(own, **{name: getattr(own, name).to(dtype) for name in "qkv"}, rel_pos=RelPos(*(term.to(dtype) for term in own.rel_pos)))  # fmt: skip
+    results = []
+    for run in (lambda x: concat.attend(x, 64, lambda y: without_rel_pos([], y)), reference.run):
+        leaves = [x.clone().requires_grad_() for x in (narrow.q, narrow.k, narrow.v, *narrow.rel_pos)]
+        out, lse, _ = run(replace(narrow, q=leaves[0], k=leaves[1], v=leaves[2], rel_pos=RelPos(*leaves[3:])))
+        results.append((out, lse, *torch.autograd.grad(out.sum(), leaves)))
+    for a, b in zip(*results):
+        assert torch.equal(a.isposinf(), b.isposinf())
+        assert torch.allclose(a.double(), b.double(), atol=0.2 if dtype.itemsize == 2 else 1e-4, rtol=0.05)
+    assert results[0][1].isposinf().any()
+
+
+def test_twin_nan_that_is_seen_shows():
+    own = spoilt(problem(TokenLayout((5, 6), block_size=16)), torch.Generator().manual_seed(0), but_seen=True)
+    for run in (lambda x: concat.attend(x, 64, lambda y: without_rel_pos([], y)), reference.run):
+        assert run(own).out[0, 0, 0].isnan().all()
+        assert run(own).out[0, 0, 1:].isfinite().all()
+
+
 def test_twin_relative_position_matters():
     own = problem(TokenLayout((9, 11), block_size=16))
     expected = reference.run(own).out

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import bsa_vision as bsa
+from bsa_vision.backends import BACKENDS
 from tests import models, sam2_models, test_sam, timm_models
 from tests.sam_models import ANY_SIZE, MODELS
 
@@ -132,3 +133,19 @@ def test_the_ceilings(size, said):
 def test_links_and_files_exist(page):
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize(
+    ("page", "row"), [("backends.md", r"^\| `(\w+)` \|"), ("concepts.md", r"^\| backend \|.*: (.*) \|$")]
+)
+def test_every_backend_is_listed(page, row):
+    found = " ".join(re.findall(row, (DOCS / page).read_text(), re.M)).replace("`", "").replace(",", "").split()
+    assert found == list(BACKENDS)
+
+
+def test_the_snippet_of_concepts_runs():
+    (snippet,) = re.findall(r"```python\n(layout = .*?)```", (DOCS / "concepts.md").read_text(), re.S)
+    names: dict = {"bsa": bsa}
+    exec(snippet, names)
+    assert names["hm"].layout is names["layout"]
+    assert names["hm"].slices[:5] == (0, 0, 0, 0, 1)

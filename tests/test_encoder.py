@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -89,6 +90,37 @@ class TestCheckpoints:
         ):
             ours.load_checkpoint({**state, "pos_embed": value})
         assert all(torch.equal(tensor, before[key]) for key, tensor in ours.state_dict().items())
+
+    @pytest.mark.parametrize("size", [(64, 64), (128, 128), (72, 120)], ids=str)
+    def test_weights_of_another_image_size(self, size):
+        """Resized when loaded, or at every call: the same. Windows keep their tables, and so does a size that is the same."""
+        trained = make("bsa_vision.encoder", seed=1)
+        other, pixels = make("bsa_vision.encoder", size=size), image(*size)
+        state = trained.state_dict()
+        with pytest.raises(
+            ValueError, match=r"of another shape: pos_embed.*only the image size differs, pass resize=True"
+        ):
+            other.load_checkpoint(state)
+        with pytest.warns(UserWarning, match=r"resized for another image size: pos_embed \(1, 12, 12, 32\) to"):
+            assert other.load_checkpoint(state, resize=True) is other
+        with torch.no_grad():
+            assert relative(other(pixels), trained(pixels)) < 1e-6
+            assert relative(make("bsa_vision.encoder", size=size)(pixels), trained(pixels)) > 1e-2
+        resized = other.state_dict()
+        changed = [key for key in state if state[key].shape != resized[key].shape]
+        assert {key.rpartition(".")[2] for key in changed} <= {"pos_embed", "rel_pos_h", "rel_pos_w"}
+        assert all(torch.equal(state[key], resized[key]) for key in state if key not in changed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            make("bsa_vision.encoder").load_checkpoint(state, resize=True)
+
+    def test_resizing_is_for_sizes_only(self):
+        ours, state = make("bsa_vision.encoder", size=(64, 64)), make("segment_anything", seed=1).state_dict()
+        before = copy.deepcopy(ours.state_dict())
+        state["blocks.0.mlp.lin1.weight"] = torch.ones(7, 32)
+        with pytest.warns(UserWarning, match="resized"), pytest.raises(ValueError, match="1 of another shape: blocks"):
+            ours.load_checkpoint(state, resize=True)
+        assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
 
     def test_a_file_that_is_no_state_dict(self, tmp_path):
         torch.save([torch.ones(1)], tmp_path / "list.pth")

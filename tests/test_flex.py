@@ -96,6 +96,30 @@ class TestEqualsReference:
         _run(masks, *(x.float() for x in (q, k, v)), rel_pos=wide, backend="flex")
         assert modified[2] is not None
 
+    @pytest.mark.parametrize("with_rel_pos", [False, True])
+    @pytest.mark.parametrize("gradients", [False, True])
+    def test_rows_whose_logits_are_all_minus_infinity(self, with_rel_pos, gradients):
+        """0 and log-sum-exp +inf, by keys or by relative position, as columns of queries and keys and as a function of the logits."""
+        layout = TokenLayout((9, 14), order="tile", tile=(4, 4), block_size=16)
+        masks = HeadMasks(stack_heads([local_window(layout, radius=2)] * 2, 1), layout=layout)
+        q, k, v = (x.detach().abs() for x in qkv(2, 2, 126, 8))
+        terms = [torch.zeros(2, 2, 126, n, dtype=q.dtype) for n in layout.grid] if with_rel_pos else []
+        for term in terms:
+            term[:, 0, 5] = term[:, 1, 60:70, 3:] = -torch.inf
+        if not terms:
+            k[0, ..., 0] = -torch.inf
+        results = []
+        for backend in ("flex", "reference"):
+            leaves = [x.clone().requires_grad_(gradients) for x in (q, k, v, *terms)]
+            rel_pos = RelPos(*leaves[3:]) if terms else None
+            out, lse, _ = _run(masks, *leaves[:3], rel_pos=rel_pos, backend=backend, return_lse=True)
+            results.append([out, lse, *(torch.autograd.grad(out.sum(), leaves) if gradients else ())])
+        assert results[0][1].isposinf().any()
+        for found, expected in zip(*results):
+            assert torch.equal(found.isposinf(), expected.isposinf())
+            finite = expected.isfinite() & found.isfinite()
+            assert torch.allclose(found[finite], expected[finite], atol=1e-9)
+
     def test_ragged_gradients(self):
         q, k, v = (x.squeeze(0) for x in qkv(1, 2, 300, 8))
         sizes = ((10, 9), (14, 15))
@@ -240,7 +264,15 @@ def test_compiled_for_a_cpu(monkeypatch, with_rel_pos):
     monkeypatch.setattr(flex, "_compiled", inductor)
     found, expected = (_run(masks, q, k, v, rel_pos=rel_pos, backend=name).out for name in ("flex", "reference"))
     close(found, expected, 1e-5)
+    k[:, 0, :128], v[:, 1, 128:256] = torch.nan, torch.nan  # what is skipped is not read
+    found, expected = (_run(masks, q, k, v, rel_pos=rel_pos, backend=name).out for name in ("flex", "reference"))
+    seen = expected.isnan()
+    assert 0 < seen.sum() < seen.numel()
+    assert found[:, 1].isnan().equal(seen[:, 1])  # torch's kernel for CPUs loses NaN of keys that are seen
+    close(found[~seen], expected[~seen], 1e-5)
     if not with_rel_pos:
+        k, v = k.nan_to_num(), v.nan_to_num()
+        expected = _run(masks, q, k, v, backend="reference").out
         where = flex._where(Problem(q, k, v, masks, 1.0))
         where.blocks.full_kv_num_blocks[0, 0, 0] -= 1
         assert not torch.allclose(_run(masks, q, k, v, backend="flex").out, expected, atol=1e-2)

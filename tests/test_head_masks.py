@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 
 import pytest
 import torch
 
-from bsa_vision import HeadMasks, pack_head_masks
+from bsa_vision import HeadMasks, LayerSpec, ModelSpec, SparsityPlan, pack_head_masks
 from bsa_vision.head_masks import from_handle
-from masks import TokenLayout, local_window, stack_heads
+from masks import Pattern, TokenLayout, local_window, random_blocks, stack_heads
+from masks.origin import layouts_of
 
 
 def base(slices=2, rows=3, columns=3, batch=1):
@@ -233,3 +235,88 @@ class TestPackHeadMasks:
             pack_head_masks([HeadMasks(base(2)), HeadMasks(base(1), [0, 1])])
         with pytest.raises(ValueError, match="image 0 has a base_blockmask for 2 images"):
             pack_head_masks([HeadMasks(base(batch=2))])
+
+
+class TestFromPatterns:
+    layout = TokenLayout((9, 14), start=5, order="tile", tile=(2, 4), block_size=8)
+
+    def test_one_pattern_per_head(self):
+        def own(layout):
+            return torch.eye(layout.num_blocks, dtype=torch.bool)
+
+        mask = torch.rand(17, 17) < 0.5
+        mask.fill_diagonal_(True)
+        near = Pattern("local_window", radius=2)
+        masks = HeadMasks.from_patterns(self.layout, ["dense", near, "axial", own, mask, "dense"])
+        special = self.layout.special_blocks
+        assert masks.slices == (0, 1, 2, 3, 4, 0)
+        assert masks.layout is masks.kv_layout is self.layout
+        assert (masks.block_size, masks.num_blocks) == (8, (17, 17))
+        expected = [
+            near(self.layout),
+            Pattern("axial")(self.layout),
+            own(self.layout) | special[:, None] | special,
+            mask,
+        ]
+        assert torch.equal(masks.base_blockmask[0], torch.stack(expected))
+
+    def test_is_what_a_plan_makes(self):
+        heads = ["dense", Pattern("random_blocks", sparsity=0.6, seed=3), Pattern("special") | Pattern("axial")]
+        spec = ModelSpec("vit", (LayerSpec("a", 0, 3, 8), LayerSpec("b", 1, 3, 8)), (9, 14), (8, 8), start=5)
+        names = ("dense", "one", "two")
+        plan = SparsityPlan(
+            spec.fingerprint, dict(zip(names[1:], heads[1:])), {"self.1": names}, "tile", (2, 4), block_size=8
+        )
+        found = HeadMasks.from_patterns(self.layout, heads, stream=3)
+        assert torch.equal(found.base_blockmask, plan.compile("self.1", self.layout).base_blockmask)
+        other = HeadMasks.from_patterns(self.layout, heads)
+        assert not torch.equal(found.base_blockmask, other.base_blockmask)
+
+    def test_random_heads_draw_anew(self):
+        masks = HeadMasks.from_patterns(self.layout, Pattern("random_blocks", sparsity=0.6), heads=3)
+        expected = [random_blocks(self.layout, 0.6, stream=head) for head in range(3)]
+        assert torch.equal(masks.base_blockmask, stack_heads(expected, 1))
+        assert not torch.equal(expected[0], expected[1])
+
+    def test_what_keeps_everything_is_dense(self):
+        assert HeadMasks.from_patterns(self.layout, [Pattern("local_window", radius=99), "axial"]).slices == (0, 1)
+        assert HeadMasks.from_patterns(self.layout, "dense", heads=2).all_dense
+
+    def test_keys_of_their_own(self):
+        keys = TokenLayout((9, 14), end=3, order="tile", tile=(2, 4), block_size=8, frames=2)
+        near = Pattern("local_window", radius=1)
+        masks = HeadMasks.from_patterns(
+            self.layout, [near, lambda queries, keys: near(queries, keys=keys)], kv_layout=keys
+        )
+        assert masks.kv_layout is keys
+        assert torch.equal(masks.base_blockmask[0], near(self.layout, keys=keys).expand(2, -1, -1))
+        with pytest.raises(ValueError, match="pattern 'strided' is for keys that are the queries' own tokens"):
+            HeadMasks.from_patterns(self.layout, "strided", heads=1, kv_layout=keys)
+
+    def test_prompts_and_masks_of_several_images(self):
+        region, boxes = Pattern("prompt_region", radius=1, near=0), [[(0, 0, 0, 0)], [(8, 13, 8, 13), (4, 4, 5, 5)]]
+        both = torch.stack([local_window(self.layout, 0), local_window(self.layout, 1)])
+        masks = HeadMasks.from_patterns(self.layout, [region, both, "axial"], boxes=boxes)
+        expected = [region(self.layout, boxes=one) for one in boxes]
+        assert torch.equal(masks.base_blockmask[:, 0], torch.stack(expected))
+        assert torch.equal(masks.base_blockmask[:, 1], both)
+        assert not torch.equal(*expected)
+        with pytest.raises(ValueError, match=r"masks for \[2, 3\] images"):
+            HeadMasks.from_patterns(self.layout, [region, both[[0, 1, 1]]], boxes=boxes)
+
+    def test_empty_rows(self):
+        nothing = torch.zeros(17, 17, dtype=torch.bool)
+        with pytest.raises(ValueError, match="keeps no key block"):
+            HeadMasks.from_patterns(self.layout, [nothing])
+        assert HeadMasks.from_patterns(self.layout, [nothing], allow_empty_rows=True).sparsity == 1
+
+    def test_what_masks_were_made_for_is_in_no_file(self):
+        """As an attribute of the tensor it would be, and torch.load with weights_only=True would refuse the file."""
+        mask, file = local_window(self.layout, 1), io.BytesIO()
+        assert layouts_of(mask) == (self.layout, self.layout)
+        torch.save(mask, file)
+        file.seek(0)
+        again = torch.load(file, weights_only=True)
+        assert torch.equal(again, mask)
+        assert layouts_of(again) is None
+        assert vars(mask) == {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -29,6 +29,26 @@ MODULE = __import__("sys").modules["bsa_vision.latency"]
 # Round numbers: a kept pair costs half a dense one, a call and each row of blocks something on top.
 ROUND = Latency("round numbers", dense_call=1e-3, dense_pair=1e-9, sparse_call=5e-3, sparse_row=1e-5, sparse_pair=0.5e-9, dense_in_loop=True)  # fmt: skip
 SLOW = replace(ROUND, sparse_pair=2e-9, dense_in_loop=False)  # as without the compiled loop, exaggerated
+
+
+@pytest.mark.parametrize("number", [float("nan"), -1.0, 0, float("inf"), True, "x", None, 10**400, [1.0]])
+@pytest.mark.parametrize("field", ["dense_pair", "sparse_call"])
+def test_files_with_numbers_that_cannot_be_are_measured_anew(number, field):
+    good = {name: value for name, value in asdict(ROUND).items() if name != "what"}
+    assert MODULE._is_latency(good)
+    assert not MODULE._is_latency({**good, field: number})
+    assert not MODULE._is_latency({**good, "dense_in_loop": 1})
+    assert not MODULE._is_latency({**good, "dense_pair": 0.0})
+
+
+@pytest.mark.parametrize("data", [b"[" * 200_000, b"\xff\xfe{}", b"", b"[]", b'{"a": ' + b"9" * 5000 + b"}"])
+def test_damaged_cache_files_hold_nothing(data):
+    latency_file().parent.mkdir(parents=True, exist_ok=True)
+    latency_file().write_bytes(data)
+    try:
+        assert MODULE._read() == {}
+    finally:
+        latency_file().unlink()
 
 
 class TestModel:

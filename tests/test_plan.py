@@ -4,6 +4,8 @@ import copy
 import json
 import os
 import pickle
+import random
+import re
 import threading
 from pathlib import Path
 
@@ -376,6 +378,51 @@ def test_damaged_files(name, tmp_path):
     with pytest.raises(PlanError, match=message) as caught:
         SparsityPlan.load(path)
     assert str(path) in str(caught.value)
+
+
+TEXT = json.dumps(GOOD)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (TEXT.replace('"layers"', '"layers": {}, "layers"').encode(), "'layers' is written twice"),
+        (TEXT.replace('"radius"', '"radius": 1, "radius"').encode(), "'radius' is written twice"),
+        (TEXT.replace('"version": 1', '"version": ' + "1" * 5000).encode(), "not JSON"),
+        (TEXT.replace('"notes": {}', '"notes": {"x": ' + "[" * 60 + "]" * 60 + "}").encode(), "more than 50 deep"),
+        (TEXT.replace('"notes": {}', '"notes": {"x": NaN}').encode(), "NaN is no number of JSON"),
+        (TEXT.replace('"notes": {}', '"notes": {"x": -Infinity}').encode(), "-Infinity is no number of JSON"),
+        (TEXT.replace('"notes": {}', '"notes": {"x": [1e999]}').encode(), "too large for a float"),
+        (b"\xff\xfe" + TEXT.encode(), "not JSON"),
+        (b"\xef\xbb\xbf" + TEXT.encode(), "not JSON"),
+        (TEXT.replace("dinov3", "\xe9").encode("latin-1"), "not JSON"),
+        (b"", "not JSON"),
+    ],
+)
+def test_bytes_that_are_no_plan(data, message, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_bytes(data)
+    with pytest.raises(PlanError, match=message):
+        SparsityPlan.load(path)
+
+
+def test_nothing_but_plan_errors_comes_of_changed_bytes():
+    """Values replaced, bytes changed, lost, and doubled; every other change of one character at least is refused or loads."""
+    draw = random.Random(0)
+    others = [b"null", b"true", b"-1", b"1e999", b"NaN", b"9" * 30, b"[]", b"{}", b'"x"', b"\xff", b"1.5", b"}", b'"']
+    loaded = 0
+    for text in (TEXT.encode(), json.dumps(STATIC).encode()) * 400:
+        data = bytearray(text)
+        values = [m.span() for m in re.finditer(rb'(?<=[:\[,]) ?("[^"]*"|[\d.]+|\[[^\[\]]*\]|\{[^{}]*\})', text)]
+        place = draw.randrange(len(data))
+        first, last = draw.choice([draw.choice(values), (place, place + draw.randrange(9)), (place, place)])
+        data[first:last] = draw.choice([*others, data[place : place + 9], b""])
+        try:
+            loads(bytes(data))
+            loaded += 1
+        except PlanError:
+            pass
+    assert 0 < loaded < 400
 
 
 def test_undamaged_files_load():

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import bsa_vision as bsa
-from bsa_vision import timing
+from bsa_vision import files, timing
+from bsa_vision.backends import compiled, workers
 from bsa_vision.backends.workers import run_tasks, scratch
 from bsa_vision.cache import Cache
 from bsa_vision.timing import paired
@@ -53,6 +58,63 @@ class TestCache:
         for thread in threads:
             thread.join()
         assert seen[0] is seen[1]
+
+
+class TestFiles:
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_ctrl_c_stays_ctrl_c(self, tmp_path, monkeypatch, when):
+        """While the new file takes the old one's place: one of both is there, and nothing else."""
+        path, replace = tmp_path / "plan.json", os.replace
+        path.write_bytes(b"old")
+
+        def interrupted(source, target):
+            if when == "after":
+                replace(source, target)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            files.write(path, b"n", b"ew")
+        assert path.read_bytes() == (b"new" if when == "after" else b"old")
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_interrupted_at_any_line(self, tmp_path):
+        path, line, done = tmp_path / "plan.json", 0, False
+        while not done:
+            line += 1
+            path.write_bytes(b"old")
+            left = [line]
+
+            def trace(frame, event, arg, left=left):
+                if frame.f_code.co_filename != files.__file__:
+                    return None
+                if event == "line":
+                    left[0] -= 1
+                    if left[0] == 0:
+                        raise KeyboardInterrupt
+                return trace
+
+            sys.settrace(trace)
+            try:
+                files.write(path, b"new")
+                done = True
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.settrace(None)
+            assert path.read_bytes() in (b"old", b"new")
+            assert list(tmp_path.iterdir()) == [path]
+        assert line > 8
+
+    def test_errors_name_what_was_given(self, tmp_path):
+        with pytest.raises(FileNotFoundError) as error:
+            files.write(tmp_path / "none" / "plan.json", b"x")
+        assert error.value.filename == str(tmp_path / "none" / "plan.json")
+        assert ".tmp" not in str(error.value)
+        (tmp_path / "x").mkdir()
+        with pytest.raises(IsADirectoryError):
+            files.write(tmp_path / "x", b"x")
+        assert [x.name for x in tmp_path.iterdir()] == ["x"]
 
 
 class TestWorkers:
@@ -116,6 +178,57 @@ class TestWorkers:
         )
         results = [item[0] for item in loader]
         assert torch.equal(results[3], expected)
+
+    def test_calls_after_the_main_thread_has_ended(self):
+        """From other threads, timers, pools of theirs, and atexit handlers; one process for all."""
+        done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert sorted(done.stdout.split()) == ["atexit", "new-workers", "pool", "thread", "timer"]
+        assert "Error" not in done.stderr
+
+    def test_memory_in_use_outlives_what_its_thread_keeps(self, monkeypatch):
+        """As the interpreter frees it at its exit, while a daemon thread computes."""
+        alive = []
+
+        def compute(batch):
+            (memory,) = (x for (name, *_), x in workers._local.buffers.items() if name == "attend")
+            storage = StorageWeakRef(memory.untyped_storage())
+            del memory
+            workers._local.buffers.clear()
+            alive.append(not storage.expired())
+
+        monkeypatch.setattr(compiled, "variant", lambda capability: (compute, compute))
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            attention_of(0)
+        finally:
+            torch.set_num_threads(before)
+        assert alive
+        assert all(alive)
+
+
+LATE = """
+import atexit, concurrent.futures, os, threading, time, torch
+torch.set_num_threads(2)
+import bsa_vision as bsa
+q = torch.randn(1, 4, 600, 32)
+hm = bsa.HeadMasks(torch.rand(1, 4, 5, 5) < .5, allow_empty_rows=True)
+expected = bsa.sparse_attention(q, q, q, hm)
+def late(name, number=2):
+    if name == "pool":  # the main thread waits for it at its end
+        time.sleep(0.5)
+    elif name != "atexit":
+        threading.main_thread().join()
+    torch.set_num_threads(number)
+    assert torch.equal(bsa.sparse_attention(q, q, q, hm), expected)
+    os.write(1, f"{name}\\n".encode())
+threading.Thread(target=late, args=("thread",)).start()
+threading.Thread(target=late, args=("new-workers", 3)).start()
+threading.Timer(0.1, late, ("timer",)).start()
+concurrent.futures.ThreadPoolExecutor(1).submit(late, "pool")
+atexit.register(late, "atexit")
+"""
 
 
 class Attentions(torch.utils.data.Dataset):

@@ -150,13 +150,28 @@ class TestStatisticsFile:
             {"a": [1, 2]}, layout, compared=[among], blocks=blocks, dropping=dropping, weights=[[0.1, 0.2]]
         )
         kept.blocks[0].drop += torch.rand(kept.blocks[0].drop.shape)
-        (tmp_path / "file").write_bytes(kept.dumps())
+        (tmp_path / "file").write_bytes(b"".join(kept.dumps()))
         read = Calibration.load(tmp_path / "file")
         assert (read.identity, read.layout, read.weights, read.done) == (kept.identity, layout, [[0.1, 0.2]], kept.done)
         assert torch.equal(read.blocks[0].drop, kept.blocks[0].drop)
         assert torch.equal(read.compared[0], among)
         assert torch.equal(read.dropping[0], dropping[0])
         assert read.totals == []
+
+    def test_any_change_is_refused(self, tmp_path):
+        """A digest covers every byte: bits that flip, bytes that are lost or added."""
+        layout = TokenLayout((4, 6), block_size=8)
+        kept = Calibration({"a": 1}, layout, dropping=[torch.rand(1, 2, 3, 3)], totals=[torch.tensor(2.0)])
+        file, data = tmp_path / "file", b"".join(kept.dumps())
+        file.write_bytes(data)
+        assert Calibration.load(file).totals == [2.0]
+        changed = [data[:-1], data + b"\0", b"", data[:50], data[:8] + data[9:]]
+        for place in range(0, len(data), 7):
+            changed.append(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+        for other in changed:
+            file.write_bytes(other)
+            with pytest.raises(bsa.PlanError, match="no statistics that this bsa-vision reads"):
+                Calibration.load(file)
 
     @settings(max_examples=30)
     @given(st.lists(st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=3), min_size=1, max_size=3))
@@ -206,6 +221,35 @@ def test_killed_and_resumed(capsys, tmp_path):
     assert code == 0, err
     resumed, whole = (bsa.SparsityPlan.load(tmp_path / name) for name in ("plan.json", "whole.json"))
     assert resumed == whole
+
+
+def test_ctrl_c_says_what_is_saved_and_how_to_go_on(tmp_path):
+    photos(tmp_path / "photos", count=6)
+    line = f"tune tests.test_tuning_runs:the_same_model {tmp_path}/photos -o {tmp_path}/plan.json --sparsity 0.3 --tile 2x4 --block-size 8"
+    code = (
+        "import bsa_vision.tuning.calibration as c, bsa_vision.tuning.store as s, os, signal; from bsa_vision import cli; s.SECONDS, s.PART = 0.0, 1e9\n"
+        "save = s.Store.save\n"
+        "def interrupt(store, calibration, now=False):\n"
+        "    save(store, calibration, now)\n"
+        "    if calibration.done['candidates']: os.kill(os.getpid(), signal.SIGINT)\n"
+        f"s.Store.save = interrupt; cli.main({line.split()})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert "plan.statistics.safetensors holds 4 images of pass 1, 1 images of pass 2" in done.stderr
+    assert f"Go on with: bsa-vision {line} --resume" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["photos", "plan.statistics.safetensors"]
+
+
+def test_ctrl_c_in_python_says_what_is_saved(tmp_path):
+    def interrupt(what, done, of):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="nothing is saved: give statistics=PATH"):
+        bsa.tune(models.make("dinov3"), images(4), sparsity=0.4, on_step=interrupt, **SMALL)
+    with pytest.raises(KeyboardInterrupt, match=r"holds .*resume=True goes on from there|nothing is saved in"):
+        bsa.tune(models.make("dinov3"), images(4), sparsity=0.4, statistics=tmp_path / "s", on_step=interrupt, **SMALL)
 
 
 def test_full_disk(tmp_path):

@@ -3,6 +3,9 @@
 One file per family. An adapter is a module with `find(model) -> list[Found]`, which imports no model library, and `serves`,
 `original_of`, `swap`, `check_swapped`, `unswap` for one attention module, `prepare`, which makes a process ready to run swapped ones, and
 `EXACT`: whether layers without a sparse head run here too, because that is faster than the original.
+
+An interruption (Ctrl-C) may come at any line. So `swap` first says on the module what is needed to put it back, and `unswap` takes
+that away last; both `unswap` and removing the hook can be called again.
 """
 
 from __future__ import annotations
@@ -10,17 +13,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from os import PathLike
 from types import ModuleType
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from bsa_vision.adapters import hiera, memory, sam, timm_vit, torchvision_vit, transformers_vit
-from bsa_vision.adapters.layer import Found, Layer, Observation, Tower, layer_of, layers_of
-from bsa_vision.adapters.left_dense import LeftDense, common_path, left_dense
-from bsa_vision.adapters.report import LayerReport, ModelReport, like_of, probe_problem, report_layer
-from bsa_vision.adapters.weights import output_weight
+from bsa_vision.adapters.layer import (
+    Found,
+    Layer,
+    Observation,
+    Tower,
+    check_model,
+    layer_of,
+    layers_of,
+    swapped_in,
+    watching,
+)
+from bsa_vision.adapters.left_dense import ELSEWHERE, LeftDense, common_path, left_dense
+from bsa_vision.adapters.report import LayerReport, ModelReport, probe_problem, report_layer
+from bsa_vision.adapters.values import like_of, output_weight
+from bsa_vision.adapters.wrappers import Modules, wrapped
 from bsa_vision.backends import BACKENDS, choose
 from bsa_vision.cost import cost
 from bsa_vision.errors import PlanError
@@ -28,7 +43,7 @@ from bsa_vision.latency import Latency
 from bsa_vision.latency import latency as latency_here
 from bsa_vision.layer_masks import Entry
 from bsa_vision.model_spec import ModelSpec
-from bsa_vision.plan import PatternLike, SparsityPlan
+from bsa_vision.plan import PatternLike, SparsityPlan, as_plan
 from bsa_vision.prompts import Prompts
 from masks import Pattern
 
@@ -55,7 +70,7 @@ def uniform_plan(model: nn.Module | ModelSpec, pattern: str | PatternLike, **opt
     """The same pattern for all heads of `model` but the first `dense_heads`.
 
     pattern  a name of `masks.PATTERNS`, a `masks.Pattern`, or your own function layout -> (R, C) bool
-    options  dense_heads=0, layers=None (all that are not windowed; indices or keys), order="tile", tile=(8, 16), block_size=128, and the
+    options  dense_heads=0, layers=None (all that are not windowed; indices, keys or module paths), order="tile", tile=(8, 16), block_size=128, and the
              parameters of the pattern
 
         >>> plan = bsa.uniform_plan(model, "local_window", radius=8, dense_heads=4)
@@ -68,25 +83,24 @@ def dense_plan(model: nn.Module | ModelSpec) -> SparsityPlan:
     return SparsityPlan.uniform(_spec_of(model), "dense")
 
 
-def sparsify_(model: Model, plan: SparsityPlan, backend: str = "auto", on_unsupported: str = "fallback") -> Model:
+def sparsify_(
+    model: Model, plan: SparsityPlan | str | PathLike[str], backend: str = "auto", on_unsupported: str = "fallback"
+) -> Model:
     """Give `model` sparse heads, in place; returns it. Parameters, state_dict keys and your hooks stay as they are.
 
+    plan            a SparsityPlan, or the path of one that was saved
     backend         "auto", or a name that every sparse layer must then run on
     on_unsupported  what to do with calls outside the contract (attention masks, attention weights, unknown grids):
                     "fallback" runs the original attention, warns once and counts; "error" raises BackendUnavailable
 
     Layers the plan does not name stay dense; training and eval run the same heads. Raises PlanError for a plan that does not
-    fit, BackendUnavailable for a backend that cannot run here; the model is then untouched.
+    fit, BackendUnavailable for a backend that cannot run here; the model is then untouched. Interrupted (Ctrl-C) at whatever
+    line, it leaves a model that `restore_` brings back.
     """
     if on_unsupported not in ("fallback", "error"):
         raise ValueError(f"on_unsupported={on_unsupported!r}: allowed are 'fallback' and 'error'; choose one of them.")
-    if not isinstance(plan, SparsityPlan):
-        raise TypeError(
-            f"plan is a {type(plan).__name__}: expected a SparsityPlan; make one with bsa.uniform_plan(model, ...), or read one "
-            "with bsa.SparsityPlan.load(path)."
-        )
-    if layers_of(model):
-        raise ValueError("this model has sparse heads already: one plan at a time; call restore_(model) first.")
+    plan = as_plan(plan)
+    _check_unswapped(model)
     adapter, found = _find(model)
     plan.check(found.spec)
     plan = plan.complete(found.spec)
@@ -96,31 +110,35 @@ def sparsify_(model: Model, plan: SparsityPlan, backend: str = "auto", on_unsupp
         )
     tower = Tower(found.spec, plan, backend, on_unsupported, found.grid_of)
     chosen = [
-        (module, Layer(tower, spec, adapter.original_of(module), adapter.prepare, adapter.EXACT))
+        (module, Layer(tower, spec, adapter, adapter.original_of(module), adapter.EXACT))
         for module, spec in zip(found.modules, found.spec.layers, strict=True)
     ]
     for module, layer in chosen:
-        _rehearse(module, layer)
-    done = []
+        _rehearse(layer, like_of(module, model))
     try:
         adapter.prepare()
+        tower.watch(model, found.embeddings)
         for module, layer in chosen:
             adapter.swap(module, layer)
-            done.append(module)
-        tower.hook = found.embeddings.register_forward_pre_hook(tower.see, with_kwargs=True)
     except BaseException:
-        for module in done:
-            adapter.unswap(module)
+        _put_back(model, [module for module, layer in chosen if layer_of(module) is layer], [tower])
         raise
     return model
 
 
-def _rehearse(module: nn.Module, layer: Layer) -> None:
+def _check_unswapped(model: nn.Module) -> None:
+    if layers_of(model):
+        raise ValueError("this model has sparse heads already: one plan at a time; call restore_(model) first.")
+    if watching(model):
+        raise ValueError("sparsify_ or restore_ was interrupted on this model: call restore_(model) first.")
+
+
+def _rehearse(layer: Layer, like: Tensor) -> None:
     """Everything about a swap that can fail: lay the masks out for the model's own grid, and choose the backend."""
     if layer.untouched:
         return
     masks = layer.masks.without_prompts(layer.grid_of(_rehearsal_grid(layer)))
-    choose(probe_problem(layer, masks, like_of(module)), layer.tower.backend)
+    choose(probe_problem(layer, masks, like), layer.tower.backend)
 
 
 def _rehearsal_grid(layer: Layer) -> tuple[int, int]:
@@ -133,24 +151,43 @@ def _rehearsal_grid(layer: Layer) -> tuple[int, int]:
 
 
 def restore_(model: Model) -> Model:
-    """Undo `sparsify_`, in place, bit-exact; returns the model. ValueError when it has no sparse heads."""
-    if not layers_of(model):
+    """Undo `sparsify_`, in place, bit-exact; returns the model. ValueError when it has no sparse heads.
+
+    Undoes a call of either that was interrupted as well. Layers that were removed from the model since are not missed.
+    Raises ValueError where something that was done to the model since would break, and for a part of an encoder; the model
+    is then untouched.
+    """
+    swapped = swapped_in(model)
+    towers = list(dict.fromkeys((*(layer.tower for layer in swapped.values()), *watching(model))))
+    if not towers:
         raise ValueError("this model has no sparse heads: nothing to restore; sparsify_(model, plan) gives it some.")
-    swapped = [module for module in model.modules() if layer_of(module) is not None]
-    towers = {id(layer.tower): layer.tower for layer in layers_of(model)}
-    total = sum(len(tower.spec.layers) for tower in towers.values())
-    if len(swapped) != total:
-        raise ValueError(
-            f"{type(model).__name__} holds {len(swapped)} of {total} swapped layers: an encoder is restored as a whole; pass the "
-            "model that sparsify_ was given."
-        )
-    for module in swapped:
-        _adapter_of(module).check_swapped(module)
-    for module in swapped:
-        _adapter_of(module).unswap(module)
-    for tower in towers.values():
-        tower.hook.remove()
+    for tower in towers:
+        tower.check_whole(model, (layer for layer in swapped.values() if layer.tower is tower))
+    for module, layer in swapped.items():
+        layer.adapter.check_swapped(module)
+    _put_back(model, list(swapped), towers)
     return model
+
+
+def _put_back(model: nn.Module, swapped: Sequence[nn.Module], towers: Sequence[Tower]) -> None:
+    """Undo whatever of `sparsify_` was done; to be called again where it was interrupted."""
+    for module in swapped:
+        layer = layer_of(module)
+        assert layer is not None
+        layer.adapter.unswap(module)
+    for tower in towers:
+        tower.unwatch(model.modules())
+
+
+@contextmanager
+def sparse(model: Model, plan: SparsityPlan, on_unsupported: str = "fallback") -> Iterator[Model]:
+    """Inside, the model has the sparse heads of `plan`; it has none before, and none afterwards, whatever happened."""
+    _check_unswapped(model)
+    try:
+        yield sparsify_(model, plan, on_unsupported=on_unsupported)
+    finally:
+        if layers_of(model) or watching(model):
+            restore_(model)
 
 
 @contextmanager
@@ -165,13 +202,15 @@ def dense(model: Model) -> Iterator[Model]:
         raise ValueError(
             "this model has no sparse heads, so it is dense already; sparsify_(model, plan) gives it some."
         )
-    for tower in towers.values():
-        tower.dense += 1
+    mine = object()
     try:
+        for tower in towers.values():
+            tower.dense.append(mine)
         yield model
     finally:
         for tower in towers.values():
-            tower.dense -= 1
+            if mine in tower.dense:
+                tower.dense.remove(mine)
 
 
 @contextmanager
@@ -198,8 +237,8 @@ def context(model: Model, *, prompts: Prompts | Sequence[Prompts]) -> Iterator[M
             'bsa.uniform_plan(model, "prompt_region", radius=8).'
         )
     entry = Entry(tuple(contexts.values()), given, each=not single)  # type: ignore[arg-type]
-    entry.enter()
     try:
+        entry.enter()
         yield model
     finally:
         entry.leave()
@@ -212,15 +251,11 @@ def observe(model: Model, see: Callable[[Observation], None]) -> Iterator[Model]
     The model must have no sparse heads; it gets its own attention back at the end, whatever happened. Calls outside the contract (attention
     masks, unknown grids) raise BackendUnavailable: nothing would be seen of them. Not under torch.compile.
     """
-    sparsify_(model, dense_plan(model), on_unsupported="error")
-    try:
-        for module in model.modules():
-            if (layer := layer_of(module)) is not None:
-                layer.weight = output_weight(module, layer.spec.heads * layer.spec.head_dim)
-                layer.tower.observer = see
+    with sparse(model, dense_plan(model), on_unsupported="error"):
+        for module, layer in swapped_in(model).items():
+            layer.weight = output_weight(module, layer.spec.heads * layer.spec.head_dim, like_of(module, model))
+            layer.tower.observer = see
         yield model
-    finally:
-        restore_(model)
 
 
 def describe(
@@ -231,10 +266,7 @@ def describe(
     image_size  pixels, an int or (height, width); None = the last input's, or the model's own before there was one
     latency     what attention costs on this machine; None = `bsa.latency(...)`, measured once, which takes a second or two
     """
-    swapped = layers_of(model)
-    pairs = (
-        _as_it_is(model) if not swapped else [(x, layer) for x in model.modules() if (layer := layer_of(x)) is not None]
-    )
+    pairs = list(swapped_in(model).items()) or _as_it_is(model)
     layers = [layer for _, layer in pairs]
     tower = layers[0].tower
     if any(layer.tower is not tower for layer in layers):
@@ -242,9 +274,9 @@ def describe(
             f"{type(model).__name__} holds several encoders with sparse heads: one at a time is described; pass the one you mean."
         )
     grid = tower.grid if image_size is None and tower.grid != (0, 0) else _sized(tower.spec, image_size).grid
-    like = like_of(pairs[0][0])
+    like = like_of(pairs[0][0], model)
     latency = latency or latency_here(tower.spec.layers[0].head_dim, like.dtype, like.device)
-    spec = replace(tower.spec, grid=grid)
+    spec = replace(tower.spec, grid=grid, layers=tuple(layer.spec for layer in layers))  # some may be removed since
     model_cost = cost(spec, element_size=like.element_size())
     reports = tuple(report_layer(layer, grid, like, latency, model_cost) for layer in layers)
     used = {name for names in tower.plan.layers.values() for name in names if name != "dense"}
@@ -258,7 +290,7 @@ def _as_it_is(model: nn.Module) -> list[tuple[nn.Module, Layer]]:
     adapter, found = _find(model)
     tower = Tower(found.spec, dense_plan(found.spec), "auto", "fallback", found.grid_of)
     return [
-        (module, Layer(tower, spec, adapter.original_of(module), adapter.prepare))
+        (module, Layer(tower, spec, adapter, adapter.original_of(module)))
         for module, spec in zip(found.modules, found.spec.layers, strict=True)
     ]
 
@@ -286,8 +318,7 @@ def _sized(spec: ModelSpec, image_size: int | tuple[int, int] | None) -> ModelSp
 
 
 def _find(model: nn.Module) -> tuple[ModuleType, Found]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module; pass the model itself.")
+    check_model(model)
     found = [(adapter, encoder) for adapter in ADAPTERS for encoder in adapter.find(model)]
     if not found and any(isinstance(module, GraphModule) for module in model.modules()):
         raise PlanError(
@@ -295,7 +326,11 @@ def _find(model: nn.Module) -> tuple[ModuleType, Found]:
             "from; sparsify_ that one first, then extract."
         )
     if not found:
-        has = [f"{left.count} x {left.kind} ({left.reason})" for left in left_dense(model)]
+        modules = Modules(model)
+        for name, module in modules:
+            if _is_served(module) and (around := modules.unknown_wrapper(name)) is not None:
+                raise wrapped(around)
+        has = [f"{left.count} x {left.kind} ({left.reason})" for left in left_dense(model, (), _is_served, ELSEWHERE)]
         raise PlanError(
             f"no attention layer of {type(model).__name__} is one this version serves; it has {', '.join(has) or 'none'}. "
             f"Served are {SUPPORTED}; for other models call bsa_vision.sparse_attention from their attention."
@@ -311,10 +346,6 @@ def _find(model: nn.Module) -> tuple[ModuleType, Found]:
 
 def _is_served(module: nn.Module) -> bool:
     return any(adapter.serves(module) for adapter in ADAPTERS)
-
-
-def _adapter_of(module: nn.Module) -> ModuleType:
-    return next(adapter for adapter in ADAPTERS if adapter.serves(module))
 
 
 __all__ = [

@@ -7,17 +7,20 @@ Pickles and copies name the original class. The adapters of such families bring 
 from __future__ import annotations
 
 from functools import cache
+from types import MethodType
 from typing import Any, cast
 
 from torch import nn
 
-from bsa_vision.adapters.layer import ATTRIBUTE, Layer, layer_of
+from bsa_vision.adapters.layer import Layer, layer_of
+from bsa_vision.adapters.wrappers import own_class
 
 
 class Swapped(nn.Module):
     """What a swapped attention module is as well as its own class; the mixins of adapters derive from this."""
 
     COVERS: tuple[str, ...] = ()  # attributes that a property of the mixin hides; found in `Layer.covered`
+    OVERRIDES = "forward"  # the method of the mixin that runs our attention
 
     @property
     def _layer(self) -> Layer:
@@ -27,7 +30,7 @@ class Swapped(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         function, arguments, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
-        return _new, (mixin_of(self), self._layer.original, function, arguments[1:]), *state
+        return _new, (self._layer.swapped, self._layer.original, function, arguments[1:]), *state
 
     def __prepare_scriptable__(self) -> Any:
         """Refuse torch.jit.script, which asks every module for this first."""
@@ -42,15 +45,10 @@ class Swapped(nn.Module):
         return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
 
 
-_made: set[type] = set()
-
-
 @cache
 def _swapped(mixin: type, original: type) -> type:
     """The subclass whose instances run our attention."""
-    made = type(f"Sparse{original.__name__}", (mixin, original), {"__module__": mixin.__module__})
-    _made.add(made)
-    return made
+    return type(f"Sparse{original.__name__}", (mixin, original), {"__module__": mixin.__module__})
 
 
 def _new(mixin: type, original: type, function: Any, arguments: tuple[Any, ...]) -> Any:
@@ -58,10 +56,11 @@ def _new(mixin: type, original: type, function: Any, arguments: tuple[Any, ...])
     return function(_swapped(mixin, original), *arguments)
 
 
-def mixin_of(module: Any) -> type:
-    """The adapter's class in a swapped module: the one that the run-time subclass of both was made with."""
-    made = next(kind for kind in type(module).__mro__ if kind in _made)
-    return made.__bases__[0]
+def kind_of(module: nn.Module) -> tuple[str, str]:
+    """Return module and name of a module's own class, as it was before a swap."""
+    layer = layer_of(module)
+    kind = own_class(layer.original if layer is not None and isinstance(module, Swapped) else type(module))
+    return kind.__module__, kind.__name__
 
 
 def original_of(module: Any) -> Any:
@@ -69,36 +68,56 @@ def original_of(module: Any) -> Any:
     return type(module)
 
 
-def swap(module: Any, layer: Layer, mixin: type) -> None:
-    if "forward" in module.__dict__:
+def swap(module: Any, layer: Layer, mixin: type[Swapped]) -> None:
+    layer.swapped = mixin
+    if _own_method(module, layer) is not None:
         raise ValueError(
-            f"{layer.spec.name} has a forward of its own, set on the module by a wrapper: it would go on running dense attention; "
-            "sparsify_ first and wrap after, or unwrap."
+            f"{layer.spec.name} has a {mixin.OVERRIDES} of its own, set on the module by a wrapper: it would go on "
+            "running dense attention; sparsify_ first and wrap after, or unwrap."
         )
     # Not read from `module.__dict__` by the properties themselves: torch.compile before 2.13 takes that for the property again.
-    layer.covered = {
-        name: module.__dict__[name] for name in cast(type[Swapped], mixin).COVERS if name in module.__dict__
-    }
-    setattr(module, ATTRIBUTE, layer)
-    module.__class__ = _swapped(mixin, layer.original)
+    layer.covered = {name: module.__dict__[name] for name in mixin.COVERS if name in module.__dict__}
+    layer.attach(module)
+    module.__dict__.pop(mixin.OVERRIDES, None)
+    module.__class__ = _swapped(layer.swapped, layer.original)
 
 
 def check_swapped(module: Any) -> None:
-    """Raise ValueError where something else changed the module's class since: putting back the original would undo that too."""
+    """Raise ValueError where putting back the original class would undo or break what was done since."""
     layer = layer_of(module)
     assert layer is not None
-    if type(module) is not _swapped(mixin_of(module), layer.original):
+    if type(module) not in (_swapped(layer.swapped, layer.original), layer.original):
         raise ValueError(
-            f"{layer.spec.name} became a {type(module).__name__} since sparsify_ (a parametrization, a wrapper): restore_ would undo "
-            "that as well; remove it first, then restore_."
+            f"{layer.spec.name} became a {type(module).__name__} since sparsify_ (fully_shard, a parametrization): "
+            "restore_ would undo that as well; remove it first, or run the model dense inside bsa.dense(model)."
+        )
+    if _own_method(module, layer) is not None:
+        raise ValueError(
+            f"{layer.spec.name} has a {layer.swapped.OVERRIDES} of its own, set on the module since sparsify_ by a "
+            "wrapper: it would go on calling the sparse one; unwrap first (accelerate: "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True)), then restore_."
         )
 
 
+def _own_method(module: Any, layer: Layer) -> Any:
+    """Return the method that is set on a module in place of ours.
+
+    None where it is that of its class: accelerate leaves such a one behind when its hooks are removed.
+    """
+    name = layer.swapped.OVERRIDES
+    own = module.__dict__.get(name)
+    of_class = [vars(kind).get(name) for kind in _swapped(layer.swapped, layer.original).__mro__]
+    left_behind = isinstance(own, MethodType) and own.__self__ is module and own.__func__ in of_class
+    return None if left_behind else own
+
+
 def unswap(module: Any) -> None:
+    """Undo `swap`, also one that was interrupted; to be called again where it was interrupted itself."""
     layer = layer_of(module)
     assert layer is not None
     module.__class__ = layer.original
-    delattr(module, ATTRIBUTE)
+    module.__dict__.pop(layer.swapped.OVERRIDES, None)
+    layer.detach(module)
 
 
 def prepare() -> None:

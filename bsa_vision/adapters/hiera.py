@@ -14,7 +14,8 @@ from bsa_vision.adapters import seams
 from bsa_vision.adapters.intercept import Intercepted
 from bsa_vision.adapters.layer import Found, Layer
 from bsa_vision.adapters.seams import check_swapped, kind_of, original_of, prepare, unswap
-from bsa_vision.adapters.weights import convolution, linear_weights
+from bsa_vision.adapters.weights import convolution, convolution_weights, linear_weights
+from bsa_vision.adapters.wrappers import Modules, unwrap, wrapped
 from bsa_vision.errors import PlanError
 from bsa_vision.model_spec import LayerSpec, ModelSpec, OtherBlock
 
@@ -44,15 +45,16 @@ def serves(module: nn.Module) -> bool:
 def find(model: nn.Module) -> list[Found]:
     """The encoders of this family in `model`: attention is `<encoder>.blocks.<index>.attn`, pixels enter `<encoder>.patch_embed`."""
     # A dot before each name, so that an encoder that is the model itself has the name "".
-    names = ["." + name for name, module in model.named_modules() if serves(module)]
+    modules = Modules(model)
+    names = ["." + name for name, module in modules if serves(module)]
     roots = dict.fromkeys(name.rpartition(".blocks.")[0].removeprefix(".") for name in names)
-    found = [_found(model, root) for root in roots if hasattr(model.get_submodule(root), "patch_embed")]
+    found = [_found(modules, root) for root in roots if hasattr(modules[root], "patch_embed")]
     return [one for one in found if one is not None]
 
 
-def _found(model: nn.Module, root: str) -> Found | None:
-    encoder: Any = model.get_submodule(root)
-    blocks = list(enumerate(encoder.blocks))
+def _found(modules: Modules, root: str) -> Found | None:
+    encoder: Any = modules[root]
+    blocks = _blocks(encoder)
     chosen = [(index, block) for index, block in blocks if not _window(block) and _q_stride(block) == 1]
     if not chosen:
         return None
@@ -60,27 +62,35 @@ def _found(model: nn.Module, root: str) -> Found | None:
     scales, heads = {pixels[index] for index, _ in chosen}, {_heads(block.attn) for _, block in chosen}
     if len(scales) != 1 or len(heads) != 1:
         raise PlanError(
-            f"{root or type(model).__name__} has blocks that attend to the whole image at {sorted(scales)} pixels per token: all of them in "
+            f"{root or type(encoder).__name__} has blocks that attend to the whole image at {sorted(scales)} pixels per token: all of them in "
             "one stage are served, as in SAM 2; call bsa_vision.sparse_attention from them."
         )
     (patch,) = scales
     prefix = f"{root}." if root else ""
-    height, width = _image_size(model, encoder)
+    height, width = _image_size(modules[""], encoder)
     spec = ModelSpec(
         FAMILY,
-        tuple(_layer(f"{prefix}blocks.{index}.attn", index, block) for index, block in chosen),
+        tuple(_layer(modules.path(f"{prefix}blocks.{index}.attn"), index, block) for index, block in chosen),
         grid=(height // patch, width // patch),
         patch_size=(patch, patch),
-        patch_weights=_outside(model, root, pixels, patch),
+        patch_weights=_outside(modules, root, pixels, patch),
         others=tuple(_other(block, patch / pixels[index]) for index, block in blocks if (index, block) not in chosen),
     )
-    return Found(spec, tuple(block.attn for _, block in chosen), encoder.patch_embed)
+    return Found(spec, tuple(unwrap(block.attn) for _, block in chosen), unwrap(encoder.patch_embed))
+
+
+def _blocks(encoder: Any) -> list[tuple[int, Any]]:
+    blocks = [(index, unwrap(block)) for index, block in enumerate(unwrap(encoder.blocks))]
+    strange = next((block for _, block in blocks if not hasattr(block, "attn")), None)
+    if strange is not None:
+        raise wrapped(strange)
+    return blocks
 
 
 def _pixels(encoder: Any) -> list[int]:
     """Per side of a token, of what enters each block, and of what leaves the last one."""
     pixels = [convolution(encoder.patch_embed).stride[0]]
-    for block in encoder.blocks:
+    for _, block in _blocks(encoder):
         pixels.append(pixels[-1] * _q_stride(block))
     return pixels
 
@@ -130,14 +140,14 @@ def _image_size(model: nn.Module, encoder: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _outside(model: nn.Module, root: str, pixels: list[int], patch: int) -> float:
+def _outside(modules: Modules, root: str, pixels: list[int], patch: int) -> float:
     """Elements applied to each patch by the stem, and by the neck beside the encoder: a convolution per stage, on the stage's own grid."""
-    encoder: Any = model.get_submodule(root)
-    at = {block.dim_out: after for block, after in zip(encoder.blocks, pixels[1:], strict=True)}
-    neck = getattr(model.get_submodule(root.rpartition(".")[0]), "neck", nn.Identity()) if root else nn.Identity()
+    encoder: Any = modules[root]
+    at = {block.dim_out: after for (_, block), after in zip(_blocks(encoder), pixels[1:], strict=True)}
+    neck = getattr(modules[root.rpartition(".")[0]], "neck", nn.Identity()) if root else nn.Identity()
     convolutions = [x for x in neck.modules() if isinstance(x, nn.Conv2d)]
-    stem = convolution(encoder.patch_embed).weight.numel() * (patch / pixels[0]) ** 2
-    return stem + sum(x.weight.numel() * (patch / at.get(x.in_channels, patch)) ** 2 for x in convolutions)
+    stem = convolution_weights(convolution(encoder.patch_embed)) * (patch / pixels[0]) ** 2
+    return stem + sum(convolution_weights(x) * (patch / at.get(x.in_channels, patch)) ** 2 for x in convolutions)
 
 
 def swap(module: Any, layer: Layer) -> None:

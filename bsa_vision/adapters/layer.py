@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 import warnings
+import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import ModuleType
 from typing import Any
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from bsa_vision.attention import attend_masks
+from bsa_vision.carried_masks import expect_size_op, is_recording, is_symbolic, outside_of_tracing, plain_sizes
 from bsa_vision.errors import BackendUnavailable, PlanError
 from bsa_vision.layer_masks import Context, LayerMasks
 from bsa_vision.model_spec import LayerSpec, ModelSpec
@@ -84,20 +90,51 @@ class Tower:
         # For recomputation: tokens -> grids of that many tokens, of the inputs since backward ran last.
         self.seen: dict[int, set[tuple[int, int]]] = {}
         self.recomputed = False
-        self.dense = 0  # how many `dense(model)` blocks are open
+        self.dense: list[object] = []  # one entry for each `dense(model)` block that is open
         self.context = Context()
         self.observer: Callable[[Observation], None] | None = None
-        self.hook: Any = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start without what belongs to one process, and to one of several copies of a model."""
+        self.layers: WeakSet[Layer] = WeakSet()  # those that a living module has
+        self.homes: tuple[ref[nn.Module], ...] = ()  # the model that was swapped, and its embeddings; none in a copy
         self._local = threading.local()
 
-    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def see(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook of the patch embedding: remember the grid of the image that comes in."""
+        if torch.jit.is_tracing():
+            with outside_of_tracing():  # there, sizes are numbers
+                self._remember_grid(module, args, kwargs)
+            return self._fix_size(args, kwargs)
+        self._remember_grid(module, args, kwargs)
+        return None
+
+    def _fix_size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Make a traced program refuse other sizes: its grid is fixed, and as many tokens may be another grid."""
+
+        def fixed(x: Any) -> Any:
+            if not isinstance(x, Tensor) or x.dim() != 4:
+                return x
+            with outside_of_tracing():
+                height, width = x.shape[-2:]
+            return expect_size_op(x, height, width)
+
+        return tuple(map(fixed, args)), {name: fixed(x) for name, x in kwargs.items()}
+
+    def _remember_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         grid = self.grid_of(module, args, kwargs) if self.grid_of else self._grid_of_pixels(args, kwargs)
         height, width = grid or (0, 0)  # (0, 0): cannot be told; not that of the image before
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             self.grid = (height, width)
             return
-        self.grid = (int(height), int(width))  # torch.jit.trace hands out tensors
+        if is_symbolic((height, width)):  # torch.export with sizes that may change: for this trace only
+            self._local.symbolic = (weakref.ref(get_proxy_mode()), (height, width))
+            return
+        self._local.symbolic = None
+        self.grid = (int(height), int(width))
         self._local.grid = self.grid  # threads that share a model each have their own image
         waiting = self._waiting()
         if self.dense or any(image.ran for image in waiting):
@@ -148,8 +185,11 @@ class Tower:
 
     def current_grid(self, tokens: int) -> tuple[int, int]:
         """The grid of the image that these tokens come from."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self.grid
+        symbolic = getattr(self._local, "symbolic", None)
+        if symbolic is not None and symbolic[0]() is get_proxy_mode() is not None:
+            return symbolic[1]
         if torch._C._current_graph_task_id() == -1:
             return getattr(self._local, "grid", self.grid)
         # Within backward: a checkpointed layer is computed again, maybe after images of other sizes came by.
@@ -163,24 +203,53 @@ class Tower:
         return next(iter(grids))
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {key: value for key, value in self.__dict__.items() if key != "_local"}
-        return {**state, "dense": 0, "observer": None}  # a copy made inside `dense(model)` is not dense for ever
+        own = ("_local", "layers", "homes")
+        state = {key: value for key, value in self.__dict__.items() if key not in own}
+        return {**state, "dense": [], "observer": None}  # a copy made inside `dense(model)` is not dense for ever
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._local = threading.local()
+        self._forget()
+
+    def watch(self, model: nn.Module, embeddings: nn.Module) -> None:
+        """See every image that comes in, from now on."""
+        self.homes = (ref(model), ref(embeddings))
+        embeddings.register_forward_pre_hook(self.see, with_kwargs=True)
+
+    def unwatch(self, modules: Iterable[nn.Module]) -> None:
+        """Undo `watch`, also one that was interrupted; `modules` are where to look."""
+        for module in (*modules, *(home for one in self.homes if (home := one()) is not None)):
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if getattr(hook, "__self__", None) is self:
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+                    module._forward_pre_hooks.pop(key, None)
+
+    def check_whole(self, model: nn.Module, layers: Iterable[Layer]) -> None:
+        """Raise ValueError where `model` is only a part of the encoder, and holds only `layers` of it.
+
+        Blocks that were removed from the encoder since, gone or kept elsewhere, are not missed.
+        """
+        here = set(layers)
+        elsewhere = [layer for layer in self.layers if layer not in here]
+        homes = [home for one in self.homes if (home := one()) is not None]
+        inside = set(model.modules())
+        whole = self in watching(model) or any(home in inside for home in homes) or (self.homes and not homes)
+        if elsewhere and not whole:
+            raise ValueError(
+                f"{type(model).__name__} holds {len(here)} of {len(here) + len(elsewhere)} swapped layers: an encoder is "
+                "restored as a whole; pass the model that sparsify_ was given."
+            )
 
 
 class Layer:
     """One swapped attention module: its masks, and the calls that went to the original instead, by reason."""
 
-    def __init__(
-        self, tower: Tower, spec: LayerSpec, original: Any, prepare: Callable[[], None], exact: bool = False
-    ) -> None:
+    def __init__(self, tower: Tower, spec: LayerSpec, adapter: ModuleType, original: Any, exact: bool = False) -> None:
         self.tower, self.spec = tower, spec
-        self.prepare = prepare  # what a process must do once before it can run such layers
+        self._adapter = adapter.__name__  # pickles name it
         self.masks = LayerMasks(tower.plan, tower.spec, spec, tower.context)
         self.original = original  # what the adapter needs to put back
+        self.swapped: Any = None  # what it needs to know of what it put there instead
         # A layer without a sparse head has nothing to skip: unless a backend was named, or we are faster (`exact`), the original
         # runs as it is.
         self.untouched = self.masks.all_dense and tower.backend == "auto" and not exact
@@ -190,16 +259,31 @@ class Layer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.prepare()  # unpickled, maybe in a process that never called sparsify_
+        self.tower.layers.add(self)
+        self.adapter.prepare()  # unpickled, maybe in a process that never called sparsify_
+
+    @property
+    def adapter(self) -> ModuleType:
+        return importlib.import_module(self._adapter)
+
+    def attach(self, module: nn.Module) -> None:
+        """Say of `module` that it is swapped, or about to be."""
+        self.tower.layers.add(self)
+        setattr(module, ATTRIBUTE, self)
+
+    def detach(self, module: nn.Module) -> None:
+        """Say of `module` that it is as it was."""
+        self.tower.layers.discard(self)
+        delattr(module, ATTRIBUTE)
 
     def runs_original(self) -> bool:
-        return (self.untouched and self.tower.observer is None) or self.tower.dense > 0
+        return (self.untouched and self.tower.observer is None) or bool(self.tower.dense)
 
     def wrong_grid(self, tokens: int, keys: int | None = None) -> str | None:
         """Why `tokens`, and so many remembered `keys`, do not fit the image seen last, or None when they do."""
         if self.spec.window:
             return None  # dense, whatever the image
-        tokens = int(tokens) if isinstance(tokens, Tensor) else tokens  # under torch.jit.trace
+        (tokens,) = plain_sizes(tokens)
         unknown = self.tower.claim(self.spec, tokens)
         if unknown is not None:
             return unknown
@@ -250,7 +334,10 @@ class Layer:
         """(B, H, N, D) in model order -> (B, H, N, D) with this layer's masks. grid None = that of the last image."""
         if self.masks.is_dynamic:
             self._check_prompts(q)
-        grid = self.tower.current_grid(q.shape[2]) if grid is None else plain_ints(*grid)
+        if grid is None:
+            grid = self.tower.current_grid(*plain_sizes(q.shape[2]))
+        height, width = plain_sizes(*grid)
+        grid = (height, width)
         if self.tower.observer is not None:
             factor = q.shape[-1] ** -0.5 if scale is None else scale
             self.tower.observer(Observation(self.spec, grid, q, k, v, factor, rel_pos, self.weight))
@@ -259,6 +346,11 @@ class Layer:
 
     def _check_prompts(self, q: Tensor) -> None:
         """Prompts belong to the moment of the call: refuse what would look for them later, when there may be others."""
+        if is_recording():
+            raise BackendUnavailable(
+                f"layer {self.spec.name!r} follows prompts: an exported or traced program would keep the masks of one "
+                "prompt; export the model with other patterns, or inside `with bsa.dense(model)`."
+            )
         if torch.compiler.is_compiling():
             if torch.is_grad_enabled() and q.requires_grad:
                 raise RuntimeError(
@@ -288,19 +380,36 @@ def check_indices(attention: Sequence[tuple[str, nn.Module]]) -> None:
         )
 
 
-def plain_ints(height: int, width: int) -> tuple[int, int]:
-    """Return sizes as numbers: torch.jit.trace hands out tensors, which become constants of its program."""
-    if isinstance(height, Tensor) or isinstance(width, Tensor):
-        return int(height), int(width)
-    return height, width
-
-
 def layer_of(module: nn.Module) -> Layer | None:
     return module.__dict__.get(ATTRIBUTE)
 
 
+def swapped_in(model: nn.Module) -> dict[nn.Module, Layer]:
+    """Return the swapped attention modules of a model and their layers, in order."""
+    check_model(model)
+    return {module: layer for module in model.modules() if (layer := layer_of(module)) is not None}
+
+
 def layers_of(model: nn.Module) -> list[Layer]:
     """The swapped layers of a model, in order."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module; pass the model itself.")
-    return [layer for module in model.modules() if (layer := layer_of(module)) is not None]
+    return list(swapped_in(model).values())
+
+
+def watching(model: nn.Module) -> list[Tower]:
+    """Return the towers that see what comes into a model, or into modules of it."""
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    return [tower for hook in hooks if isinstance(tower := getattr(hook, "__self__", None), Tower)]
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError unless `model` is a module."""
+    if isinstance(model, nn.Module):
+        return
+    how = "pass the model itself"
+    if isinstance(model, str):
+        how = "load it first, e.g. with timm.create_model or from_pretrained"
+    elif isinstance(model, type):
+        how = f"make one, {model.__name__}(...)"
+    elif isinstance(getattr(model, "model", None), nn.Module):  # pipelines, predictors
+        how = "pass its .model"
+    raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module; {how}.")

@@ -10,6 +10,7 @@ from itertools import takewhile
 from torch import nn
 
 from bsa_vision.adapters.layer import layer_of
+from bsa_vision.adapters.wrappers import own_class
 
 DECODER = "one side of it has about 7 tokens, less than one block: nothing could be skipped"
 CLIP = "DeepSeek-OCR's CLIP tower has at most 401 tokens: too few to gain anything"
@@ -21,6 +22,7 @@ WINDOWS = "it attends within windows, which are too small to skip anything in"
 HIERA = "it attends within windows, which are too small to skip anything in, or pools its queries"
 MEMORY = "memory attention takes a plan of its own: pass it to sparsify_ by itself"
 SERVED = "served, but not swapped: pass it to sparsify_ by itself"
+ELSEWHERE = "its class is served in the encoders named below; this is none of them, or a wrapper changed it: then sparsify_ first"
 UNKNOWN = "not a class this version serves"
 
 # Module and class, as regular expressions -> why.
@@ -56,9 +58,15 @@ class LeftDense:
 
 
 def left_dense(
-    model: nn.Module, described: Collection[nn.Module] = (), serves: Callable[[nn.Module], bool] = lambda module: False
+    model: nn.Module,
+    described: Collection[nn.Module] = (),
+    serves: Callable[[nn.Module], bool] = lambda module: False,
+    served: str = SERVED,
 ) -> tuple[LeftDense, ...]:
-    """Every attention module of `model` that is neither swapped nor `described`, by class; `serves` knows which ones could be."""
+    """Every attention module of `model` that is neither swapped nor `described`, by class; `serves` knows which ones could be.
+
+    served  what is said of those
+    """
     known = set(described)
     names: dict[tuple[str, str], list[str]] = {}
     for name, module in model.named_modules():
@@ -66,8 +74,9 @@ def left_dense(
             continue
         # A wrapper that holds attention is none itself.
         if layer_of(module) is None and not any(_is_attention(x) for x in module.modules() if x is not module):
-            kind, reason = type(module).__name__, _reason(type(module).__module__, type(module).__name__)
-            names.setdefault((kind, SERVED if reason == UNKNOWN and serves(module) else reason), []).append(name)
+            own = own_class(type(module))
+            kind, reason = own.__name__, _reason(own.__module__, own.__name__)
+            names.setdefault((kind, served if reason == UNKNOWN and serves(module) else reason), []).append(name)
     return tuple(LeftDense(common_path(where), kind, len(where), reason) for (kind, reason), where in names.items())
 
 

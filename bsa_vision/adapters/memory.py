@@ -18,6 +18,7 @@ from bsa_vision.adapters.intercept import Intercepted
 from bsa_vision.adapters.layer import Found, Layer
 from bsa_vision.adapters.seams import check_swapped, kind_of, original_of, prepare, unswap
 from bsa_vision.adapters.weights import linear_weights
+from bsa_vision.adapters.wrappers import Modules, unwrap
 from bsa_vision.model_spec import LayerSpec, ModelSpec
 
 EXACT = False  # a layer without sparse heads runs its original attention
@@ -50,32 +51,34 @@ def serves(module: nn.Module) -> bool:
 
 def find(model: nn.Module) -> list[Found]:
     """The memory attentions in `model`: modules whose `layers` hold a `self_attn` and a `cross_attn_image` that are served."""
-    return [_found(model, root, module) for root, module in model.named_modules() if _is_memory(module)]
+    modules = Modules(model)
+    return [_found(modules, root, module) for root, module in modules if _is_memory(module)]
 
 
 def _is_memory(module: Any) -> bool:
-    layers = getattr(module, "layers", None)
+    layers = unwrap(getattr(module, "layers", nn.Identity()))
     return (
         isinstance(layers, nn.ModuleList)
         and len(layers) > 0
         and all(
-            serves(getattr(layer, name, nn.Identity()))
+            serves(unwrap(getattr(unwrap(layer), name, nn.Identity())))
             for layer in layers
             for name in ("self_attn", "cross_attn_image")
         )
     )
 
 
-def _found(model: nn.Module, root: str, memory: Any) -> Found:
-    config = getattr(memory, "config", None)
+def _found(names: Modules, root: str, memory: Any) -> Found:
+    config, model = getattr(memory, "config", None), names[""]
     frames = _said("num_maskmem", config, model) or FRAMES
     pointers = _said("max_object_pointers_in_encoder", config) or _said("max_obj_ptrs_in_encoder", model) or POINTERS
     layers, modules = [], []
-    for index, layer in enumerate(memory.layers):
-        path = ".".join(filter(None, (root, "layers", str(index))))
-        layers += _layers(path, index, layer, frames, pointers * TOKENS_PER_POINTER)
-        modules += [layer.self_attn, layer.cross_attn_image]
-    grid, image = _own_grid(memory), _said("image_size", config, model)
+    for index, layer in enumerate(unwrap(memory.layers)):
+        name = ".".join(filter(None, (root, "layers", str(index))))
+        paths = names.path(f"{name}.self_attn"), names.path(f"{name}.cross_attn_image")
+        layers += _layers(paths, index, unwrap(layer), frames, pointers * TOKENS_PER_POINTER)
+        modules += [unwrap(unwrap(layer).self_attn), unwrap(unwrap(layer).cross_attn_image)]
+    grid, image = _own_grid(memory, modules[0]), _said("image_size", config, model)
     patch = image // grid[0] if isinstance(image, int) else PIXELS
     spec = ModelSpec(FAMILY, tuple(layers), grid, (patch, patch))
     return Found(spec, tuple(modules), memory, partial(grid_of, grid))
@@ -86,15 +89,15 @@ def _said(name: str, *places: Any) -> Any:
     return next((value for place in places if (value := getattr(place, name, None)) is not None), None)
 
 
-def _layers(path: str, index: int, layer: Any, frames: int, pointers: int) -> list[LayerSpec]:
+def _layers(paths: tuple[str, str], index: int, layer: Any, frames: int, pointers: int) -> list[LayerSpec]:
     """Attention within the frame, and to what is remembered."""
-    within, across = layer.self_attn, layer.cross_attn_image
+    within, across = unwrap(layer.self_attn), unwrap(layer.cross_attn_image)
     heads = getattr(within, "num_attention_heads", None) or within.num_heads
     in_both, of_keys = linear_weights(within), linear_weights(across.k_proj) + linear_weights(across.v_proj)
     outside = linear_weights(layer) - in_both - linear_weights(across)
     return [
         LayerSpec(
-            f"{path}.self_attn",
+            paths[0],
             index,
             heads,
             within.internal_dim // heads,
@@ -103,7 +106,7 @@ def _layers(path: str, index: int, layer: Any, frames: int, pointers: int) -> li
             mlp_weights=outside,
         ),
         LayerSpec(
-            f"{path}.cross_attn_image",
+            paths[1],
             index,
             heads,
             within.internal_dim // heads,
@@ -116,14 +119,16 @@ def _layers(path: str, index: int, layer: Any, frames: int, pointers: int) -> li
     ]
 
 
-def _own_grid(memory: Any) -> tuple[int, int]:
+def _own_grid(memory: Any, attention: Any) -> tuple[int, int]:
     """(h, w) of the tokens its rotary positions were made for."""
     config = getattr(memory, "config", None)
     if config is not None:
         across, down = config.memory_attention_rope_feat_sizes
         return down, across
     # sam2 keeps nothing but the rotations: the first channel's are those of the column, which start again with every row.
-    rotations = memory.layers[0].self_attn.freqs_cis[:, 0]
+    rotations = attention.freqs_cis[:, 0]
+    if rotations.is_meta:
+        return isqrt(len(rotations)), isqrt(len(rotations))
     starts = (rotations == rotations[0]).nonzero().flatten().tolist()
     return len(starts), len(rotations) // len(starts)
 

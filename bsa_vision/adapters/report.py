@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bsa_vision.adapters.layer import Layer
 from bsa_vision.adapters.left_dense import LeftDense
@@ -139,15 +138,9 @@ def _names(layers: list[LayerReport], which: Callable[[LayerReport], bool]) -> s
     return ", ".join(layer.name for layer in layers if which(layer))
 
 
-def like_of(attention: nn.Module) -> Tensor:
-    """A tensor of the dtype and device that attention computes in; float32 on the CPU where weights are quantized."""
-    floats = (parameter for parameter in attention.parameters() if parameter.is_floating_point())
-    return next(floats, torch.empty(0))
-
-
 def probe_problem(layer: Layer, masks: HeadMasks, like: Tensor) -> Problem:
     """A problem of this layer's kind and size for choosing a backend: backends look at metadata only."""
-    one = like.detach().new_empty(1)
+    one = like.new_empty(1)
 
     def probe(tokens: int, width: int) -> Tensor:
         return one.expand(1, layer.spec.heads, tokens, width)

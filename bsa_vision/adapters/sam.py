@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from bsa_vision.adapters import class_swap
-from bsa_vision.adapters.class_swap import Swapped, check_swapped, original_of, prepare, unswap
+from bsa_vision.adapters.class_swap import Swapped, check_swapped, kind_of, original_of, prepare, unswap
 from bsa_vision.adapters.intercept import dropout_watched
-from bsa_vision.adapters.layer import Found, Layer, check_indices, layer_of, plain_ints
+from bsa_vision.adapters.layer import Found, Layer, check_indices, layer_of
 from bsa_vision.adapters.transformers_vit import (
     WEIGHTS_ASKED_FOR,
     WEIGHTS_WATCHED,
@@ -26,6 +26,8 @@ from bsa_vision.adapters.transformers_vit import (
     is_watched,
 )
 from bsa_vision.adapters.weights import block_weights, convolution, outside_weights
+from bsa_vision.adapters.wrappers import Modules, unwrap
+from bsa_vision.carried_masks import plain_sizes
 from bsa_vision.model_spec import LayerSpec, ModelSpec
 from bsa_vision.rel_pos import RelPos, decompose, resize_table
 
@@ -74,6 +76,8 @@ class SparseTransformersAttention(Swapped):
 class SparseOwnAttention(Swapped):
     """The seam of `bsa_vision.blocks`, which projects itself and leaves the attention proper to `attend`."""
 
+    OVERRIDES = "attend"
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rel_pos: RelPos | None, grid: tuple[int, int]) -> Tensor:
         """(B, H, N, D) -> (B, H, N, D)."""
         layer = layer_of(self)
@@ -103,13 +107,10 @@ DEEPSEEK_MODULE = re.compile(r"(^|\.)(deepencoder|sam_vary_sdpa)$")
 
 
 def _seam(module: nn.Module) -> type[Swapped] | None:
-    kind = type(module)
-    if isinstance(module, Swapped):
-        mixin = class_swap.mixin_of(module)
-        return mixin if mixin in SEAMS.values() else None
-    if DEEPSEEK_MODULE.search(kind.__module__) and kind.__name__ == "Attention":
+    library, name = kind_of(module)
+    if DEEPSEEK_MODULE.search(library) and name == "Attention":
         return SparseAttention if _is_deepseek_sam(module) else None
-    return SEAMS.get((kind.__module__, kind.__name__))
+    return SEAMS.get((library, name))
 
 
 def _is_deepseek_sam(module: nn.Module) -> bool:
@@ -127,44 +128,45 @@ def serves(module: nn.Module) -> bool:
 
 def find(model: nn.Module) -> list[Found]:
     """The encoders of this family in `model`. In every code base, attention is `<encoder>.<blocks>.<index>.attn`."""
+    modules = Modules(model)
     encoders: dict[str, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
+    for name, module in modules:
         if serves(module):
             root = ".".join(name.split(".")[:-3])
             encoders.setdefault(root, []).append((name, module))
     return [
-        _found(model, root, attention)
+        _found(modules, root, attention)
         for root, attention in encoders.items()
-        if hasattr(model.get_submodule(root), "patch_embed")
+        if hasattr(modules[root], "patch_embed")
     ]
 
 
-def _found(model: nn.Module, root: str, attention: list[tuple[str, nn.Module]]) -> Found:
-    encoder: Any = model.get_submodule(root)
+def _found(modules: Modules, root: str, attention: list[tuple[str, nn.Module]]) -> Found:
+    encoder: Any = modules[root]
     layers, blocks = [], []
     check_indices(attention)
     for index, (name, module) in enumerate(attention):
-        attn, block = cast(Any, module), cast(Any, model.get_submodule(name.rpartition(".")[0]))
+        attn, block = cast(Any, module), cast(Any, modules[name.rpartition(".")[0]])
         blocks.append(block)
         heads = getattr(attn, "num_attention_heads", None) or attn.num_heads
         head_dim = round(attn.scale**-2)  # whatever the projections are wrapped in
         options = dict(window=block.window_size, rel_pos=bool(attn.use_rel_pos), **block_weights(block, attn))
-        layers.append(LayerSpec(name, index, heads, head_dim, **options))
-    grid, patch = _grid_and_patch(encoder)
+        layers.append(LayerSpec(modules.path(name), index, heads, head_dim, **options))
+    embed = unwrap(encoder.patch_embed)
+    grid, patch = _grid_and_patch(encoder, embed)
     spec = ModelSpec(
         getattr(encoder, "family", "sam"),
         tuple(layers),
         grid,
         patch,
         start=int(getattr(encoder, "num_special", 0)),
-        **outside_weights(encoder, blocks, encoder.patch_embed),  # type: ignore[arg-type]
+        **outside_weights(encoder, blocks, embed),  # type: ignore[arg-type]
     )
-    return Found(spec, tuple(module for _, module in attention), encoder.patch_embed)
+    return Found(spec, tuple(module for _, module in attention), embed)
 
 
-def _grid_and_patch(encoder: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+def _grid_and_patch(encoder: Any, embed: Any) -> tuple[tuple[int, int], tuple[int, int]]:
     """The encoder's own grid in patches, and its patch size in pixels, from where each code base keeps the image size."""
-    embed = encoder.patch_embed
     patch = _pair(convolution(embed).kernel_size)
     size = getattr(embed, "image_size", None) or getattr(embed, "img_size", None) or encoder.img_size
     height, width = _pair(size)
@@ -177,7 +179,7 @@ def _pair(size: Any) -> tuple[int, int]:
 
 def _attend(module: Any, layer: Layer, x: Tensor, heads: int, dropout_p: float) -> Tensor:
     """(B, h, w, C) -> (B, h, w, C): project, attend, project."""
-    height, width = plain_ints(x.shape[1], x.shape[2])
+    height, width = plain_sizes(x.shape[1], x.shape[2])
     by_tokens = hasattr(module, "proj_drop")  # timm's projections take (B, N, C), all others (B, h, w, C)
     qkv = module.qkv(x.flatten(1, 2) if by_tokens else x).unflatten(-1, (3, heads, -1))
     qkv = qkv if by_tokens else qkv.flatten(1, 2)  # (B, N, 3, H, D)

@@ -8,19 +8,12 @@ from typing import Any
 from torch import nn
 
 from bsa_vision.adapters import class_swap, transformers_vit
-from bsa_vision.adapters.class_swap import Swapped
-from bsa_vision.adapters.layer import Layer, layer_of
-
-
-def kind_of(module: nn.Module) -> tuple[str, str]:
-    """Module and name of the class of an attention module, as it was before a swap."""
-    layer = layer_of(module)
-    kind = layer.original if layer is not None and isinstance(module, Swapped) else type(module)
-    return kind.__module__, kind.__name__
+from bsa_vision.adapters.class_swap import Swapped, kind_of
+from bsa_vision.adapters.layer import Layer
 
 
 def by_config(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("transformers.")
+    return kind_of(module)[0].startswith("transformers.")
 
 
 def original_of(module: Any) -> Any:
@@ -36,7 +29,7 @@ def swap(module: Any, layer: Layer, mixin: type[Swapped]) -> None:
 
 
 def check_swapped(module: Any) -> None:
-    """Raise ValueError where something else changed the module's class since."""
+    """Raise ValueError where putting back the original would undo or break what was done since."""
     if not by_config(module):
         class_swap.check_swapped(module)
 

@@ -13,10 +13,11 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from bsa_vision.adapters import class_swap
-from bsa_vision.adapters.class_swap import Swapped, check_swapped, original_of, prepare, unswap
+from bsa_vision.adapters.class_swap import check_swapped, kind_of, original_of, prepare, unswap
 from bsa_vision.adapters.intercept import Intercepted
 from bsa_vision.adapters.layer import Found, Layer, check_indices
 from bsa_vision.adapters.weights import block_weights, outside_weights
+from bsa_vision.adapters.wrappers import Modules, unwrap
 from bsa_vision.model_spec import LayerSpec, ModelSpec
 
 EXACT = False  # a layer without sparse heads runs its original attention
@@ -67,36 +68,35 @@ def _unsupported(layer: Layer, x: Tensor, attn_mask: Tensor | None, is_causal: b
 
 def serves(module: nn.Module) -> bool:
     """Whether this adapter knows the class of an attention module."""
-    if isinstance(module, Swapped):
-        return class_swap.mixin_of(module) in ATTENTION.values()
-    return (type(module).__module__, type(module).__name__) in ATTENTION
+    return kind_of(module) in ATTENTION
 
 
 def find(model: nn.Module) -> list[Found]:
     """The encoders of this family in `model`: attention is `<encoder>.blocks.<index>.attn`, pixels enter `patch_embed` or `embeds` beside them."""
+    modules = Modules(model)
     encoders: dict[str, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
+    for name, module in modules:
         if serves(module) and name.endswith(".attn"):
             encoders.setdefault(".".join(name.split(".")[:-3]), []).append((name, module))
     return [
-        _found(model, root, attention)
+        _found(modules, root, attention)
         for root, attention in encoders.items()
-        if _embeddings(model.get_submodule(root)) is not None
+        if _embeddings(modules[root]) is not None
     ]
 
 
 def _embeddings(encoder: Any) -> Any:
     """Return the module that makes patches of pixels, which NaFlexVit calls otherwise; None where there is none."""
-    return getattr(encoder, "patch_embed", None) or getattr(encoder, "embeds", None)
+    return unwrap(getattr(encoder, "patch_embed", None) or getattr(encoder, "embeds", None))
 
 
-def _found(model: nn.Module, root: str, attention: list[tuple[str, nn.Module]]) -> Found:
+def _found(modules: Modules, root: str, attention: list[tuple[str, nn.Module]]) -> Found:
     check_indices(attention)
-    encoder: Any = model.get_submodule(root)
-    blocks = [model.get_submodule(name.rpartition(".")[0]) for name, _ in attention]
+    encoder: Any = modules[root]
+    blocks = [modules[name.rpartition(".")[0]] for name, _ in attention]
     layers = tuple(
-        LayerSpec(name, index, cast(Any, module).num_heads, cast(Any, module).head_dim, **block_weights(block, module))  # type: ignore[arg-type]
-        for index, ((name, module), block) in enumerate(zip(attention, blocks, strict=True))
+        LayerSpec(modules.path(name), index, attn.num_heads, attn.head_dim, **block_weights(block, attn))  # type: ignore[arg-type]
+        for index, ((name, attn), block) in enumerate(zip(cast(Any, attention), blocks, strict=True))
     )
     embed = _embeddings(encoder)
     ratio = embed.feat_ratio(as_scalar=False)
@@ -131,7 +131,7 @@ def grid_of(embed: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
 
 
 def swap(module: Any, layer: Layer) -> None:
-    class_swap.swap(module, layer, ATTENTION[type(module).__module__, type(module).__name__])
+    class_swap.swap(module, layer, ATTENTION[kind_of(module)])
 
 
 __all__ = ["EXACT", "check_swapped", "find", "original_of", "prepare", "serves", "swap", "unswap"]

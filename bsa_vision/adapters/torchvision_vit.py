@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from bsa_vision.adapters import class_swap
-from bsa_vision.adapters.class_swap import Swapped, check_swapped, original_of, prepare, unswap
+from bsa_vision.adapters.class_swap import Swapped, check_swapped, kind_of, original_of, prepare, unswap
 from bsa_vision.adapters.layer import Found, Layer, layer_of
-from bsa_vision.adapters.weights import outside_weights
+from bsa_vision.adapters.weights import linear_weights, outside_weights
+from bsa_vision.adapters.wrappers import Modules, unwrap, wrapped
 from bsa_vision.errors import PlanError
 from bsa_vision.model_spec import LayerSpec, ModelSpec
 
@@ -70,33 +71,34 @@ def _attend(module: Any, layer: Layer, x: Tensor) -> Tensor:
 
 def serves(module: nn.Module) -> bool:
     """Whether this is a swapped module of this adapter; others are served as part of their encoder only."""
-    return isinstance(module, Swapped) and class_swap.mixin_of(module) is SparseMultiheadAttention
+    return isinstance(module, SparseMultiheadAttention)
 
 
 def find(model: nn.Module) -> list[Found]:
     """The encoders of this family in `model`: `nn.MultiheadAttention` is served inside torchvision's ViT and nowhere else."""
-    return [
-        _found(name, encoder)
-        for name, encoder in model.named_modules()
-        if (type(encoder).__module__, type(encoder).__name__) == ENCODER
-    ]
+    modules = Modules(model)
+    return [_found(modules, name, encoder) for name, encoder in modules if kind_of(encoder) == ENCODER]
 
 
-def _found(root: str, encoder: Any) -> Found:
-    layers, modules = [], []
-    blocks = list(encoder.encoder.layers.named_children())
-    for index, (name, block) in enumerate(blocks):
-        path = ".".join(part for part in (root, "encoder.layers", name, "self_attention") if part)
-        path, attention = _unwrapped(path, block.self_attention)
-        weights = attention.in_proj_weight.numel() + attention.out_proj.weight.numel()
-        mlp = sum(inner.weight.numel() for inner in block.mlp.modules() if isinstance(inner, nn.Linear))
-        heads = attention.num_heads
-        layers.append(LayerSpec(path, index, heads, attention.head_dim, attention_weights=weights, mlp_weights=mlp))
-        modules.append(attention)
+def _found(modules: Modules, root: str, encoder: Any) -> Found:
+    layers, attentions = [], []
+    inside = ".".join(filter(None, (root, "encoder.layers")))
+    names = [name for name, _ in modules[inside].named_children()]
+    blocks: list[Any] = [modules[f"{inside}.{name}"] for name in names]
+    for index, (name, block) in enumerate(zip(names, blocks, strict=True)):
+        if not hasattr(block, "self_attention"):
+            raise wrapped(block)
+        path = modules.path(f"{inside}.{name}.self_attention")
+        path, attention = _unwrapped(path, unwrap(block.self_attention))
+        weights = 4 * attention.embed_dim**2  # of the projections in and out, whatever holds them
+        options = dict(attention_weights=weights, mlp_weights=linear_weights(block.mlp))
+        layers.append(LayerSpec(path, index, attention.num_heads, attention.head_dim, **options))
+        attentions.append(attention)
     side, patch = encoder.image_size // encoder.patch_size, encoder.patch_size
-    outside: dict[str, Any] = outside_weights(encoder, [block for _, block in blocks], encoder.conv_proj)
+    embed = unwrap(encoder.conv_proj)
+    outside: dict[str, Any] = outside_weights(encoder, blocks, embed)
     spec = ModelSpec("vit", tuple(layers), (side, side), (patch, patch), start=1, **outside)
-    return Found(spec, tuple(modules), encoder.conv_proj)
+    return Found(spec, tuple(attentions), embed)
 
 
 def _unwrapped(path: str, module: Any) -> tuple[str, Any]:

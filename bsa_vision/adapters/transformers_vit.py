@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from bsa_vision.adapters.layer import ATTRIBUTE, Found, GridOf, Layer, layer_of
+from bsa_vision.adapters.layer import Found, GridOf, Layer, layer_of
 from bsa_vision.adapters.weights import block_weights, outside_weights
+from bsa_vision.adapters.wrappers import Modules, own_class
 from bsa_vision.model_spec import LayerSpec, ModelSpec
 
 EXACT = False  # a layer without sparse heads runs its original attention
@@ -69,19 +70,18 @@ EMBEDDINGS = {kind.embeddings for kind in ATTENTION.values()}
 
 def find(model: nn.Module) -> list[Found]:
     """The encoders of this family in `model`, one per patch embedding; looks at names of classes and imports nothing."""
-    attention = [(name, module) for name, module in model.named_modules() if serves(module)]
-    embeddings = [
-        (name, module)
-        for name, module in model.named_modules()
-        if type(module).__name__ in EMBEDDINGS and type(module).__module__.startswith("transformers.")
-    ]
+    modules = Modules(model)
+    attention = [(name, module) for name, module in modules if serves(module)]
     found = []
-    for path, embedding in embeddings:
-        root = path.rpartition(".")[0]
+    for name, embedding in modules:
+        kind = own_class(type(embedding))
+        if kind.__name__ not in EMBEDDINGS or not kind.__module__.startswith("transformers."):
+            continue
+        root = name.rpartition(".")[0]
         inside = [(name, module) for name, module in attention if not root or name.startswith(root + ".")]
-        inside = [(name, module) for name, module in inside if _kind(module).embeddings == type(embedding).__name__]
+        inside = [(name, module) for name, module in inside if _kind(module).embeddings == kind.__name__]
         if inside:
-            spec, grid_of = _spec(model, root, inside, embedding), _kind(inside[0][1]).grid_of
+            spec, grid_of = _spec(modules, root, inside, embedding), _kind(inside[0][1]).grid_of
             found.append(Found(spec, tuple(module for _, module in inside), embedding, grid_of))
     return found
 
@@ -92,21 +92,22 @@ def serves(module: nn.Module) -> bool:
 
 
 def _name(module: nn.Module) -> tuple[str, str]:
-    return type(module).__module__.removeprefix("transformers.models."), type(module).__name__
+    kind = own_class(type(module))
+    return kind.__module__.removeprefix("transformers.models."), kind.__name__
 
 
 def _kind(module: nn.Module) -> Kind:
     return ATTENTION[_name(module)]
 
 
-def _spec(model: nn.Module, root: str, attention: list[tuple[str, nn.Module]], embedding: nn.Module) -> ModelSpec:
+def _spec(modules: Modules, root: str, attention: list[tuple[str, nn.Module]], embedding: nn.Module) -> ModelSpec:
     config: Any = attention[0][1].config
     kind, patch_size = _kind(attention[0][1]), _pair(config.patch_size)
-    blocks: list[Any] = [model.get_submodule(name.rpartition(".")[0]) for name, _ in attention]
+    blocks: list[Any] = [modules[name.rpartition(".")[0]] for name, _ in attention]
     layers = []
     for index, ((name, module), block) in enumerate(zip(attention, blocks, strict=True)):
         options = dict(window=getattr(block, "window_size", 0), **block_weights(block, module))
-        layers.append(LayerSpec(name, index, config.num_attention_heads, int(module.head_dim), **options))  # type: ignore
+        layers.append(LayerSpec(modules.path(name), index, config.num_attention_heads, int(module.head_dim), **options))  # type: ignore
     if hasattr(config, "image_size"):
         image_size = _pair(config.image_size)
         grid = (image_size[0] // patch_size[0], image_size[1] // patch_size[1])
@@ -118,7 +119,7 @@ def _spec(model: nn.Module, root: str, attention: list[tuple[str, nn.Module]], e
         grid=grid,
         patch_size=patch_size,
         start=kind.start(config),
-        **outside_weights(model.get_submodule(root), blocks, embedding),  # type: ignore[arg-type]
+        **outside_weights(modules[root], blocks, embedding),  # type: ignore[arg-type]
     )
 
 
@@ -132,20 +133,26 @@ def original_of(module: Any) -> Any:
 
 
 def swap(module: Any, layer: Layer) -> None:
-    module.config = copy.copy(layer.original)
-    setattr(module.config, IMPLEMENTATION, NAME)
-    setattr(module, ATTRIBUTE, layer)
+    layer.swapped = copy.copy(layer.original)
+    setattr(layer.swapped, IMPLEMENTATION, NAME)
+    layer.attach(module)
+    module.config = layer.swapped
 
 
 def check_swapped(module: Any) -> None:
-    """Nothing: what `unswap` puts back is a config that only a swap replaces."""
+    """Nothing: `unswap` undoes the swap of the config, whatever was done to the module's class and forward."""
 
 
 def unswap(module: Any) -> None:
+    """Undo `swap`, also one that was interrupted; to be called again where it was interrupted itself."""
     layer = layer_of(module)
     assert layer is not None
-    module.config = layer.original
-    delattr(module, ATTRIBUTE)
+    if module.config is layer.swapped:
+        module.config = layer.original
+    elif getattr(module.config, IMPLEMENTATION, None) == NAME and module.config is not layer.original:
+        # Another config since, made from ours: it stays, without our name in it.
+        setattr(module.config, IMPLEMENTATION, getattr(layer.original, IMPLEMENTATION))
+    layer.detach(module)
 
 
 def prepare() -> None:
@@ -218,5 +225,5 @@ def _original(name: str | None, module: Any) -> Callable[..., tuple[Tensor, Tens
     """transformers' own function of that name; "eager" lives in the file of each model."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    eager = sys.modules[type(module).__module__].eager_attention_forward
+    eager = sys.modules[own_class(type(module)).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 def block_weights(block: nn.Module, attention: nn.Module) -> dict[str, int]:
@@ -28,10 +28,10 @@ def outside_weights(encoder: nn.Module, blocks: Iterable[nn.Module], embeddings:
             continue
         if isinstance(module, nn.Conv2d):
             positions /= 1 if module in making else module.stride[0] * module.stride[1]
-            per_patch += module.weight.numel() * positions
+            per_patch += convolution_weights(module) * positions
         elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-            per_patch += module.in_proj_weight.numel() * 2 / 3
-            per_image += module.in_proj_weight.numel() // 3
+            per_patch += module.embed_dim**2 * 2
+            per_image += module.embed_dim**2
         elif weights := _elements(module):
             if module in making or name.endswith(".kv"):
                 per_patch += weights
@@ -45,13 +45,9 @@ def convolution(embedding: Any) -> nn.Conv2d:
     return next(module for module in embedding.modules() if isinstance(module, nn.Conv2d))
 
 
-def output_weight(attention: nn.Module, width: int) -> Tensor | None:
-    """(C, width) of the projection that takes what the heads made, `width` channels; None where it has another name or shape."""
-    for name in ("proj", "o_proj", "out_proj"):
-        weight = getattr(getattr(attention, name, None), "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] == width:
-            return weight.detach()
-    return None
+def convolution_weights(module: nn.Conv2d) -> int:
+    """Count the elements of a convolution's weight, from its sizes: FSDP, quantisers and offloading take the weight itself away."""
+    return module.out_channels * module.in_channels // module.groups * module.kernel_size[0] * module.kernel_size[1]
 
 
 def linear_weights(module: nn.Module) -> int:

@@ -66,10 +66,10 @@ static Attend resolve(const Batch &b, int64_t image, int64_t head) {
     };
 }
 
-constexpr int64_t INTERFACE = 1;
+constexpr int64_t INTERFACE = 2;
 constexpr int CHUNK = 128;               // keys per step of the online softmax
 constexpr float LOG2E = 1.44269504088896341f;
-constexpr float LOWEST = -3e38f;         // finite: a maximum of -inf would make NaN of its differences
+constexpr float LOWEST = -3.40282347e38f;  // the lowest number: a maximum of -inf would make NaN of its differences
 // 2^f for f in [-1/2, 1/2] as 1 + f * (C1 + f * (...)): least maximal relative error, 9e-8, with 2^0 = 1 exactly.
 constexpr float C1 = 0.6931470036506653f, C2 = 0.24022242426872253f, C3 = 0.05550733581185341f,
                 C4 = 0.009671512991189957f, C5 = 0.001326472731307149f;
@@ -97,7 +97,7 @@ namespace avx2 {
 }
 
 extern "C" {
-// compiled.py refuses a library that was built for another `Batch`: raise INTERFACE whenever its meaning changes.
+// compiled.py refuses a library of another INTERFACE: raise it whenever the meaning of `Batch`, or a result, changes.
 int64_t attend_interface() { return INTERFACE * 10000 + int64_t(sizeof(Batch)); }
 void attend_avx512(const Batch *b) { avx512::attend(*b); }
 void attend_avx2(const Batch *b) { avx2::attend(*b); }

@@ -62,6 +62,15 @@ INLINE void measure(const Attend &a, const Chunk &chunk, const Row &row, int64_t
     }
 }
 
+// Queries that see nothing take part in no gradient, whatever they hold: 0 times infinity would be NaN.
+INLINE void leave_out(const Attend &a, const Row &row, const GradientRow &g) {
+    for (int64_t i = 0; i < row.count; i++) {
+        if (row.sum[i] != 0) continue;
+        for (int64_t d = 0; d < padded(a.dim); d++) g.q_rows[i * padded(a.dim) + d] = 0;
+        for (int64_t d = 0; d < padded(a.dim_v); d++) g.grad_out_rows[i * padded(a.dim_v) + d] = 0;
+    }
+}
+
 // probs[j][i] and grad_logits[j][i] = probs * (v_j . grad_out_i - delta_i), for N keys from j on and V vectors of queries.
 template <int N, int V>
 INLINE void differentiate(const Attend &a, const Chunk &chunk, const Row &row, const GradientRow &g, int64_t j, int64_t i) {
@@ -72,9 +81,9 @@ INLINE void differentiate(const Attend &a, const Chunk &chunk, const Row &row, c
         for (int n = 0; n < V; n++) {
             const int64_t at = i + n * LANES;
             float *prob = g.probs + (j + r) * row.width + at;
-            const Vec p = exp(load(prob) - load(row.top + at)) / load(row.sum + at);
-            store(prob, p);
-            store(g.grad_logits + (j + r) * row.width + at, p * (sums[r][n] - load(g.delta + at)));
+            const Vec sum = load(row.sum + at), p = exp(load(prob) - load(row.top + at)) / sum;
+            store(prob, sum == 0 ? Vec{} : p);
+            store(g.grad_logits + (j + r) * row.width + at, sum == 0 ? Vec{} : p * (sums[r][n] - load(g.delta + at)));
         }
 }
 
@@ -131,7 +140,8 @@ INLINE void collect_rel(const Attend &a, const int64_t *tokens, int64_t count, c
 
 INLINE void untranspose(const Attend &a, const Row &row, const float *from, int64_t dim, float scale, float *to, int64_t stride) {
     for (int64_t i = 0; i < row.count; i++)
-        for (int64_t d = 0; d < dim; d++) to[token(a.order_q, row.start + i) * stride + d] = from[d * row.width + i] * scale;
+        for (int64_t d = 0; d < dim; d++)
+            to[token(a.order_q, row.start + i) * stride + d] = row.sum[i] == 0 ? 0 : from[d * row.width + i] * scale;
 }
 
 #define BY_WIDTH(call)                                                                              \
@@ -153,6 +163,7 @@ TARGET static void attend_gradient(const Attend &a, int64_t rows) {
             take(a, row, run, end, key, chunk);
             BY_WIDTH(measure<V>(a, chunk, row, i))
         }
+        leave_out(a, row, g);
         run = a.run_at[number], key = a.runs[2 * run];
         while (run < end) {
             take(a, row, run, end, key, chunk);

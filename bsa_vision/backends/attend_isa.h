@@ -12,14 +12,13 @@ INLINE void store(float *p, Vec x) { *(Unaligned *)p = x; }
 INLINE Vec splat(float x) { return Vec{} + x; }
 INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
-// e^x for x <= 0 as 2^n * 2^f with n whole and |f| <= 1/2; 2e-38, not 0, below x = -86.6. NaN stays NaN, whatever its bits.
+// e^x for x <= 0 as 2^n * 2^f with n whole and |f| <= 1/2; 0 below x = -86.6. NaN stays NaN, whatever its bits.
 INLINE Vec exp(Vec x) {
     const Vec low = splat(-86.6f), round = splat(12582912.f);  // adding 1.5 * 2^23 leaves the integer part in the low bits
-    const Vec given = x;
-    x = x < low ? low : x;
     const Vec shifted = x * LOG2E + round, f = x * LOG2E - (shifted - round);
     const Vec power = ((((C5 * f + C4) * f + C3) * f + C2) * f + C1) * f + 1.f;
-    return given == given ? (Vec)((IntVec)power + ((IntVec)shifted << 23)) : given;
+    const Vec otherwise = x == x ? Vec{} : x;
+    return x >= low ? (Vec)((IntVec)power + ((IntVec)shifted << 23)) : otherwise;
 }
 
 // One chunk of kept keys, as pointers: tokens lie anywhere.
@@ -161,13 +160,13 @@ INLINE void take(const Attend &a, const Row &row, int64_t &run, int64_t end, int
     }
 }
 
-// Output and log-sum-exp of one row; 0 and +inf where nothing was seen.
+// Output and log-sum-exp of one row; 0 and +inf where nothing was seen: there was no key, or all logits were -inf.
 INLINE void finish(const Attend &a, const Row &row) {
     for (int64_t i = 0; i < row.count; i++) {
         const int64_t t = token(a.order_q, row.start + i);
-        const float sum = row.sum[i], inverse = sum == 0 ? 0 : 1 / sum;
-        for (int64_t d = 0; d < a.dim_v; d++) a.out[t * a.out_stride + d] = row.out[d * row.width + i] * inverse;
-        if (a.lse) a.lse[t * a.lse_stride] = sum == 0 ? INFINITY : row.top[i] + std::log(sum);
+        const float sum = row.sum[i], inverse = 1 / sum;
+        for (int64_t d = 0; d < a.dim_v; d++) a.out[t * a.out_stride + d] = sum == 0 ? 0 : row.out[d * row.width + i] * inverse;
+        if (a.lse) a.lse[t * a.lse_stride] = sum == 0 || row.top[i] == INFINITY ? INFINITY : row.top[i] + std::log(sum);
     }
 }
 

@@ -20,7 +20,7 @@ from bsa_vision.backends.problem import Problem, Result, Span
 from bsa_vision.backends.workers import run_tasks, scratch
 from bsa_vision.block_rows import RunTable
 
-INTERFACE = 1  # of attend.cpp
+INTERFACE = 2  # of attend.cpp
 TASKS_PER_THREAD = 8  # rows of blocks cost unequal amounts; several tasks a thread even that out
 CHUNK, LANES, VECTORS = 128, 16, 4  # the widest that attend.cpp uses
 KEY_SIDE = {"k", "v", "grad_k", "grad_v"}  # tensors with one row per key
@@ -229,7 +229,8 @@ def _deal(batch: _Batch, direction: int, units: int, floats: int, alive: tuple[A
         own = _Batch.from_buffer_copy(batch)
         own.first, own.last = first, min(first + step, units)
         size = floats + CHUNK * VECTORS * LANES
-        own.scratch = scratch("attend", (size,), torch.float32, torch.device("cpu")).data_ptr()
+        memory = scratch("attend", (size,), torch.float32, torch.device("cpu"))
+        own.scratch = memory.data_ptr()
         functions[direction](ctypes.byref(own))
 
     return [partial(task, first, alive) for first in range(0, units, step)]

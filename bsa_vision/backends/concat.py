@@ -7,6 +7,9 @@ with c the power of two nearest above 1 / s, so that nothing grows beyond what f
 Where the grid's rows and columns beside the head dim are more than a kernel's width, its key blocks are parted into sub-grids that fit. Each
 part is a call of its own, with one-hot columns that count from the part's first row and column; results are merged by log-sum-exp.
 Exact in real arithmetic: each logit is the same sum. Constraint: the merge has no gradient, because the kernels' log-sum-exp has none.
+
+A product with a one-hot column makes NaN of NaN and of infinity for every key. So terms of rows and columns that a query sees nothing of
+are 0, and -inf is the lowest number there is; a query for which only that is left sees nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from bsa_vision.backends.problem import Problem, Result
 from bsa_vision.head_masks import DENSE, HeadMasks
 
 MOST_PARTS = 16  # every part reads all queries again
+NOTHING = -30_000  # log-sum-exp below which a query with terms of -inf sees nothing: float16 goes to -65504
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +36,7 @@ class Part:
     tokens         (n,) its keys, ascending; None = all
     hot            (n, rows + columns) bool, one True in each of the two
     masks          of its key blocks; None = as they are, all keys
+    seen           (B or 1, H, n_q, rows + columns) bool: of which of them a query's block sees some key; None = of all
     """
 
     rows: slice
@@ -39,6 +44,7 @@ class Part:
     tokens: Tensor | None
     hot: Tensor
     masks: HeadMasks | None
+    seen: Tensor | None
 
 
 def why_not(problem: Problem, width: int) -> str | None:
@@ -65,12 +71,24 @@ def attend(problem: Problem, width: int, run: Callable[[Problem], Result]) -> Re
     """`run` on `problem` without relative position, which is in the queries and keys instead."""
     if problem.rel_pos is None:
         return run(problem)
-    parts = _parts(problem, width)
-    if len(parts) == 1:
-        return run(_bring(problem, parts[0]))
-    results = [run(_bring(replace(problem, return_lse=True), part)) for part in parts]
+    results = [_attend(problem, part, run) for part in _parts(problem, width)]
+    if len(results) == 1:
+        return results[0]
     out, lse = merge([result.out for result in results], [_lse_of(result) for result in results])
     return Result(out, lse if problem.return_lse else None)
+
+
+def _attend(problem: Problem, part: Part, run: Callable[[Problem], Result]) -> Result:
+    assert problem.rel_pos is not None
+    rel_h, rel_w = problem.rel_pos
+    terms = torch.cat([rel_h[..., part.rows], rel_w[..., part.columns]], -1)  # (B, H, n_q, rows + columns)
+    if part.seen is not None:
+        terms = terms.where(part.seen, 0)
+    result = run(_bring(replace(problem, return_lse=True), part, terms))
+    lse = _lse_of(result)
+    nothing = terms.isneginf().any(-1) & (lse < NOTHING)
+    out = result.out.masked_fill(nothing[..., None], 0)
+    return result._replace(out=out, lse=lse.masked_fill(nothing, torch.inf))
 
 
 def merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -90,14 +108,14 @@ def _lse_of(result: Result) -> Tensor:
     return result.lse
 
 
-def _bring(problem: Problem, part: Part) -> Problem:
+def _bring(problem: Problem, part: Part, terms: Tensor) -> Problem:
     """The part's keys, and queries that know what each of its rows and columns adds."""
-    assert problem.rel_pos is not None
     k, v = (x if part.tokens is None else x.index_select(2, part.tokens) for x in (problem.k, problem.v))
-    rel_h, rel_w = problem.rel_pos
     weight = 2.0 ** math.ceil(math.log2(1 / abs(problem.scale)))
-    terms = torch.cat([rel_h[..., part.rows], rel_w[..., part.columns]], -1) * (1 / (problem.scale * weight))
-    q = torch.cat([problem.q, terms.to(problem.q.dtype)], -1)
+    # Divided, so that the scale may be multiplied with the queries first.
+    lowest = math.copysign(torch.finfo(problem.q.dtype).min / max(1, 1.01 * abs(problem.scale)), -problem.scale)
+    columns = (terms * (1 / (problem.scale * weight))).to(problem.q.dtype)
+    q = torch.cat([problem.q, columns.masked_fill(terms.isneginf(), lowest)], -1)
     k = torch.cat([k, (part.hot.to(k.dtype) * weight).expand(*k.shape[:2], -1, -1)], -1)
     masks = problem.masks if part.masks is None else part.masks
     return replace(problem, q=q, k=k, v=v, masks=masks, rel_pos=None, key_row=None, key_column=None)
@@ -115,10 +133,27 @@ def _parts(problem: Problem, width: int) -> list[Part]:
     places = problem.key_row, problem.key_column
     if dim + height + across <= width:
         whole = slice(0, height), slice(0, across)
-        key = ("concat", height, across, problem.q.device)
-        return problem.masks.remember(key, lambda: [Part(*whole, None, _one_hot(*places, *whole), None)])
+        key = ("concat", height, across, problem.q.device, problem.is_causal)
+        return problem.masks.remember(key, lambda: [_whole(problem, _one_hot(*places, *whole), whole)])
     parted = ("concat", height, across, problem.q.device, dim, width)
     return problem.masks.remember(parted, lambda: [_part(problem, cell) for cell in _cells(problem, width - dim)])
+
+
+def _whole(problem: Problem, hot: Tensor, sides: tuple[slice, slice]) -> Part:
+    kept = problem.masks.block_mask(problem.q.shape[2], problem.k.shape[2], causal=problem.is_causal)
+    return Part(*sides, None, hot, None, _seen(problem, kept, hot))
+
+
+def _seen(problem: Problem, kept: Tensor, hot: Tensor) -> Tensor | None:
+    """Of which rows and columns, as `hot` has them, queries see some key: (B or 1, H, R, C) -> (B or 1, H, n_q, rows + columns)."""
+    if problem.masks.all_dense:
+        return None
+    size = problem.masks.block_size
+    blocks = torch.stack([own.any(0) for own in hot.cpu().split(size)])  # (C, rows + columns)
+    seen = (kept.float() @ blocks.float()).bool()
+    if seen.all():
+        return None
+    return seen.repeat_interleave(size, 2)[:, :, : problem.q.shape[2]].to(hot.device)
 
 
 def _part(problem: Problem, blocks: list[int]) -> Part:
@@ -133,7 +168,8 @@ def _part(problem: Problem, blocks: list[int]) -> Part:
     sparse = [head for head, kind in enumerate(masks.slices) if kind != DENSE]
     types = [0 if kind == DENSE else sparse.index(head) + 1 for head, kind in enumerate(masks.slices)]
     own = HeadMasks(kept[:, sparse] if sparse else None, types, block_size=size, allow_empty_rows=True)
-    return Part(rows, columns, tokens, _one_hot(row, column, rows, columns), own)
+    hot = _one_hot(row, column, rows, columns)
+    return Part(rows, columns, tokens, hot, own, _seen(problem, kept, hot))
 
 
 def _one_hot(row: Tensor, column: Tensor, rows: slice, columns: slice) -> Tensor:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bsa_vision.backends import compiled
-from bsa_vision.backends.problem import Problem, Result, Span
+from bsa_vision.backends.problem import Problem, Result, Span, all_finite
 from bsa_vision.backends.workers import run_tasks, scratch
-from bsa_vision.block_rows import BlockRow
+from bsa_vision.block_rows import BlockRow, Run
 from bsa_vision.head_masks import DENSE
 
 TASKS_PER_THREAD = 4  # rows of blocks cost unequal amounts; several tasks a thread even that out
@@ -49,7 +49,7 @@ def run(problem: Problem) -> Result:
     out = problem.empty_out()
     lse = problem.empty_lse() if problem.return_lse else None
     sparse = _dense_heads(problem, out) if _can_hand_over(problem) else range(problem.num_heads)
-    heads = list(_heads(problem, sparse))
+    heads = list(_heads(problem, sparse, _by_query(problem)))
     chunks = -(-TASKS_PER_THREAD * torch.get_num_threads() // max(len(heads), 1))
     tasks = []
     for head in heads:
@@ -64,7 +64,10 @@ def run(problem: Problem) -> Result:
 def _can_hand_over(problem: Problem) -> bool:
     """Whether torch's own attention can take the dense heads: it knows no relative position and returns no LSE."""
     plain = problem.rel_pos is None and not problem.is_causal and not problem.dropout_p and not problem.return_lse
-    return plain and DENSE in problem.masks.slices
+    if not plain or DENSE not in problem.masks.slices:
+        return False
+    # In low precision it makes 0 of infinite logits. A GPU is not waited for only to ask for values.
+    return problem.q.device.type != "cpu" or all_finite(problem.q, problem.k, problem.v)
 
 
 def _dense_heads(problem: Problem, out: Tensor) -> list[int]:
@@ -90,11 +93,9 @@ def _rows(problem: Problem, head: _Head, rows: list[BlockRow], out: Tensor, lse:
     queries = head.q[chunk] * problem.scale
     to = out[head.span.row, head.number, head.span.q][chunk]
     results = to if to.dtype == queries.dtype else queries.new_empty(to.shape)
-    size, chunk_lse = problem.masks.block_size, queries.new_full((len(queries),), torch.inf)
+    sizes, chunk_lse = [row.stop - row.start for row in rows], queries.new_full((len(queries),), torch.inf)
     # Operations are small here, so the loop below takes ready-made views: slicing anew costs as much as some of the products.
-    parts = zip(
-        _with_keys(problem, head, rows), queries.split(size), results.split(size), chunk_lse.split(size), strict=True
-    )
+    parts = zip(_with_keys(head, rows), queries.split(sizes), results.split(sizes), chunk_lse.split(sizes), strict=True)
     for (row, keys, values), row_queries, result, row_lse in parts:
         if not row.runs:
             result.zero_()
@@ -103,10 +104,12 @@ def _rows(problem: Problem, head: _Head, rows: list[BlockRow], out: Tensor, lse:
         if lse is not None:
             row_lse.copy_(logits.logsumexp(-1))
             row_lse.masked_fill_(row_lse.isneginf(), torch.inf)
-        probs = _softmax_(problem, logits)
+        probs, nothing = _softmax_(logits)
         if problem.dropout_p:
             probs *= _dropout(problem, head, row, probs)
         torch.mm(probs, values, out=result)
+        if nothing is not None:
+            result.masked_fill_(nothing, 0)
     if results is not to:
         to.copy_(results)
     if lse is not None:
@@ -121,7 +124,7 @@ def gradients(problem: Problem, out: Tensor, grad_out: Tensor) -> Gradients:
     dtype = problem.compute_dtype
     inputs = (problem.q, problem.k, problem.v, *(problem.rel_pos or ()))
     grads = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in inputs]
-    heads = list(_heads(problem, range(problem.num_heads)))
+    heads = list(_heads(problem, range(problem.num_heads), _by_query(problem, out, grad_out)))
     # Query heads of one group add to the same keys, so a group is one task: no two tasks write to the same place.
     tasks = [
         partial(_head_gradients, problem, heads[i : i + problem.group], out, grad_out, grads)
@@ -142,22 +145,29 @@ def _head_gradients(problem: Problem, heads: list[_Head], out: Tensor, grad_out:
         delta = (head_grad * head_out).sum(-1, keepdim=True)  # (n_q, 1)
         grad_q, *grad_rel = (grads[i][at_q] for i in (0, *range(3, len(grads))))
         grad_k, grad_v = grads[1][at_k], grads[2][at_k]
-        for row, keys, values in _with_keys(problem, head, head.rows):
+        for row, keys, values in _with_keys(head, head.rows):
             if not row.runs:
                 continue
             here = slice(row.start, row.stop)
-            probs = _softmax_(problem, _logits(problem, head, row, queries[here], keys))
+            row_queries, row_grad = queries[here], head_grad[here]
+            probs, nothing = _softmax_(_logits(problem, head, row, row_queries, keys))
             grad_probs = scratch("grad_probs", tuple(probs.shape), probs.dtype, probs.device)
-            torch.mm(head_grad[here], values.T, out=grad_probs)
+            torch.mm(row_grad, values.T, out=grad_probs)
+            if nothing is not None:  # no gradient of what sees nothing is 0 times infinity
+                row_queries, row_grad = (x.masked_fill(nothing, 0) for x in (row_queries, row_grad))
             if problem.dropout_p:
                 dropout = _dropout(problem, head, row, probs)
                 grad_probs *= dropout
-                _add(grad_v, row, (probs * dropout).T @ head_grad[here])
+                _add(grad_v, row, (probs * dropout).T @ row_grad)
             else:
-                _add(grad_v, row, probs.T @ head_grad[here])
+                _add(grad_v, row, probs.T @ row_grad)
             grad_logits = probs.mul_(grad_probs.sub_(delta[here]))
+            if nothing is not None:
+                grad_logits.masked_fill_(nothing, 0)
             torch.mm(grad_logits, keys, out=grad_q[here]).mul_(problem.scale)
-            _add(grad_k, row, grad_logits.T @ queries[here])
+            if nothing is not None:
+                grad_q[here].masked_fill_(nothing, 0)
+            _add(grad_k, row, grad_logits.T @ row_queries)
             for grad, key_place in zip(grad_rel, (problem.key_row, problem.key_column)):
                 assert key_place is not None
                 for (start, stop), part in zip(row.runs, _by_run(row, grad_logits, dim=1), strict=True):
@@ -169,13 +179,27 @@ class _Head(NamedTuple):
 
     span: Span
     number: int
-    rows: list[BlockRow]
+    blocks: list[BlockRow]
+    rows: list[BlockRow]  # its blocks, or their queries one by one
     q: Tensor  # (n_q, D)
     k: Tensor  # (n_k, D)
     v: Tensor  # (n_k, Dv)
 
 
-def _heads(problem: Problem, heads: range | list[int]) -> Iterator[_Head]:
+def _by_query(problem: Problem, *results: Tensor) -> bool:
+    """Whether each query must be computed with its own keys alone: where causality cuts blocks that hold NaN or infinity."""
+    return problem.is_causal and not all_finite(problem.q, problem.k, problem.v, *(problem.rel_pos or ()), *results)
+
+
+def _queries(row: BlockRow, offset: int) -> Iterator[BlockRow]:
+    """The queries of a row one by one, with the keys that causality leaves them."""
+    for query in range(row.start, row.stop):
+        end = query + offset + 1
+        runs = tuple((start, min(stop, end)) for start, stop in row.runs if start < end)
+        yield BlockRow(query, query + 1, runs, sum(stop - start for start, stop in runs))
+
+
+def _heads(problem: Problem, heads: range | list[int], by_query: bool) -> Iterator[_Head]:
     q, k, v = (x.to(problem.compute_dtype) for x in (problem.q, problem.k, problem.v))
     for span in problem.spans():
         num_q, num_k = span.q.stop - span.q.start, span.k.stop - span.k.start
@@ -183,27 +207,29 @@ def _heads(problem: Problem, heads: range | list[int]) -> Iterator[_Head]:
         for number in heads:
             at_k = (span.row, number // problem.group, span.k)
             tensors = (q[span.row, number, span.q], k[at_k], v[at_k])
-            yield _Head(span, number, rows[number], *tensors)
+            own = (
+                [query for row in rows[number] for query in _queries(row, num_k - num_q)] if by_query else rows[number]
+            )
+            yield _Head(span, number, rows[number], own, *tensors)
 
 
-def _with_keys(problem: Problem, head: _Head, rows: list[BlockRow]) -> Iterator[tuple[BlockRow, Tensor, Tensor]]:
+def _with_keys(head: _Head, rows: list[BlockRow]) -> Iterator[tuple[BlockRow, Tensor, Tensor]]:
     """Each row with its keys and values: where they lie when they are one run, else gathered, once for neighbours alike."""
-    size, largest = problem.masks.block_size, max((row.kept for row in rows), default=0)
-    blocks = [x.split(size) for x in (head.k, head.v)]
+    largest = max((row.kept for row in rows), default=0)
     keys, values = (
         scratch(name, (largest, x.shape[1]), x.dtype, x.device) for name, x in (("keys", head.k), ("values", head.v))
     )
-    gathered: tuple[int, ...] | None = None
+    gathered: tuple[Run, ...] | None = None
     k, v = head.k[:0], head.v[:0]
     for row in rows:
-        if row.blocks != gathered:
-            gathered = row.blocks
+        if row.runs != gathered:
+            gathered = row.runs
             if len(row.runs) == 1:
                 start, stop = row.runs[0]
                 k, v = head.k[start:stop], head.v[start:stop]
             elif row.runs:
                 to = (keys[: row.kept], values[: row.kept])
-                k, v = (torch.cat([x[i] for i in row.blocks], out=y) for x, y in zip(blocks, to))
+                k, v = (torch.cat([x[i:j] for i, j in row.runs], out=y) for x, y in zip((head.k, head.v), to))
         yield row, k, v
 
 
@@ -236,14 +262,20 @@ def _logits(problem: Problem, head: _Head, row: BlockRow, queries: Tensor, keys:
     return logits
 
 
-def _softmax_(problem: Problem, logits: Tensor) -> Tensor:
-    if not problem.is_causal:
-        return torch.softmax(logits, -1, out=logits)
-    # Single queries of a block that is kept may see nothing, and softmax of nothing is NaN.
-    sees_nothing = logits.isneginf().all(-1, keepdim=True)
-    return torch.softmax(logits, -1, out=logits).masked_fill_(sees_nothing, 0)
+def _softmax_(logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The softmax, and (n, 1) bool where a query sees nothing: all its logits are -inf, and the softmax is 0.
+
+    None where there is none such, which is asked on CPUs alone: others would have to be waited for.
+    """
+    nothing = logits.amax(-1, keepdim=True).isneginf()
+    probs = torch.softmax(logits, -1, out=logits)
+    if logits.device.type == "cpu" and not nothing.any():
+        return probs, None
+    return probs.masked_fill_(nothing, 0), nothing
 
 
 def _dropout(problem: Problem, head: _Head, row: BlockRow, probs: Tensor) -> Tensor:
-    keep = problem.keep(tuple(probs.shape), head.span.image, head.number, row.start)
-    return keep.to(probs.dtype).div_(1 - problem.dropout_p)
+    block = head.blocks[row.start // problem.masks.block_size]
+    keep = problem.keep((block.stop - block.start, block.kept), head.span.image, head.number, block.start)
+    own = keep[row.start - block.start : row.stop - block.start, : row.kept]  # causality leaves a row its first keys
+    return own.to(probs.dtype).div_(1 - problem.dropout_p)

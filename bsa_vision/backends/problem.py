@@ -170,6 +170,16 @@ class Problem:
         return torch.rand(shape, generator=generator, device=self.q.device) >= self.dropout_p
 
 
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity; False where values cannot be asked for, as under vmap."""
+    if torch.jit.is_tracing():
+        return True  # a trace is made for values of any kind
+    try:
+        return all(bool(x.isfinite().all()) for x in tensors)
+    except RuntimeError:
+        return False
+
+
 def check_bounds(name: str, bounds: Tensor, total: int, longest: int) -> list[int]:
     """The values of cu_seqlens, or a ValueError that names what is wrong with them."""
     values = bounds.tolist()

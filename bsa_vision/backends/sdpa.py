@@ -2,6 +2,7 @@
 
 Constraints: no log-sum-exp, no dropout mask; with a mask or relative position it builds (H, N, N) per image.
 For calls in which every head is dense it hands q, k, v over as they are, and torch picks its fastest kernel.
+Where NaN or infinity is about, which torch would carry from what is masked to what is not, the definition computes instead.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from bsa_vision.backends.problem import Problem, Result, Span
+from bsa_vision.backends import definition
+from bsa_vision.backends.problem import Problem, Result, Span, all_finite
 
 
 def why_not(problem: Problem) -> str | None:
@@ -21,20 +23,30 @@ def why_not(problem: Problem) -> str | None:
 
 
 def run(problem: Problem) -> Result:
-    if problem.masks.all_dense and not problem.ragged and problem.rel_pos is None and not problem.is_causal:
-        return Result(_sdpa(problem, problem.q, problem.k, problem.v, None))
+    whole = problem.masks.all_dense and not problem.ragged and problem.rel_pos is None and not problem.is_causal
+    # With nothing masked, a GPU is not waited for only to ask for values.
+    finite = (whole and problem.q.is_cuda) or all_finite(problem.q, problem.k, problem.v, *(problem.rel_pos or ()))
+    if whole and finite:
+        every = _sdpa(problem, problem.q, problem.k, problem.v, None)
+        if problem.q.is_cuda or all_finite(every):
+            return Result(every)
     out = problem.empty_out()
     for span in problem.spans():
-        q, k, v = (
-            x[span.row, :, tokens][None]
-            for x, tokens in zip((problem.q, problem.k, problem.v), (span.q, span.k, span.k))
-        )
-        mask = problem.token_mask(span)
-        result = _sdpa(problem, q, k, v, _bias(problem, span, mask))[0]
-        if mask is not None:  # torch leaves rows that see nothing undefined
-            result = result.masked_fill(~mask.any(-1, keepdim=True), 0)
+        result = _masked(problem, span) if finite else None
+        if result is None or not all_finite(result):
+            result = definition.attend(problem, span).out.to(out.dtype)
         out[span.row, :, span.q] = result
     return Result(out)
+
+
+def _masked(problem: Problem, span: Span) -> torch.Tensor:
+    """One image, (H, n_q, Dv)."""
+    tensors = zip((problem.q, problem.k, problem.v), (span.q, span.k, span.k))
+    q, k, v = (x[span.row, :, tokens][None] for x, tokens in tensors)
+    mask = problem.token_mask(span)
+    result = _sdpa(problem, q, k, v, _bias(problem, span, mask))[0]
+    # torch leaves rows that see nothing undefined
+    return result if mask is None else result.masked_fill(~mask.any(-1, keepdim=True), 0)
 
 
 def _bias(problem: Problem, span: Span, mask: torch.Tensor | None) -> torch.Tensor | None:

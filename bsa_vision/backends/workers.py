@@ -11,7 +11,8 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 Task = Callable[[], None]
 
 _lock = threading.Lock()
-_pools: dict[int, ThreadPoolExecutor] = {}  # by number of workers
+_pools: dict[int, Pool] = {}  # by number of workers
 _local = threading.local()
 
 
@@ -34,24 +35,64 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def _pool(size: int) -> ThreadPoolExecutor:
+class Pool:
+    """Daemon threads that take jobs from one queue.
+
+    A ThreadPoolExecutor refuses jobs once the main thread has ended, when other threads and atexit handlers still run.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._jobs: SimpleQueue[tuple[Future[None], Task]] = SimpleQueue()
+        started = threading.Barrier(size + 1)
+        threads = [
+            threading.Thread(target=self._serve, args=(started,), name=f"bsa-vision_{n}", daemon=True)
+            for n in range(size)
+        ]
+        number = torch.get_num_threads()
+        for thread in threads:
+            try:
+                thread.start()
+            except RuntimeError:  # the interpreter is shutting down: those that wait for the others give up
+                started.abort()
+                raise
+        started.wait()
+        torch.set_num_threads(number)
+
+    def submit(self, task: Task) -> Future[None]:
+        """Let a worker run `task`; the future raises what it raises."""
+        job: Future[None] = Future()
+        self._jobs.put((job, task))
+        return job
+
+    def _serve(self, started: threading.Barrier) -> None:
+        torch.get_num_threads()  # or the first operation in this thread would undo the next line
+        torch.set_num_threads(1)
+        _local.is_worker = True
+        try:
+            started.wait()
+        except threading.BrokenBarrierError:
+            return
+        while True:
+            _run(*self._jobs.get())  # in a frame of its own, so that a waiting worker holds on to nothing
+
+
+def _run(job: Future[None], task: Task) -> None:
+    try:
+        task()
+    except BaseException as error:
+        job.set_exception(error)
+    else:
+        job.set_result(None)
+
+
+def _pool(size: int) -> Pool | None:
+    """Return the workers, or None where the interpreter makes no new threads any more."""
     with _lock:
         if size not in _pools:
-            started = threading.Barrier(size + 1)
-
-            def start() -> None:
-                torch.get_num_threads()  # or the first operation in this thread would undo the next line
-                torch.set_num_threads(1)
-                _local.is_worker = True
-                started.wait()
-
-            threads = torch.get_num_threads()
-            pool = ThreadPoolExecutor(size, thread_name_prefix="bsa-vision")
-            for _ in range(size):
-                pool.submit(start)
-            started.wait()
-            torch.set_num_threads(threads)
-            _pools[size] = pool
+            try:
+                _pools[size] = Pool(size)
+            except RuntimeError:
+                return None
         return _pools[size]
 
 
@@ -64,6 +105,7 @@ def run_tasks(tasks: Iterable[Task], device: torch.device) -> None:
     queue = deque(tasks)
     size = torch.get_num_threads()
     inline = device.type != "cpu" or size == 1 or len(queue) < size or getattr(_local, "is_worker", False)
+    pool = None if inline else _pool(size)
     inference = torch.is_inference_mode_enabled()
 
     def work() -> None:
@@ -78,10 +120,10 @@ def run_tasks(tasks: Iterable[Task], device: torch.device) -> None:
                     return
                 task()
 
-    if inline:
+    if pool is None:
         work()
         return
-    jobs = [_pool(size).submit(work) for _ in range(size)]
+    jobs = [pool.submit(work) for _ in range(size)]
     try:
         wait(jobs)
     finally:
@@ -91,7 +133,11 @@ def run_tasks(tasks: Iterable[Task], device: torch.device) -> None:
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory of this thread, kept from call to call; valid until the next `scratch` of the same name."""
+    """Uninitialised memory of this thread, kept from call to call; valid until the next `scratch` of the same name.
+
+    Code that hands out its address must hold on to the tensor: what threads keep is freed when the interpreter exits,
+    while daemon threads may still compute.
+    """
     size = 1
     for side in shape:
         size *= side

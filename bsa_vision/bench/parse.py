@@ -12,6 +12,7 @@ import torch
 
 from bsa_vision.bench.case import DTYPES, Case
 from bsa_vision.bench.ways import WAYS
+from bsa_vision.errors import nearest
 from masks import PATTERNS, Pattern
 from masks.patterns import GIVEN
 
@@ -112,7 +113,7 @@ def pattern(text: str) -> Pattern:
     if name not in PATTERNS:
         raise ValueError(
             f"--pattern {text!r}: allowed are {', '.join([*SHORT, *PATTERNS])}; choose one, with parameters as in local:8 or "
-            "window:14:shift=7."
+            f"window:14:shift=7{nearest(name, [*SHORT, *PATTERNS])}."
         )
     allowed = [p for p in inspect.signature(PATTERNS[name]).parameters if p not in GIVEN]
     given: dict[str, Any] = {}

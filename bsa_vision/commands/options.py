@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,14 +12,15 @@ from torch import Tensor, nn
 
 from bsa_vision import photographs
 from bsa_vision.adapters import inspect, uniform_plan
+from bsa_vision.adapters.values import like_of
 from bsa_vision.bench import parse
 from bsa_vision.loading import FORMS
 from bsa_vision.plan import SparsityPlan
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Data instead of a table.")]
-SOMETHING_WRONG, WRONG_USAGE = 1, 2
+SOMETHING_WRONG, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 ModelName = Annotated[str, typer.Argument(help=FORMS)]
-Random = Annotated[bool, typer.Option("--random", help="Fresh weights; nothing is downloaded.")]
+Random = Annotated[bool, typer.Option("--random", help="Fresh weights, none are downloaded.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Of segment_anything, for sam:...")]
 ImageSize = Annotated[int | None, typer.Option(help="Pixels per side. [the model's own]")]
 PatternName = Annotated[str | None, typer.Option(help="Sparse heads in all global layers: local:8, window:14:shift=7.")]
@@ -27,12 +30,15 @@ PlanFile = Annotated[Path | None, typer.Option(help="A plan file instead of a pa
 
 def read_images(
     model: nn.Module, files: list[Path], image_size: int | None
-) -> tuple[list[Tensor], tuple[int, int], photographs.Normalisation]:
-    """The photographs as the model wants them, their pixels (h, w), and how they were normalised."""
+) -> tuple[dict[Path, Tensor], tuple[int, int], photographs.Normalisation]:
+    """Return the photographs that can be read, as the model wants them, their pixels (h, w), and their normalisation."""
     spec, how = inspect(model, image_size), photographs.normalisation(model)
     size = (spec.grid[0] * spec.patch_size[0], spec.grid[1] * spec.patch_size[1])
-    like = next(model.parameters())
-    return [photographs.read(file, size, how).to(like.device, like.dtype) for file in files], size, how
+    like = like_of(model, model)
+    images, unreadable = photographs.read_all(files, size, how)
+    if unreadable and not int(os.environ.get("RANK", 0)):
+        print(f"{len(unreadable)} of {len(files)} images are left out:", *unreadable, sep="\n  ", file=sys.stderr)
+    return {file: image.to(like.device, like.dtype) for file, image in images.items()}, size, how
 
 
 def chosen_plan(model: nn.Module, pattern: str | None, dense_heads: int, file: Path | None) -> SparsityPlan | None:

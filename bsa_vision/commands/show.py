@@ -32,7 +32,7 @@ from bsa_vision.commands.options import (
     read_images,
 )
 from bsa_vision.compare import compare, num_steps
-from bsa_vision.doctor import BROKEN, OK, doctor
+from bsa_vision.doctor import BROKEN, OK, advice, doctor
 from bsa_vision.loading import load
 from masks import TokenLayout, draw
 
@@ -44,17 +44,13 @@ def show_doctor(as_json: JsonFlag = False) -> None:
         print(json.dumps([asdict(finding) for finding in found], indent=2))
     else:
         console = Console()
-        table = Table("", "", "state", "", title="bsa-vision doctor", title_justify="left")
+        table = Table("kind", "name", "state", "details", title="bsa-vision doctor", title_justify="left")
         for finding in found:
             style = {OK: "green", BROKEN: "bold red"}.get(finding.state, "")
             table.add_row(finding.kind, finding.name, Text(finding.state, style), Text(finding.detail))
         console.print(table)
-        for finding in found:
-            if finding.is_wrong:
-                console.print(
-                    f"{finding.name} is installed and fails to import: reinstall it to fit your torch, or uninstall it; bsa_vision works without.",
-                    markup=False,
-                )
+        for text in dict.fromkeys(advice(finding) for finding in found if finding.is_wrong):
+            console.print(text, markup=False)
     if any(finding.is_wrong for finding in found):
         raise typer.Exit(SOMETHING_WRONG)
 
@@ -136,7 +132,7 @@ def show_model(
 
 def show_comparison(
     model: ModelName,
-    images: Annotated[list[Path], typer.Argument(help="Photographs, or folders of them.")],
+    images: Annotated[list[str], typer.Argument(help="Photographs, or folders of them.")],
     random: Random = False,
     checkpoint: Checkpoint = None,
     image_size: ImageSize = None,
@@ -156,12 +152,12 @@ def show_comparison(
         read, size, how = read_images(loaded, files, image_size)
         sparsify_(loaded, chosen)
         with Progress(console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("comparing", total=num_steps(read, rounds))
-            found = compare(loaded, read, rounds, lambda: progress.advance(task))
+            task = progress.add_task("comparing", total=num_steps(list(read), rounds))
+            found = compare(loaded, list(read.values()), rounds, lambda: progress.advance(task))
     except (ValueError, OSError) as error:
         print(f"bsa-vision compare: {error}", file=sys.stderr)
         raise typer.Exit(WRONG_USAGE) from None
-    about = {"images": [str(file) for file in files], "size": size, "normalisation": how, "random_weights": random}
+    about = {"images": [str(file) for file in read], "size": size, "normalisation": how, "random_weights": random}
     if as_json:
         print(json.dumps({**about, **found.to_json()}, indent=2))
         return

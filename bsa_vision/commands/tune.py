@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from bsa_vision import photographs
 from bsa_vision.bench import parse
 from bsa_vision.commands.options import (
+    INTERRUPTED,
     WRONG_USAGE,
     Checkpoint,
     ImageSize,
@@ -35,8 +37,9 @@ from bsa_vision.tuning import report, tune
 
 
 def tune_model(
+    ctx: typer.Context,
     model: ModelName,
-    images: Annotated[list[Path], typer.Argument(help="Photographs, or folders of them: 24 or more are good.")],
+    images: Annotated[list[str], typer.Argument(help="Photographs, or folders of them: 24 or more are good.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan is written.")],
     sparsity: Annotated[float | None, typer.Option(help="Fraction of the blocks to skip.")] = None,
     max_error: Annotated[float | None, typer.Option(help="Relative error of the features, mean over images.")] = None,
@@ -64,7 +67,7 @@ def tune_model(
         with _processes(device) as (rank, where):
             files = photographs.find(images)
             loaded = load(model, random=random, checkpoint=checkpoint, image_size=image_size).to(where)
-            read, _, _ = read_images(loaded, files, image_size)
+            read = list(read_images(loaded, files, image_size)[0].values())
             layout = dict(order=order, tile=parse.grid(tile), block_size=block_size)
             meter = Meter(where)
             with _bars(rank == 0) as on_step:
@@ -77,12 +80,24 @@ def tune_model(
     except (ValueError, OSError, ImportError, BackendUnavailable) as error:
         print(f"bsa-vision tune: {error}", file=sys.stderr)
         raise typer.Exit(WRONG_USAGE) from None
+    except KeyboardInterrupt as interruption:
+        _say_how_to_resume(ctx, str(interruption), Path(statistics or output))
+        raise typer.Exit(INTERRUPTED) from None
     took = {"seconds": time.monotonic() - start, "peak_bytes": meter.peak(), "random_weights": random}
     files_made = {"plan": str(output), "report": str(page), "statistics": str(statistics)}
     if as_json:
         print(json.dumps({**plan.report, **took, **files_made}, indent=2))
     else:
         _show(plan, took, files_made)
+
+
+def _say_how_to_resume(ctx: typer.Context, text: str, statistics: Path) -> None:
+    if int(os.environ.get("RANK", 0)):
+        return
+    given = [word for word in ctx.obj or [] if word != "--resume"]
+    print(f"bsa-vision tune: {text.partition(';')[0] or 'interrupted before anything was measured'}.", file=sys.stderr)
+    if statistics.is_file():
+        print(f"Go on with: {shlex.join(['bsa-vision', *given, '--resume'])}", file=sys.stderr)
 
 
 def _show(plan: SparsityPlan, took: dict[str, Any], files_made: dict[str, str]) -> None:

@@ -277,6 +277,8 @@ def _check_witness(calibration: Calibration, found: Any) -> None:
         raise ValueError(
             f"target returned a {type(found).__name__}: expected a tensor of floating-point features; return one."
         )
+    if found.is_meta:
+        raise ValueError("target returned features on the meta device: this model has no weights; load them first.")
     length = float(found.double().norm())
     if not 0 < length < torch.inf:
         raise ValueError(

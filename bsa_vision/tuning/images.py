@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from bsa_vision.features import features
+from bsa_vision.features import check_pixels, features
 from bsa_vision.tuning.trial import Target
 
 VERIFY = 1 / 3  # share of the images that is kept back, unless told
 
 
-def check_images(images: Sequence[Any], target: Target) -> None:
-    """ValueError for what can be seen of them before anything runs."""
-    pixels = [[x for x in tree_leaves(image) if isinstance(x, Tensor) and x.dim() == 4] for image in images]
-    if target is features and not all(isinstance(image, Tensor) and image.dim() == 4 for image in images):
-        found = sorted({f"{type(image).__name__} {tuple(getattr(image, 'shape', ()))}" for image in images})
-        raise ValueError(
-            f"images hold {', '.join(found)}: expected a list of tensors (B, 3, h, w); stack them so, or pass a target that takes yours."
-        )
+def check_images(images: Any, target: Target) -> list[Any]:
+    """The images as a list; TypeError or ValueError for what can be seen of them before anything runs."""
+    if target is features:
+        given: list[Any] = list(check_pixels(images))
+    elif not isinstance(images, Iterable) or isinstance(images, (str, bytes)):
+        said = repr(images) if isinstance(images, str) else f"a {type(images).__name__}"
+        raise TypeError(f"images is {said}: expected a list of what the target takes; give one.")
+    else:
+        given = list(images)
+    pixels = [[x for x in tree_leaves(image) if isinstance(x, Tensor) and x.dim() == 4] for image in given]
     sizes = {tuple(tensors[0].shape[-2:]) for tensors in pixels if tensors}
     if len(sizes) > 1:
         raise ValueError(
             f"images of {' and '.join(f'{h} x {w}' for h, w in sorted(sizes))} pixels: one plan is tuned for one size; resize or crop them."
         )
+    return given
 
 
 def split(images: list[Any], verify: float, seed: int) -> tuple[list[Any], list[Any]]:

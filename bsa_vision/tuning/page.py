@@ -15,7 +15,7 @@ from torch import nn
 
 from bsa_vision import files
 from bsa_vision.features import features
-from bsa_vision.plan import SparsityPlan
+from bsa_vision.plan import SparsityPlan, as_plan
 from bsa_vision.tuning.certificate import MEAN_CONFIDENCE
 from bsa_vision.tuning.figures import Layers, by_layer, curve, drawing, inline, kept_attention, sparsity_map
 from bsa_vision.tuning.trial import Target
@@ -63,7 +63,7 @@ $body
 
 
 def report(
-    plan: SparsityPlan,
+    plan: SparsityPlan | str | os.PathLike[str],
     path: str | os.PathLike[str],
     model: nn.Module | None = None,
     image: Any = None,
@@ -73,18 +73,22 @@ def report(
 ) -> None:
     """Write one HTML page about a plan that `tune` made: what was predicted and measured, head by head. It needs no network and no script.
 
+    plan           that `tune` made, or its path
+    path           of the page, in a folder that is there
     model, image   both or none: a model without sparse heads, and one image as `target` takes it, for photographs with what heads see
     target         (model, image) -> features, as in `tune`
     views          how many heads to show that way, at most: from the largest expected error to the least
 
     ValueError for a plan without such notes; whatever goes wrong, a page that was there before is still there. Needs matplotlib.
     """
+    plan = as_plan(plan)
     tuned = plan.notes.get("tuned")
     if not isinstance(tuned, Mapping) or not tuned.keys() >= NEEDED:
         raise ValueError(
             f"the plan's notes hold {', '.join(map(repr, plan.notes)) or 'nothing'}: a report needs what tune leaves there under 'tuned'; "
             "make the plan with this version's bsa.tune."
         )
+    files.check_folder(path)  # before views are drawn
     if (model is None) != (image is None):
         given, missing = ("an image", "model") if model is None else ("a model", "image")
         raise ValueError(f"report got {given} and no {missing}: views need both, the rest neither; pass {missing} too.")

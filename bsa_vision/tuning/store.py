@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import time
 import warnings
@@ -17,11 +18,13 @@ import torch
 from torch import Tensor
 
 from bsa_vision import files
+from bsa_vision.errors import PlanError
 from bsa_vision.tuning import processes
 from bsa_vision.tuning.statistics import BlockStatistics, CandidateErrors
 from masks import TokenLayout
 
-FORMAT, VERSION = "bsa-vision/statistics", 2
+FORMAT, VERSION = "bsa-vision/statistics", 3
+UNSIGNED = "0" * 64  # where the digest of a file goes, while it is computed
 SECONDS = 5.0  # between two savings, at least
 PART = 0.05  # of the time is spent on saving, at most
 
@@ -53,8 +56,8 @@ class Calibration:
     weights: list[list[float]] = field(default_factory=list)
     done: dict[str, int] = field(default_factory=lambda: {"blocks": 0, "candidates": 0})
 
-    def dumps(self) -> bytes:
-        """As a safetensors file."""
+    def dumps(self) -> tuple[bytes | memoryview, ...]:
+        """Return a safetensors file, in parts; its metadata hold a digest of all the rest."""
         from safetensors.torch import save
 
         tensors = {
@@ -73,22 +76,25 @@ class Calibration:
             "weights": self.weights,
             "done": self.done,
         }
-        return save(tensors, {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about)})
+        metadata = {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about), "digest": UNSIGNED}
+        data = memoryview(save(tensors, metadata))
+        start = bytes(data[: _header_end(data)]).index(UNSIGNED.encode())
+        signed = _digest_of(data, start).encode()
+        return data[:start], signed, data[start + len(signed) :]
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
-        """ValueError for a file that is none, or of another version."""
+        """Read what `dumps` wrote; PlanError for anything else: another version, or any change."""
         from safetensors import SafetensorError, safe_open
 
         try:
+            _check_digest(path)
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
-                raise ValueError(f"format {metadata.get('format')!r}, version {metadata.get('version')!r}")
             return cls._of(tensors, json.loads(metadata["about"]))
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise PlanError(
                 f"{path} holds no statistics that this bsa-vision reads ({error}): give another file, or delete it to start anew."
             ) from None
 
@@ -111,6 +117,30 @@ class Calibration:
         )
 
 
+def _header_end(data: memoryview | mmap.mmap) -> int:
+    """Return where the tensors of a safetensors file begin."""
+    return 8 + int.from_bytes(data[:8], "little")
+
+
+def _digest_of(data: memoryview | mmap.mmap, start: int) -> str:
+    """Return the SHA-256 of a file's bytes as they are with `UNSIGNED` at `start`."""
+    found = hashlib.sha256(data[:start])
+    found.update(UNSIGNED.encode())
+    found.update(memoryview(data)[start + len(UNSIGNED) :])
+    return found.hexdigest()
+
+
+def _check_digest(path: Path) -> None:
+    """Raise ValueError for a file of another kind or version, or one that was changed."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        header = data[: _header_end(data)]
+        metadata = json.loads(header[8:])["__metadata__"]
+        if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
+            raise ValueError(f"format {metadata.get('format')!r}, version {metadata.get('version')!r}")
+        if _digest_of(data, header.index(metadata["digest"].encode())) != metadata["digest"]:
+            raise ValueError("its contents were changed since they were written")
+
+
 def _sums(kind: Any, prefix: str, tensors: Mapping[str, Tensor]) -> list[Any]:
     """What `Calibration.dumps` wrote of one kind, layer by layer."""
     found: dict[int, dict[str, Tensor]] = {}
@@ -129,6 +159,17 @@ class Store:
         if self.path is not None and (self.path.is_dir() or not self.path.resolve().parent.is_dir()):
             raise ValueError(f"statistics={str(path)!r}: expected a file in a folder that is there; give such a path.")
         self.next = time.monotonic() + SECONDS
+        self.saved: dict[str, int] | None = None  # images of each pass that the file holds
+
+    @property
+    def interrupted(self) -> str:
+        """Say what is saved, and how to go on from it."""
+        if self.path is None:
+            return "nothing is saved: give statistics=PATH to keep what is measured"
+        if self.saved is None:
+            return f"nothing is saved in {self.path} yet"
+        passes = ", ".join(f"{count} images of pass {n}" for n, count in enumerate(self.saved.values(), 1))
+        return f"{self.path} holds {passes}; statistics={str(self.path)!r}, resume=True goes on from there"
 
     def open(self, identity: Mapping[str, Any], resume: bool) -> Calibration:
         """What is in the first process's file, where one may go on from it; otherwise nothing yet.
@@ -159,6 +200,7 @@ class Store:
         if other:
             was = ", ".join(f"{name} {found.identity.get(name)!r} instead of {identity[name]!r}" for name in other)
             raise ValueError(f"{self.path} holds statistics of something else: {was}; give another file or delete it.")
+        self.saved = dict(found.done)
         return found
 
     def save(self, calibration: Calibration, now: bool = False) -> None:
@@ -167,7 +209,8 @@ class Store:
         if self.path is None or processes.place()[0] or (not now and start < self.next):
             return
         try:
-            files.write(self.path, calibration.dumps())
+            files.write(self.path, *calibration.dumps())
+            self.saved = dict(calibration.done)
         except OSError as error:
             warnings.warn(
                 f"statistics could not be saved to {self.path} ({error}): tuning goes on without; what was saved before is still there.",
@@ -185,6 +228,14 @@ def digest(items: Iterable[Any]) -> str:
     for item in items:
         if isinstance(item, Tensor):
             found.update(f"{tuple(item.shape)} {item.dtype}".encode())
+            if item.is_meta:
+                continue
+            if item.is_quantized:
+                item = item.dequantize()
+            if hasattr(item, "__tensor_flatten__"):  # a subclass, made of other tensors
+                names, how = item.__tensor_flatten__()
+                found.update(digest([how, *(getattr(item, name) for name in names)]).encode())
+                continue
             found.update(item.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         elif hasattr(item, "__array_interface__"):  # arrays, photographs
             found.update(digest([torch.from_numpy(np.array(item))]).encode())

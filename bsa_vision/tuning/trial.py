@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bsa_vision.adapters import dense, restore_, sparsify_
+from bsa_vision.adapters import dense, sparse
 from bsa_vision.compare import errors_alone
 from bsa_vision.model_spec import LayerSpec, ModelSpec
 from bsa_vision.plan import PatternLike, SparsityPlan
@@ -83,11 +83,8 @@ def target_errors(
     model: nn.Module, plan: SparsityPlan, images: Sequence[Any], references: Sequence[Tensor], target: Target
 ) -> list[float]:
     """Relative L2 error of the target for every image; `images` and `references` are this process's share."""
-    sparsify_(model, plan)
-    try:
+    with sparse(model, plan):
         outs = processes.together(lambda: [target(model, image) for image in images])
-    finally:
-        restore_(model)
     errors = [float((a - b).double().norm() / b.double().norm()) for a, b in zip(outs, references, strict=True)]
     errors = processes.collect(errors)
     if not all(map(math.isfinite, errors)):
@@ -102,28 +99,22 @@ def layer_errors(
 ) -> list[float]:
     """Relative L2 error of what each layer returns for the input it gets, mean over images; `images` is this process's share."""
     found: list[list[float]] = []
-    sparsify_(model, plan)
-    try:
+    with sparse(model, plan):
         for image in images:
             with errors_alone(model) as errors:
                 target(model, image)
             found.append([sum(errors[layer.name]) / len(errors[layer.name]) for layer in layers])
-    finally:
-        restore_(model)
     found = processes.collect(found)
     return [sum(own) / len(own) for own in zip(*found, strict=True)]
 
 
 def time_plan(model: nn.Module, plan: SparsityPlan, image: Any, target: Target, rounds: int) -> tuple[float, float]:
     """How many times as fast the target is with this plan, and its seconds without: medians of alternating runs, of the first process."""
-    sparsify_(model, plan)
-    try:
+    with sparse(model, plan):
         if processes.place()[0]:
             return processes.of_the_first((0.0, 0.0))
         times = paired({"dense": lambda: _dense(model, image, target), "sparse": lambda: target(model, image)}, rounds)
         return processes.of_the_first((1 / times["sparse"].ratio, times["dense"].median))
-    finally:
-        restore_(model)
 
 
 def _dense(model: nn.Module, image: Any, target: Target) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bsa_vision.adapters import inspect, observe
+from bsa_vision.adapters.values import state
 from bsa_vision.errors import PlanError
 from bsa_vision.features import features
 from bsa_vision.latency import Latency
@@ -29,6 +31,7 @@ from bsa_vision.tuning.solve import Choice, solve
 from bsa_vision.tuning.store import Store, digest
 from bsa_vision.tuning.trial import Picks, Target, Tuned, layer_errors, make_plan, target_errors, time_plan
 from masks import TokenLayout
+from masks.layout import ORDERS
 
 ROUNDS = 6  # of adjusting a plan until what was asked for holds where it is measured
 TIMED = 5  # rounds of a measured speed-up
@@ -75,24 +78,26 @@ def tune(
 
     The model must have no sparse heads, and has none afterwards. `plan.report` holds what was predicted and measured, `bsa.report` makes a
     page of it. Where `torch.distributed` has a process group, its processes share the images: all must be given all of them, and all get
-    the plan. ValueError or PlanError for budgets that cannot be met (with what can), too few images, images of several sizes, and
+    the plan. After Ctrl-C the KeyboardInterrupt says what is saved. ValueError or PlanError for budgets that cannot be met (with what can), too few images, images of several sizes, and
     results that are not finite; FileExistsError for statistics that would be overwritten.
     """
     _check_installed()
     name, wanted = _asked({"sparsity": sparsity, "max_error": max_error, "speedup": speedup})
-    images = list(images)
-    check_images(images, target)
+    spec = inspect(model)
+    images = check_images(images, target)
     chosen, kept_back = split(images, verify, seed)
     if name == "max_error" and len(kept_back) < 2:
         raise ValueError(
             f"{len(images)} images, of which 1 is kept back: one image says nothing about how far others are from it; give max_error more images "
             "(24 are good), or a larger verify=."
         )
+    candidates = (candidates,) if isinstance(candidates, str) else tuple(candidates)
     unknown = [one for one in candidates if one not in table.NAMES]
     if unknown or not candidates:
         raise ValueError(f"candidates={list(candidates)}: allowed are {', '.join(table.NAMES)}; choose among them.")
-    spec = inspect(model)
     tuned_layers = layers_to_tune(spec, layers)
+    if order not in ("auto", *ORDERS):
+        raise ValueError(f"order={order!r}: allowed are 'auto', {', '.join(map(repr, ORDERS))}; choose one of them.")
     layout = dict(order=order, tile=tile, block_size=block_size)
     TokenLayout((1, 1), **{**layout, "order": "tile" if order == "auto" else order})  # type: ignore[arg-type]
     store = Store(statistics)
@@ -100,7 +105,7 @@ def tune(
         **{"model": spec.fingerprint, "layers": [layer.key for layer in tuned_layers], "candidates": list(candidates)},
         **{"table": digest([repr(table.GEOMETRIC), table.DENSITIES, table.COMPARED])},
         **{"order": order, "tile": list(tile), "block_size": block_size, "target": _name_of(target)},
-        **{"images": digest(chosen), "kept back": digest(kept_back), "weights": digest(model.state_dict().items())},
+        **{"images": digest(chosen), "kept back": digest(kept_back), "weights": digest(state(model))},
     }
     _check_processes(identity)
     calibration = store.open(identity, resume)
@@ -117,6 +122,8 @@ def tune(
             best = trials.search()
             measured = layer_errors(model, best.plan, mine, target, tuned_layers)
             curve = trials.curve()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"tune was interrupted: {store.interrupted}") from None
     finally:
         for module, training in modes:
             module.training = training
@@ -149,7 +156,14 @@ def _asked(asked: dict[str, float | None]) -> tuple[str, float]:
     )
     if not fits:
         allowed = {"sparsity": "a fraction from 0 to below 1", "max_error": "an error above 0", "speedup": "at least 1"}
-        raise ValueError(f"{name}={value!r}: expected {allowed[name]}; give such a number.")
+        percent = number and name == "sparsity" and 1 < value < 100
+        example = f"{value / 100:g} for {value:g} %" if percent else "such a number"
+        raise ValueError(f"{name}={value!r}: expected {allowed[name]}; give {example}.")
+    if name == "max_error" and value > 1:
+        warnings.warn(
+            f"max_error={value!r} allows errors larger than the features themselves: it is relative, 0.05 is 5 %.",
+            stacklevel=3,
+        )
     return name, float(value)
 
 
