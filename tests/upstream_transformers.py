@@ -145,7 +145,9 @@ def compare(checkout: Path, name: str) -> dict[str, str]:
                 if again.get(test) == "failed" and as_it_was.get(test) != "failed"
             }
     for test, error in errors.items():
-        print(f"  {'expected' if excuse(test) else 'NEW'}: {test.partition('::')[2]}: {excuse(test) or error}", flush=True)
+        print(
+            f"  {'expected' if excuse(test) else 'NEW'}: {test.partition('::')[2]}: {excuse(test) or error}", flush=True
+        )
     return {test: error for test, error in errors.items() if not excuse(test)}
 
 
