@@ -23,7 +23,7 @@ from bsa_vision.adapters.layer import Tower, layers_of, swapped_in, watching
 from bsa_vision.adapters.values import like_of, output_weight, state
 from bsa_vision.tuning.store import digest
 from tests import models, sam2_models, sam_models, test_survives, timm_models
-from tests.test_survives import SEAMS, plan_for, relative
+from tests.test_survives import SEAMS, SMALL, relative
 
 MORE: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "timm's plain ViT": lambda: (timm_models.make("vit"), timm_models.image()),
@@ -33,8 +33,14 @@ MORE: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "transformers, memory": lambda: (sam2_models.make("transformers sam2_video", sam2_models.MEMORIES), None),
 }
 FAMILIES = {**{name: make for name, (make, _, _) in SEAMS.items()}, **MORE}
+HAVE_WEIGHTS = ("segment_anything, class", "transformers, SAM")  # their attention modules: tables of relative position
 BY_CONFIG = ("transformers, its registry", "transformers, SAM 2", "transformers, memory")
 ATTENTION = ("attn", "attention", "self_attention", "self_attn", "cross_attn_image")
+
+
+def plan_for(model):
+    heads = bsa.inspect(model).layers[0].heads
+    return bsa.uniform_plan(model, "local_window", dense_heads=heads // 4, **SMALL)
 
 
 def run(model, pixels):
@@ -81,7 +87,11 @@ def classes(model):
 
 
 class TestOffloaded:
-    """accelerate sets a forward on every module, and takes weights away between calls."""
+    """accelerate takes weights away between calls, and sets a forward on every module that has weights of its own."""
+
+    @pytest.fixture(params=sorted(set(FAMILIES) - {"torchvision, MultiheadAttention"}))  # which does not run offloaded
+    def family(self, request):
+        return request.param
 
     def test_after(self, family, made):
         from accelerate import cpu_offload
@@ -93,7 +103,7 @@ class TestOffloaded:
         assert relative(expected, dense) > 1e-3
         cpu_offload(model, execution_device="cpu")
         assert relative(run(model, pixels), expected) < 1e-6
-        if family in BY_CONFIG or family == "our encoder, attend":  # the forward is not what is swapped
+        if family not in HAVE_WEIGHTS:
             bsa.restore_(model)
             assert torch.equal(run(model, pixels), dense)
             return
@@ -105,7 +115,7 @@ class TestOffloaded:
         remove_hook_from_module(model, recurse=True)
         bsa.restore_(model)
         assert torch.equal(run(model, pixels), dense)
-        bsa.sparsify_(model, plan_for(model))  # what accelerate leaves behind is no forward of its own
+        bsa.sparsify_(model, plan_for(model))
         assert relative(run(model, pixels), expected) < 1e-6
 
     def test_before(self, family, made):
@@ -116,14 +126,14 @@ class TestOffloaded:
         plan = plan_for(model)
         cpu_offload(model, execution_device="cpu")
         assert relative(run(model, pixels), dense) < 1e-6
-        assert "original" in str(bsa.describe(model))
-        if family not in BY_CONFIG and family != "our encoder, attend":
+        assert len(bsa.describe(model).layers) == len(bsa.inspect(model).layers)
+        if family in HAVE_WEIGHTS:
             with pytest.raises(
                 ValueError, match=r"has a forward of its own.*sparsify_ first and wrap after, or unwrap"
             ):
                 bsa.sparsify_(model, plan)
             assert relative(run(model, pixels), dense) < 1e-6
-            remove_hook_from_module(model, recurse=True)
+            remove_hook_from_module(model, recurse=True)  # leaves a forward behind that is the class's own
         bsa.sparsify_(model, plan)
         assert relative(run(model, pixels), dense) > 1e-3
         assert not any(layer.fallbacks for layer in layers_of(model))
@@ -313,7 +323,7 @@ class Int8(torch.Tensor):
 
 def quantise(model):
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and not isinstance(module.weight, Int8):
             weight = module.weight.detach()
             scale = weight.abs().max() / 127
             module.weight = nn.Parameter(Int8((weight / scale).round().to(torch.int8), scale), requires_grad=False)
