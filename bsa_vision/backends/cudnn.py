@@ -112,8 +112,9 @@ def _run(problem: Problem) -> Result:
     start = 128 if major == 12 else 16
     q, k, v = _padded(q, width, start), _padded(k, width, start), _padded(v, width_v, start)
     out, lse = _Attend.apply(q, k, v, _lists(problem), problem.scale)
-    lse = lse.masked_fill(lse.isneginf(), torch.inf)  # as the other kernel says that a query sees nothing
-    return Result(out[..., : problem.v.shape[-1]], lse)
+    nothing = lse.isneginf()  # a query sees nothing: said as the other kernel says it
+    out = out[..., : problem.v.shape[-1]].masked_fill(nothing[..., None], 0)
+    return Result(out, lse.masked_fill(nothing, torch.inf))
 
 
 def _padded(x: Tensor, width: int, start: int) -> Tensor:

@@ -7,10 +7,10 @@ kernels of its own, which may fit a GPU or not. Compiling takes the time it take
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from threading import Thread
 from types import ModuleType
 from typing import Any
 
@@ -47,8 +47,15 @@ class Kind:
 def objection(backend: ModuleType, reference: ModuleType, kind: Kind) -> str | None:
     """What is wrong with this backend here; None = its results are right."""
     # In a thread of its own: whatever the caller is in (autocast, inference mode, an operator, another default device), this is not.
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_try, backend, reference, kind).result()
+    # Not an executor: that takes no work once the main thread has ended.
+    found: list[str | None] = []
+    thread = Thread(target=lambda: found.append(_try(backend, reference, kind)), daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # Python starts no more threads, because it ends
+        return _try(backend, reference, kind)
+    thread.join()
+    return found[0]
 
 
 def _try(backend: ModuleType, reference: ModuleType, kind: Kind) -> str | None:

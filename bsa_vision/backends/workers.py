@@ -49,14 +49,15 @@ class Pool:
             for n in range(size)
         ]
         number = torch.get_num_threads()
-        for thread in threads:
-            try:
+        try:
+            for thread in threads:
                 thread.start()
-            except RuntimeError:  # the interpreter is shutting down: those that wait for the others give up
-                started.abort()
-                raise
-        started.wait()
-        torch.set_num_threads(number)
+            started.wait()
+        except BaseException:  # Ctrl-C, or no new threads at shutdown: those that wait for the others give up
+            started.abort()
+            raise
+        finally:
+            torch.set_num_threads(number)
 
     def submit(self, task: Task) -> Future[None]:
         """Let a worker run `task`; the future raises what it raises."""
@@ -65,6 +66,8 @@ class Pool:
         return job
 
     def _serve(self, started: threading.Barrier) -> None:
+        if started.broken:
+            return
         torch.get_num_threads()  # or the first operation in this thread would undo the next line
         torch.set_num_threads(1)
         _local.is_worker = True
