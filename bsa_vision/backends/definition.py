@@ -63,10 +63,9 @@ def attend(problem: Problem, span: Span) -> Result:
 
 def _together(problem: Problem, mask: Tensor | None, *tensors: Tensor) -> int:
     """How many queries are computed together: all, a block or, where those of a block see different keys, one."""
-    if mask is None:
+    if mask is None or all_finite(*tensors):  # finite numbers may be multiplied by 0
         return max(problem.longest_q, 1)
-    one_by_one = problem.is_causal and not all_finite(*tensors)  # finite numbers may be multiplied by 0
-    return 1 if one_by_one else problem.masks.block_size
+    return 1 if problem.is_causal else problem.masks.block_size
 
 
 def _part(problem: Problem, queries: Queries, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
