@@ -10,7 +10,7 @@ demo: $(INSTALLED)  ## run the usage example: masks, the kernel's function, a mo
 	$(BIN)/python examples/usage_example.py
 
 test: $(INSTALLED) $(LIBRARIES)  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: format lint types test  ## what a change must pass
 

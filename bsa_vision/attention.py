@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from bsa_vision.arguments import check_fit, check_head_masks, check_numbers, check_tensors, check_varlen
 from bsa_vision.backends import Problem, Result, choose
 from bsa_vision.carried_masks import carried, is_recording, plain_sizes
-from bsa_vision.custom_op import attend, attention_op
+from bsa_vision.custom_op import attend, attention_op, differentiated, needs_operator
 from bsa_vision.head_masks import Handled, HeadMasks
 from bsa_vision.onnx_form import is_exporting_onnx, masked_dense
 from bsa_vision.packing import pack, pack_head_masks, unpack
@@ -170,6 +170,8 @@ def _run(
         _refuse_forward_mode(backend, q, k, v)
         if backend != "gather":
             return attend(problem, backend)
+        if not needs_operator(q, k, v, rel_h, rel_w):
+            return differentiated(problem)
         handle = masks.handle
     elif return_probs:
         raise ValueError(

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from bsa_vision.arguments import check_fit
 from bsa_vision.backends import BACKENDS, Problem, Result, choose, compiled, gather, why_not
-from bsa_vision.backends.once import refuse_second_derivative
+from bsa_vision.backends.once import once, refuse_second_derivative
 from bsa_vision.carried_masks import read
 from bsa_vision.errors import BackendUnavailable
 from bsa_vision.head_masks import HeadMasks, from_handle
@@ -44,6 +46,55 @@ def attend(problem: Problem, backend: str) -> Result:
         out = restore_tokens(out.transpose(1, 2), layout, dim=1).transpose(1, 2)  # (B, H, N, D)
         lse = None if lse is None else restore_tokens(lse, layout, dim=-1)
     return Result(out, lse, probs)
+
+
+class _Gather(torch.autograd.Function):
+    """`gather` with its gradient, for calls that need no operator; see `differentiated`."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+        out, lse, _ = attend(problem, "gather")
+        ctx.save_for_backward(*tensors, out)
+        ctx.problem = _with_tensors(problem, *(x.new_empty(0) for x in tensors))  # these are saved above
+        if lse is not None:
+            ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        *tensors, out = ctx.saved_tensors
+        problem = _with_tensors(ctx.problem, *tensors)
+        with torch.no_grad(), _without_autocast(out.device):
+            gradients = _gradients(problem, out, grad_out)
+        return None, *once("gather", grad_out, problem.q, tuple(x for x in gradients if x is not None))
+
+
+def _with_tensors(problem: Problem, q: Tensor, k: Tensor, v: Tensor, *rel_pos: Tensor) -> Problem:
+    return replace(problem, q=q, k=k, v=v, rel_pos=RelPos(*rel_pos) if rel_pos else None)
+
+
+def needs_operator(*tensors: Tensor | None) -> bool:
+    """Return whether something looks at a call that only sees operators: a transform of torch.func, a dispatch mode,
+    a tensor of another class."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or _get_current_dispatch_mode() is not None
+        or any(x is not None and type(x) not in (Tensor, Parameter) for x in tensors)
+    )
+
+
+def differentiated(problem: Problem) -> Result:
+    """Run `problem` on `gather`, as `attention_op` does, without the cost of an operator.
+
+    A thread that the interpreter leaves behind as it exits ends cleanly here. Within an operator it would abort the
+    process, or read what torch has freed.
+    """
+    tensors = (problem.q, problem.k, problem.v, *(problem.rel_pos or ()))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        out, lse = _Gather.apply(problem, *tensors)
+        return Result(out, lse)
+    with torch.no_grad():
+        return attend(problem, "gather")
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+# Idle threads of one test process must not spin on the cores of another; read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 from hypothesis import settings
 

@@ -375,6 +375,19 @@ def test_the_old_onnx_exporter_is_refused(tmp_path):
         torch.onnx.export(sparse("timm"), (timm_models.image(),), str(tmp_path / "model.onnx"), dynamo=False)
 
 
+def test_the_old_onnx_exporter_takes_a_dense_plan(tmp_path):
+    import onnxruntime
+
+    model, pixels, path = timm_models.make("vit"), timm_models.image(), str(tmp_path / "model.onnx")
+    bsa.sparsify_(model, bsa.dense_plan(model))
+    with torch.no_grad():
+        expected = model(pixels)
+    torch.onnx.export(model, (pixels,), path, dynamo=False)
+    session = onnxruntime.InferenceSession(path)
+    (found,) = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
+    assert relative(torch.from_numpy(found), expected) < 5e-6
+
+
 def test_onnx_with_image_sizes_that_change_is_refused(tmp_path):
     model = Features(models.make("dinov3", num_hidden_layers=1, image_size=96)).eval().requires_grad_(False)
     bsa.sparsify_(model, bsa.uniform_plan(model, "local_window", radius=1, **SMALL))

@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -186,6 +187,14 @@ class TestWorkers:
         assert sorted(done.stdout.split()) == ["atexit", "new-workers", "pool", "thread", "timer"]
         assert "Error" not in done.stderr
 
+    @pytest.mark.parametrize("threads", [1, 2])
+    def test_daemon_threads_that_compute_at_exit(self, threads):
+        """They read no freed memory. The interpreter may end them inside of torch's own C++, which aborts, with us or without."""
+        done = subprocess.run(
+            [sys.executable, "-c", ABANDONED, str(threads)], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode in (0, -signal.SIGABRT), done.stderr
+
     def test_memory_in_use_outlives_what_its_thread_keeps(self, monkeypatch):
         """As the interpreter frees it at its exit, while a daemon thread computes."""
         alive = []
@@ -228,6 +237,24 @@ threading.Thread(target=late, args=("new-workers", 3)).start()
 threading.Timer(0.1, late, ("timer",)).start()
 concurrent.futures.ThreadPoolExecutor(1).submit(late, "pool")
 atexit.register(late, "atexit")
+"""
+
+
+ABANDONED = """
+import sys, threading, time, torch
+torch.set_num_threads(int(sys.argv[1]))
+import bsa_vision as bsa
+q = torch.randn(1, 4, 4096, 64)
+hm = bsa.HeadMasks(torch.rand(1, 4, 32, 32) < .6, allow_empty_rows=True)
+def compute():
+    with torch.no_grad():
+        while True:
+            bsa.sparse_attention(q, q, q, hm)
+with torch.no_grad():
+    bsa.sparse_attention(q, q, q, hm)
+for _ in range(3):
+    threading.Thread(target=compute, daemon=True).start()
+time.sleep(0.5)
 """
 
 

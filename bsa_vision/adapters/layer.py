@@ -108,6 +108,8 @@ class Tower:
         if torch.jit.is_tracing():
             with outside_of_tracing():  # there, sizes are numbers
                 self._remember_grid(module, args, kwargs)
+            if torch.onnx.is_in_onnx_export():  # dense layers only: sparse ones are refused there
+                return None
             return self._fix_size(args, kwargs)
         self._remember_grid(module, args, kwargs)
         return None
