@@ -533,6 +533,7 @@ class TestTuned:
         assert not torch.equal(first, held_out[:1])
 
     def test_the_commands(self, capsys, monkeypatch):
+        monkeypatch.setattr(tuned, "CALIBRATION", 9)
         monkeypatch.setattr(sys, "argv", ["tuned.py", "--seeds", "1", "--scenes", "4", "--sparsity", "0.6"])
         tuned.main()
         out = capsys.readouterr().out

@@ -21,7 +21,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODELS = ("vit", "dinov2", "dinov3_vit", "sam", "sam2", "clip", "siglip")
 # Tests that ask for the name of the original attention, which swapped layers have under another.
-ASKS_FOR_THE_NAME: dict[str, str] = {}
+ASKS_FOR_THE_NAME = {"test_attn_implementation_composite_models": "every part's _attn_implementation is to be 'eager'"}
 AGAIN = 2  # runs that a failure must survive: some of these tests draw random numbers
 
 

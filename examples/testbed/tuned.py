@@ -55,8 +55,9 @@ def encode(model: Testbed, scene: Scene) -> Tensor:
     return model.encode(*scene)
 
 
-def calibration_scenes(model: Testbed, seed: int, count: int = CALIBRATION) -> list[Scene]:
-    """Scenes that neither training nor `scenes.held_out` of a small seed shows."""
+def calibration_scenes(model: Testbed, seed: int, count: int | None = None) -> list[Scene]:
+    """Return scenes, `CALIBRATION` unless said, that neither training nor `scenes.held_out` of a small seed shows."""
+    count = count or CALIBRATION
     made = scenes.make(
         list(scenes.held_out(count, 1000 + seed)), model.size.grid * model.size.patch, scenes.HARD, "cpu"
     )
