@@ -24,38 +24,19 @@ if getattr(masks, "__distribution__", None) != "bsa-vision":
         "other package, or put bsa-vision's folder before it on sys.path."
     )
 
-from bsa_vision.adapters import (
-    LayerReport,
-    LeftDense,
-    ModelReport,
-    Observation,
-    context,
-    dense,
-    dense_plan,
-    describe,
-    inspect,
-    observe,
-    restore_,
-    sparsify_,
-    uniform_plan,
-)
-from bsa_vision.attention import (
-    block_sparse_attn_func,
-    block_streaming_attn_func,
-    sparse_attention,
-    token_streaming_attn_func,
-)
-from bsa_vision.check import CheckReport, Finding, check
-from bsa_vision.cost import LayerCost, ModelCost, cost
-from bsa_vision.encoder import create_encoder
+from bsa_vision.adapters import LayerReport, LeftDense, ModelReport, Observation, context, dense, dense_plan, describe, inspect, observe, restore_, sparsify_, uniform_plan
+from bsa_vision.attention.functional import block_sparse_attn_func, block_streaming_attn_func, sparse_attention, token_streaming_attn_func
+from bsa_vision.attention.check import CheckReport, Finding, check
+from bsa_vision.plans.flops import LayerCost, ModelCost, cost
+from bsa_vision.models.encoder import create_encoder
 from bsa_vision.errors import BackendUnavailable, PlanError
-from bsa_vision.head_masks import HeadMasks
-from bsa_vision.latency import Latency, latency
-from bsa_vision.model_spec import LayerSpec, ModelSpec
-from bsa_vision.packing import Packed, pack, pack_head_masks, unpack
-from bsa_vision.plan import SparsityPlan
-from bsa_vision.prompts import Prompts
-from bsa_vision.rel_pos import RelPos
+from bsa_vision.attention.head_masks import HeadMasks
+from bsa_vision.measure.latency import Latency, latency
+from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
+from bsa_vision.attention.packing import Packed, pack, pack_head_masks, unpack
+from bsa_vision.plans.plan import SparsityPlan
+from bsa_vision.plans.prompts import Prompts
+from bsa_vision.attention.rel_pos import RelPos
 from bsa_vision.tuning import report, tune
 
 try:

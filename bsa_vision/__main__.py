@@ -1,6 +1,6 @@
 """`python -m bsa_vision`: the `bsa-vision` command."""
 
-from bsa_vision.cli import main
+from bsa_vision.cli.main import main
 
 if __name__ == "__main__":
     main()

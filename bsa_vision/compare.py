@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from bsa_vision.adapters import dense
-from bsa_vision.adapters.layer import layer_of, layers_of
-from bsa_vision.adapters.undo import always
-from bsa_vision.features import check_pixels, features
-from bsa_vision.meter import Meter
-from bsa_vision.timing import Timing, paired
+from bsa_vision.adapters.swap.sparse_layer import layer_of, layers_of
+from bsa_vision.adapters.swap.undo import always
+from bsa_vision.models.features import check_pixels, features
+from bsa_vision.measure.peak_memory import Meter
+from bsa_vision.measure.timing import Timing, paired
 
 
 @dataclass(frozen=True)

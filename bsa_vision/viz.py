@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from masks import TokenLayout
+from bsa_vision.masks import TokenLayout
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import masks
-from masks import layout
+from bsa_vision.masks import layout
 
 SIDES = {4096: 64, 16384: 128}
 CALLS = {

@@ -13,7 +13,7 @@ from rich.table import Table
 
 import bsa_vision as bsa
 from bsa_vision import masks
-from bsa_vision.timing import paired
+from bsa_vision.measure.timing import paired
 
 HEADS, RADIUS = 12, 8
 GRIDS = ((64, 64), (64, 256), (64, 1024), (256, 256))

@@ -31,7 +31,7 @@ if __package__ in (None, ""):  # run as a script: find `examples.testbed`
 
 import bsa_vision as bsa
 from bsa_vision import masks
-from bsa_vision.timing import paired
+from bsa_vision.measure.timing import paired
 from bsa_vision.viz import View, block_at, plot_views
 from examples.testbed import evaluate, model, scenes, show
 

@@ -12,19 +12,20 @@ import torch
 from PIL import Image
 
 import bsa_vision as bsa
-from bsa_vision import photographs
-from bsa_vision.adapters.layer import layers_of
-from bsa_vision.commands.options import read_images
+from bsa_vision.models import image_files
+from bsa_vision.adapters.swap.sparse_layer import layers_of
+from bsa_vision.cli.options import read_images
 from bsa_vision.compare import compare, num_steps
-from bsa_vision.features import features
-from tests import models, sam2_models, sam_models, test_torchvision, timm_models
-from tests.test_commands import BREAK, ROOT, run, save
+from bsa_vision.models.features import features
+from tests.helpers import models, sam2_models, sam_models, timm_models
+from tests.adapters import test_torchvision_vit
+from tests.cli.test_commands import BREAK, ROOT, run, save
 
 SMALL = dict(tile=(4, 4), block_size=16)
 MODELS = {
     "transformers": (lambda: models.make("dinov3"), lambda seed: models.image(96, 64, seed=seed)),
     "timm": (lambda: timm_models.make("vit, not fused"), lambda seed: timm_models.image(batch=1) + seed),
-    "torchvision": (test_torchvision.make, lambda seed: test_torchvision.image(1) + seed),
+    "torchvision": (test_torchvision_vit.make, lambda seed: test_torchvision_vit.image(1) + seed),
     "sam": (lambda: sam_models.make("transformers sam"), lambda seed: sam_models.image(batch=1) + seed),
     "sam2": (lambda: sam2_models.make("sam2"), lambda seed: sam2_models.image(batch=1) + seed),
 }
@@ -150,7 +151,7 @@ class TestCompare:
 
 class TestFeatures:
     def test_models_of_images_and_texts_give_their_vision_tower(self):
-        from tests.test_towers import two_towers
+        from tests.adapters.test_vision_towers import two_towers
 
         model = two_towers("clip")
         with torch.no_grad():
@@ -186,26 +187,26 @@ class TestFeatures:
 
 class TestPhotographs:
     def test_what_is_found(self, photos):
-        assert [path.name for path in photographs.find([photos])] == ["a.jpg", "b.png"]
-        assert photographs.find([photos / "b.png"]) == [photos / "b.png"]
+        assert [path.name for path in image_files.find([photos])] == ["a.jpg", "b.png"]
+        assert image_files.find([photos / "b.png"]) == [photos / "b.png"]
 
     def test_size_and_values(self, tmp_path):
         """The middle, covering the size without distortion; then (value - mean) / std."""
         wide = np.zeros((40, 120, 3), dtype=np.uint8)
         wide[:, 40:80] = (255, 0, 128)
         Image.fromarray(wide).save(tmp_path / "wide.png")
-        out = photographs.read(tmp_path / "wide.png", (40, 40), ((0.5, 0.5, 0.5), (0.25, 0.5, 1.0)))
+        out = image_files.read(tmp_path / "wide.png", (40, 40), ((0.5, 0.5, 0.5), (0.25, 0.5, 1.0)))
         assert out.shape == (1, 3, 40, 40)
         assert out[0, :, 20, 20].tolist() == pytest.approx([2.0, -1.0, 128 / 255 - 0.5], abs=1e-6)
-        assert photographs.read(tmp_path / "wide.png", (16, 32)).shape == (1, 3, 16, 32)
+        assert image_files.read(tmp_path / "wide.png", (16, 32)).shape == (1, 3, 16, 32)
 
     def test_what_cannot_be_read_is_said(self, tmp_path):
         Image.fromarray((np.arange(64).reshape(8, 8) * 1000).astype(np.uint16)).save(tmp_path / "deep.png")
         with pytest.raises(ValueError, match="has mode I;16, more than 8 bits per channel"):
-            photographs.read(tmp_path / "deep.png", (8, 8))
+            image_files.read(tmp_path / "deep.png", (8, 8))
         (tmp_path / "folder.jpg").mkdir()
         Image.new("RGB", (9, 9)).save(tmp_path / "real.png")
-        assert photographs.find(path for path in [tmp_path]) == [tmp_path / "deep.png", tmp_path / "real.png"]
+        assert image_files.find(path for path in [tmp_path]) == [tmp_path / "deep.png", tmp_path / "real.png"]
 
     def test_hidden_files_are_none_and_unreadable_ones_are_counted(self, tmp_path, capsys):
         """macOS leaves `._x.jpg` beside `x.jpg`; a download may be cut."""
@@ -219,39 +220,39 @@ class TestPhotographs:
         for name in ("._a.jpg", ".hidden/x.jpg", "Thumbs.db", ".DS_Store", "notes.txt"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_bytes(b"x")
-        found = photographs.find([tmp_path])
+        found = image_files.find([tmp_path])
         assert [path.name for path in found] == ["B.PNG", "a.jpg", "c.png", "d.webp", "e.png"]
-        images, unreadable = photographs.read_all(found, (8, 8))
+        images, unreadable = image_files.read_all(found, (8, 8))
         assert [path.name for path in images] == ["B.PNG", "a.jpg"]
         assert [name in text for name, text in zip(("c.png", "d.webp", "e.png"), unreadable, strict=True)] == [True] * 3
         read, _, _ = read_images(models.make("dinov3"), found, 64)
         assert list(read) == list(images)
         assert capsys.readouterr().err.startswith("3 of 5 images are left out:")
         with pytest.raises(ValueError, match="none of 3 images can be read; the first"):
-            photographs.read_all(found[2:], (8, 8))
+            image_files.read_all(found[2:], (8, 8))
 
     def test_an_empty_path_is_refused(self):
         with pytest.raises(ValueError, match="an image path is empty"):
-            photographs.find([""])
+            image_files.find([""])
 
     def test_bombs(self, tmp_path, monkeypatch):
         Image.new("RGB", (99, 99)).save(tmp_path / "big.png")
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
         with pytest.raises(ValueError, match="cannot be read"):
-            photographs.read(tmp_path / "big.png", (8, 8))
+            image_files.read(tmp_path / "big.png", (8, 8))
 
     def test_timms_normalisation(self):
         model = timm_models.make("vit")
-        assert photographs.normalisation(model) == photographs.IMAGENET
+        assert image_files.normalisation(model) == image_files.IMAGENET
         model.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-        assert photographs.normalisation(model)[0] == (0.5, 0.5, 0.5)
+        assert image_files.normalisation(model)[0] == (0.5, 0.5, 0.5)
 
     def test_grey_and_turned(self, tmp_path):
         image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(4, 16))
         exif = image.getexif()
         exif[0x0112] = 6  # lies on its side
         image.save(tmp_path / "grey.png", exif=exif)
-        out = photographs.read(tmp_path / "grey.png", (16, 4), ((0, 0, 0), (1, 1, 1)))
+        out = image_files.read(tmp_path / "grey.png", (16, 4), ((0, 0, 0), (1, 1, 1)))
         assert torch.equal(out[0, 0], out[0, 2])
         assert out[0, 0, -1, 0] > out[0, 0, 0, 0]
 

@@ -9,22 +9,23 @@ from pathlib import Path
 import pytest
 
 import bsa_vision as bsa
-from bsa_vision.backends import BACKENDS
-from tests import models, sam2_models, test_sam, timm_models
-from tests.sam_models import ANY_SIZE, MODELS
+from bsa_vision.attention.backends.select import BACKENDS
+from tests.helpers import models, sam2_models, timm_models
+from tests.adapters import test_sam_encoder
+from tests.helpers.sam_models import ANY_SIZE, MODELS
 
 DOCS = Path(__file__).parent.parent / "docs"
 MODELS_PAGE = (DOCS / "models.md").read_text()
 # Column -> the test that runs its cells, with `name` or `model` going through all of MODELS.
 COLUMNS = {
-    "exact": test_sam.TestExact.test_dense_plan_changes_nothing,
-    "without the relative term": test_sam.TestExact.test_twin_without_the_relative_term,
-    "keys": test_sam.TestExact.test_dense_plan_changes_nothing,
-    "restored": test_sam.TestExact.test_restore_is_bit_exact,
-    "compiled": test_sam.TestExact.test_compile_fullgraph,
-    "gradients": test_sam.TestExact.test_gradients,
-    "sparse": test_sam.TestSparse.test_equals_masked_arithmetic_and_differs_from_dense,
-    "SAM's weights": test_sam.TestSparse.test_one_plan_and_one_checkpoint_for_every_code_base,
+    "exact": test_sam_encoder.TestExact.test_dense_plan_changes_nothing,
+    "without the relative term": test_sam_encoder.TestExact.test_twin_without_the_relative_term,
+    "keys": test_sam_encoder.TestExact.test_dense_plan_changes_nothing,
+    "restored": test_sam_encoder.TestExact.test_restore_is_bit_exact,
+    "compiled": test_sam_encoder.TestExact.test_compile_fullgraph,
+    "gradients": test_sam_encoder.TestExact.test_gradients,
+    "sparse": test_sam_encoder.TestSparse.test_equals_masked_arithmetic_and_differs_from_dense,
+    "SAM's weights": test_sam_encoder.TestSparse.test_one_plan_and_one_checkpoint_for_every_code_base,
 }
 
 
@@ -121,7 +122,7 @@ def test_the_ceilings_of_sam2(said, options):
 def test_the_ceilings(size, said):
     import torch
 
-    from bsa_vision.encoder import SAM, create_encoder
+    from bsa_vision.models.encoder import SAM, create_encoder
 
     with torch.device("meta"):
         encoder = create_encoder(**SAM[size])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bsa_vision.backends import BACKENDS
+from bsa_vision.attention.backends.select import BACKENDS
 
 ROOT = Path(__file__).parent.parent
 

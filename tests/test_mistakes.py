@@ -12,10 +12,10 @@ import torch
 import bsa_vision as bsa
 from bsa_vision import masks
 from bsa_vision.compare import compare
-from bsa_vision.features import features
-from masks import Pattern, TokenLayout
-from masks.patterns import CHECKS, PATTERNS, parameters
-from tests import models
+from bsa_vision.models.features import features
+from bsa_vision.masks import Pattern, TokenLayout
+from bsa_vision.masks.patterns import CHECKS, PATTERNS, parameters
+from tests.helpers import models
 
 N, H = 577, 3  # 24 x 24 patches and one special token
 GEN = masks.generate_vit_hybrid_mask

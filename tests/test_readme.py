@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import bsa_vision as bsa
-from tests import models
+from tests.helpers import models
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)

@@ -18,13 +18,14 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import bsa_vision as bsa
-from bsa_vision import files, timing
-from bsa_vision.backends import compiled, workers
-from bsa_vision.backends.workers import run_tasks, scratch
-from bsa_vision.cache import Cache
-from bsa_vision.timing import paired
+from bsa_vision.storage import atomic_write
+from bsa_vision.measure import timing
+from bsa_vision.attention.backends import cpu_kernel, workers
+from bsa_vision.attention.backends.workers import run_tasks, scratch
+from bsa_vision.storage.memory_cache import Cache
+from bsa_vision.measure.timing import paired
 from bsa_vision.viz import View, block_at, plot_views
-from masks import TokenLayout, local_window
+from bsa_vision.masks import TokenLayout, local_window
 
 CPU = torch.device("cpu")
 
@@ -75,7 +76,7 @@ class TestFiles:
 
         monkeypatch.setattr(os, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            files.write(path, b"n", b"ew")
+            atomic_write.write(path, b"n", b"ew")
         assert path.read_bytes() == (b"new" if when == "after" else b"old")
         assert list(tmp_path.iterdir()) == [path]
 
@@ -87,7 +88,7 @@ class TestFiles:
             left = [line]
 
             def trace(frame, event, arg, left=left):
-                if frame.f_code.co_filename != files.__file__:
+                if frame.f_code.co_filename != atomic_write.__file__:
                     return None
                 if event == "line":
                     left[0] -= 1
@@ -97,7 +98,7 @@ class TestFiles:
 
             sys.settrace(trace)
             try:
-                files.write(path, b"new")
+                atomic_write.write(path, b"new")
                 done = True
             except KeyboardInterrupt:
                 pass
@@ -109,12 +110,12 @@ class TestFiles:
 
     def test_errors_name_what_was_given(self, tmp_path):
         with pytest.raises(FileNotFoundError) as error:
-            files.write(tmp_path / "none" / "plan.json", b"x")
+            atomic_write.write(tmp_path / "none" / "plan.json", b"x")
         assert error.value.filename == str(tmp_path / "none" / "plan.json")
         assert ".tmp" not in str(error.value)
         (tmp_path / "x").mkdir()
         with pytest.raises(IsADirectoryError):
-            files.write(tmp_path / "x", b"x")
+            atomic_write.write(tmp_path / "x", b"x")
         assert [x.name for x in tmp_path.iterdir()] == ["x"]
 
 
@@ -206,7 +207,7 @@ class TestWorkers:
             workers._local.buffers.clear()
             alive.append(not storage.expired())
 
-        monkeypatch.setattr(compiled, "variant", lambda capability: (compute, compute))
+        monkeypatch.setattr(cpu_kernel, "variant", lambda capability: (compute, compute))
         before = torch.get_num_threads()
         torch.set_num_threads(1)
         try:

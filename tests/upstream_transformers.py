@@ -50,7 +50,7 @@ class Swapped:
     def pytest_sessionstart(self, session: Any) -> None:
         from transformers import PreTrainedModel
 
-        from bsa_vision.adapters.layer import Layer
+        from bsa_vision.adapters.swap.sparse_layer import Layer
 
         made, loaded = PreTrainedModel.post_init, PreTrainedModel.from_pretrained.__func__
         attend, fall_back = Layer.attend, Layer.fall_back
@@ -80,7 +80,7 @@ class Swapped:
 
     def swap(self, model: Any) -> None:
         import bsa_vision as bsa
-        from bsa_vision.adapters.layer import layers_of
+        from bsa_vision.adapters.swap.sparse_layer import layers_of
 
         if layers_of(model) or any(parameter.is_meta for parameter in model.parameters()):
             return

@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from bsa_vision.adapters.layer import Layer
+from bsa_vision.adapters.swap.sparse_layer import Layer
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from bsa_vision.bench.correct import Error, Truth
 from bsa_vision.bench.memory import Memory, measure_memory
 from bsa_vision.bench.ways import BASELINE, FOR_GPUS, WAYS, Ready, Setup, set_up
 from bsa_vision.errors import BackendUnavailable
-from bsa_vision.timing import Timing, graphed, paired
+from bsa_vision.measure.timing import Timing, graphed, paired
 
 # A peer slower than SLOW x dense in its warm-up runs SLOW_ROUNDS rounds only: its ratio is far from 1 whatever the noise, and
 # it would take most of the command's time. It alternates with all the others in those rounds.

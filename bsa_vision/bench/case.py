@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bsa_vision.head_masks import HeadMasks
-from bsa_vision.rel_pos import RelPos, decompose
-from masks import Pattern, TokenLayout
+from bsa_vision.attention.head_masks import HeadMasks
+from bsa_vision.attention.rel_pos import RelPos, decompose
+from bsa_vision.masks import Pattern, TokenLayout
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 # q is made this much wider than k: logits of standard deviation 2. Near-uniform attention would hide a wrong mask.

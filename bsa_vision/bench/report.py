@@ -14,7 +14,7 @@ from bsa_vision.bench.correct import Error
 from bsa_vision.bench.machine import Machine
 from bsa_vision.bench.models import ModelRow
 from bsa_vision.bench.ways import WAYS
-from bsa_vision.timing import Timing
+from bsa_vision.measure.timing import Timing
 
 if TYPE_CHECKING:
     from rich.table import Table

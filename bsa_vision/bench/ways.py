@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bsa_vision.attention import sparse_attention
-from bsa_vision.backends import Problem, choose, compiled
+from bsa_vision.attention.functional import sparse_attention
+from bsa_vision.attention.backends.problem import Problem
+from bsa_vision.attention.backends.select import choose
+from bsa_vision.attention.backends import cpu_kernel
 from bsa_vision.bench.case import Case, Inputs, make_inputs, make_masks
 from bsa_vision.bench.machine import free_memory
-from bsa_vision.head_masks import HeadMasks
-from bsa_vision.rel_pos import RelPos
+from bsa_vision.attention.head_masks import HeadMasks
+from bsa_vision.attention.rel_pos import RelPos
 
 # A way whose own N x N tensors would take more than this part of the free memory is not tried: estimates are rough, and a
 # process that is killed for memory reports nothing.
@@ -258,8 +260,8 @@ def _compiled(setup: Setup) -> Callable[..., Any]:
 def _flex_function() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
-    return compiled
+    cpu_kernel: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
+    return cpu_kernel
 
 
 # On GPUs: torch's own kernels one by one, and the block-sparse ones called by hand

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bsa_vision.tuning.page import report
+from bsa_vision.tuning.html_report import report
 from bsa_vision.tuning.tune import tune
 
 __all__ = ["report", "tune"]

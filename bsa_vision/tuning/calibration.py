@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from bsa_vision.adapters import Observation, inspect, observe
 from bsa_vision.errors import PlanError
-from bsa_vision.model_spec import LayerSpec, ModelSpec
-from bsa_vision.plan import PatternLike
+from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
+from bsa_vision.plans.plan import PatternLike
 from bsa_vision.tuning import candidates as table
-from bsa_vision.tuning import processes
+from bsa_vision.tuning import distributed
 from bsa_vision.tuning.statistics import BlockStatistics, CandidateErrors, Sums
 from bsa_vision.tuning.store import Calibration, Store
 from bsa_vision.tuning.trial import Target, Tuned, make_plan, target_errors
-from masks import Pattern, TokenLayout
+from bsa_vision.masks import Pattern, TokenLayout
 
 KEPT = (0.25, 0.5)  # of the blocks, when orders are compared
 LOOK = 2  # images of a first look, on which orders are compared
@@ -150,7 +150,7 @@ class _Passes:
                 {"order": x.order, "tile": list(x.tile), "lost": loss / len(self.layers)} for x, loss in losses.items()
             ]
         compared = [table.compared(found[best][layer.key], best) for layer in self.layers]
-        self.calibration.layout, self.calibration.compared = processes.of_the_first((best, compared))
+        self.calibration.layout, self.calibration.compared = distributed.of_the_first((best, compared))
 
     def find_blocks(self) -> None:
         """Pass 1, and in which order each head would drop its blocks."""
@@ -202,7 +202,7 @@ class _Passes:
 
     def run(self, name: str, sums: Sequence[Any], add: Callable[[Sequence[Any], int, int, Observation], None]) -> None:
         """Every image from the first that is not done on, one for each process at a time; add(sums, half, layer, what was seen)."""
-        own, count = processes.place()
+        own, count = distributed.place()
         index_of = {layer.key: index for index, layer in enumerate(self.layers)}
         done, layout = self.calibration.done, self.calibration.layout
         assert layout is not None
@@ -218,11 +218,11 @@ class _Passes:
         with observe(self.model, see):
             while done[name] < len(self.images):
                 here = self.images[done[name] + own : done[name] + own + 1]  # nothing, at the end
-                processes.together(partial(self._look_at, here))
+                distributed.together(partial(self._look_at, here))
                 # One by one: all of them once more would be gigabytes.
                 for total, one in zip(sums, fresh, strict=True):
                     news = list(one.tensors().values())
-                    processes.add_up(news)
+                    distributed.add_up(news)
                     for to, new in zip(total.tensors().values(), news, strict=True):
                         to += new
                         new.zero_()
@@ -242,7 +242,7 @@ class _Passes:
         """
         layers, alone = len(self.layers), halves[0].alone
         images = self.images[: max(1, 2 * len(self.images) // (layers + 1))]
-        own = [processes.share(images[half :: len(halves)]) for half in range(len(halves))]
+        own = [distributed.share(images[half :: len(halves)]) for half in range(len(halves))]
         picks = [[_nearest_half(head) for head in heads] for heads in halves[0].options]
         expected = [
             sum(float(error[head, pick]) for head, pick in enumerate(picked))
@@ -250,7 +250,7 @@ class _Passes:
         ]
         weights = self.calibration.weights
         references = (
-            [processes.together(partial(self._look_at, some)) for some in own] if len(weights) <= layers else []
+            [distributed.together(partial(self._look_at, some)) for some in own] if len(weights) <= layers else []
         )
         while len(weights) <= layers:
             now = len(weights)  # the last one is for all layers

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from bsa_vision.features import check_pixels, features
+from bsa_vision.models.features import check_pixels, features
 from bsa_vision.tuning.trial import Target
 
 VERIFY = 1 / 3  # share of the images that is kept back, unless told

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bsa_vision.adapters import Observation
-from bsa_vision.packing import key_places, order_tokens
-from masks import TokenLayout
+from bsa_vision.attention.packing import key_places, order_tokens
+from bsa_vision.masks import TokenLayout
 
 BINS = 100  # of the histograms of kept attention
 WORKING_MEMORY = 2 * 2**20  # bytes; one block of queries is worked on in any case

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bsa_vision import files
+from bsa_vision.storage import atomic_write
 from bsa_vision.errors import PlanError
-from bsa_vision.tuning import processes
+from bsa_vision.tuning import distributed
 from bsa_vision.tuning.statistics import BlockStatistics, CandidateErrors
-from masks import TokenLayout
+from bsa_vision.masks import TokenLayout
 
 FORMAT, VERSION = "bsa-vision/statistics", 3
 UNSIGNED = "0" * 64  # where the digest of a file goes, while it is computed
@@ -177,12 +177,12 @@ class Store:
         FileExistsError for a file and no `resume`, ValueError for one made of something else.
         """
         found: Calibration | Exception | None = None
-        if processes.place()[0] == 0:
+        if distributed.place()[0] == 0:
             try:
                 found = self._open(identity, resume)
             except (ValueError, OSError) as error:
                 found = error
-        found = processes.of_the_first(found)
+        found = distributed.of_the_first(found)
         if isinstance(found, Exception):
             raise found
         assert found is not None
@@ -206,10 +206,10 @@ class Store:
     def save(self, calibration: Calibration, now: bool = False) -> None:
         """Every few seconds, or now. A file that cannot be written costs a warning, and not what was measured."""
         start = time.monotonic()
-        if self.path is None or processes.place()[0] or (not now and start < self.next):
+        if self.path is None or distributed.place()[0] or (not now and start < self.next):
             return
         try:
-            files.write(self.path, *calibration.dumps())
+            atomic_write.write(self.path, *calibration.dumps())
             self.saved = dict(calibration.done)
         except OSError as error:
             warnings.warn(

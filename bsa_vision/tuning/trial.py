@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from bsa_vision.adapters import dense, sparse
 from bsa_vision.compare import errors_alone
-from bsa_vision.model_spec import LayerSpec, ModelSpec
-from bsa_vision.plan import PatternLike, SparsityPlan
-from bsa_vision.timing import paired
-from bsa_vision.tuning import processes
-from masks import TokenLayout
+from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
+from bsa_vision.plans.plan import PatternLike, SparsityPlan
+from bsa_vision.measure.timing import paired
+from bsa_vision.tuning import distributed
+from bsa_vision.masks import TokenLayout
 
 Target = Callable[[Any, Any], Tensor]
 Picks = Sequence[Sequence[int]]  # [layer][head]: which candidate
@@ -84,9 +84,9 @@ def target_errors(
 ) -> list[float]:
     """Relative L2 error of the target for every image; `images` and `references` are this process's share."""
     with sparse(model, plan):
-        outs = processes.together(lambda: [target(model, image) for image in images])
+        outs = distributed.together(lambda: [target(model, image) for image in images])
     errors = [float((a - b).double().norm() / b.double().norm()) for a, b in zip(outs, references, strict=True)]
-    errors = processes.collect(errors)
+    errors = distributed.collect(errors)
     if not all(map(math.isfinite, errors)):
         raise ValueError(
             "the features of these images are not finite: check the images (NaN, infinite values) and the weights."
@@ -104,17 +104,17 @@ def layer_errors(
             with errors_alone(model) as errors:
                 target(model, image)
             found.append([sum(errors[layer.name]) / len(errors[layer.name]) for layer in layers])
-    found = processes.collect(found)
+    found = distributed.collect(found)
     return [sum(own) / len(own) for own in zip(*found, strict=True)]
 
 
 def time_plan(model: nn.Module, plan: SparsityPlan, image: Any, target: Target, rounds: int) -> tuple[float, float]:
     """How many times as fast the target is with this plan, and its seconds without: medians of alternating runs, of the first process."""
     with sparse(model, plan):
-        if processes.place()[0]:
-            return processes.of_the_first((0.0, 0.0))
+        if distributed.place()[0]:
+            return distributed.of_the_first((0.0, 0.0))
         times = paired({"dense": lambda: _dense(model, image, target), "sparse": lambda: target(model, image)}, rounds)
-        return processes.of_the_first((1 / times["sparse"].ratio, times["dense"].median))
+        return distributed.of_the_first((1 / times["sparse"].ratio, times["dense"].median))
 
 
 def _dense(model: nn.Module, image: Any, target: Target) -> Tensor:

@@ -14,25 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from bsa_vision.adapters import inspect, observe
-from bsa_vision.adapters.values import state
+from bsa_vision.adapters.swap.values import state
 from bsa_vision.compare import evaluating
 from bsa_vision.errors import PlanError
-from bsa_vision.features import features
-from bsa_vision.latency import Latency
-from bsa_vision.latency import latency as latency_here
-from bsa_vision.model_spec import LayerSpec
-from bsa_vision.plan import SparsityPlan
+from bsa_vision.models.features import features
+from bsa_vision.measure.latency import Latency
+from bsa_vision.measure.latency import latency as latency_here
+from bsa_vision.plans.model_spec import LayerSpec
+from bsa_vision.plans.plan import SparsityPlan
 from bsa_vision.tuning import candidates as table
-from bsa_vision.tuning import processes
+from bsa_vision.tuning import distributed
 from bsa_vision.tuning.calibration import OnStep, Options, calibrate, layers_to_tune
-from bsa_vision.tuning.certificate import mean_at_most
-from bsa_vision.tuning.findings import describe
+from bsa_vision.tuning.bounds import mean_at_most
+from bsa_vision.tuning.report_data import describe
 from bsa_vision.tuning.images import VERIFY, check_images, split
-from bsa_vision.tuning.solve import Choice, solve
+from bsa_vision.tuning.knapsack import Choice, solve
 from bsa_vision.tuning.store import Store, digest
 from bsa_vision.tuning.trial import Picks, Target, Tuned, layer_errors, make_plan, target_errors, time_plan
-from masks import TokenLayout
-from masks.layout import ORDERS
+from bsa_vision.masks import TokenLayout
+from bsa_vision.masks.layout import ORDERS
 
 ROUNDS = 6  # of adjusting a plan until what was asked for holds where it is measured
 TIMED = 5  # rounds of a measured speed-up
@@ -114,7 +114,7 @@ def tune(
         with evaluating(model), torch.no_grad():
             options = Options(tuned_layers, tuple(candidates), target, layout)
             tuned = calibrate(model, chosen, calibration, store, options, on_step)
-            mine = processes.share(kept_back)
+            mine = distributed.share(kept_back)
             if name == "speedup":
                 latency = _latency(model, chosen[0], target, tuned_layers[0]) if latency is None else latency
             trials = _Trials(tuned, model, name, wanted, mine, kept_back[0], target, latency, on_step)
@@ -174,11 +174,11 @@ def _latency(model: nn.Module, image: Any, target: Target, layer: LayerSpec) -> 
     kinds: list[tuple[torch.dtype, torch.device]] = []
     with observe(model, lambda seen: kinds.append((seen.q.dtype, seen.q.device)) if seen.layer == layer else None):
         target(model, image)
-    return processes.of_the_first(None if processes.place()[0] else latency_here(layer.head_dim, *kinds[0]))  # type: ignore[return-value]
+    return distributed.of_the_first(None if distributed.place()[0] else latency_here(layer.head_dim, *kinds[0]))  # type: ignore[return-value]
 
 
 def _check_processes(identity: Mapping[str, Any]) -> None:
-    all_of_them = processes.collect([dict(identity)])
+    all_of_them = distributed.collect([dict(identity)])
     other = [name for name in identity if any(one[name] != all_of_them[0][name] for one in all_of_them)]
     if other:
         raise ValueError(
@@ -232,7 +232,7 @@ class _Trials:
 
     def search(self) -> Trial:
         """The plan, adjusted until what was asked for holds where it is measured."""
-        self.references = processes.together(lambda: [self.target(self.model, image) for image in self.images])
+        self.references = distributed.together(lambda: [self.target(self.model, image) for image in self.images])
         if self.name == "sparsity":
             return self._at_sparsity()
         return self._within_error() if self.name == "max_error" else self._fast_enough()
@@ -250,7 +250,7 @@ class _Trials:
 
     def _try(self, asked: float, picks: list[list[int]]) -> Trial:
         """These candidates, run on the images kept back."""
-        picks = processes.of_the_first(picks)
+        picks = distributed.of_the_first(picks)
         plan = make_plan(self.tuned, picks)
         errors = target_errors(self.model, plan, self.images, self.references, self.target)
         faster = self._speedup(plan, picks, TIMED) if self.name == "speedup" else None

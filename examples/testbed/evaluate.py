@@ -40,13 +40,13 @@ if __package__ in (None, ""):  # run as a script: find `examples` and the checko
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import bsa_vision as bsa
-from bsa_vision.adapters.layer import layers_of
-from bsa_vision.bench import parse
+from bsa_vision.adapters.swap.sparse_layer import layers_of
+from bsa_vision.cli import parse
 from examples.testbed import scenes
 from examples.testbed.model import SHIPPED, Testbed, load, untrained, upsample
 from examples.testbed.observe import block_mass, probabilities
 from examples.testbed.train import iou
-from masks import TokenLayout
+from bsa_vision.masks import TokenLayout
 
 BATCH = 4
 BLOCK_SIZE, TILE = 32, (4, 8)

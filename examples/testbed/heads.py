@@ -36,7 +36,7 @@ from examples.testbed import scenes
 from examples.testbed.evaluate import BLOCK_SIZE, TILE
 from examples.testbed.model import SHIPPED, Testbed, load
 from examples.testbed.observe import block_mass, probabilities
-from masks import TokenLayout
+from bsa_vision.masks import TokenLayout
 
 SHARE = 0.95  # of the attention
 NEAR = 4  # patches

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import bsa_vision as bsa
-from bsa_vision.blocks import LayerNorm, PatchEmbed
+from bsa_vision.models.blocks import LayerNorm, PatchEmbed
 
 SHIPPED = Path(__file__).with_name("testbed.safetensors")
 

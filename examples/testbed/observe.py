@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from masks import TokenLayout
+from bsa_vision.masks import TokenLayout
 
 
 def probabilities(q: Tensor, k: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ if __package__ in (None, ""):  # run as a script: find `examples` and the checko
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import bsa_vision as bsa
-from bsa_vision.timing import paired
+from bsa_vision.measure.timing import paired
 from examples.testbed import scenes
 from examples.testbed.evaluate import in_context, kept_blocks, pattern_plan, prompts
 from examples.testbed.model import SHIPPED, Testbed, load, upsample

@@ -1,0 +1,354 @@
+"""Sparse heads inside the models people load: find the attention layers, swap them for a plan, put them back.
+
+One file per family. An adapter is a module with `find(model) -> list[Found]`, which imports no model library, and `serves`,
+`original_of`, `swap`, `check_swapped`, `unswap` for one attention module, `prepare`, which makes a process ready to run swapped ones, and
+`EXACT`: whether layers without a sparse head run here too, because that is faster than the original.
+
+An interruption (Ctrl-C) may come at any line. So `swap` first says on the module what is needed to put it back, and `unswap` takes
+that away last; both `unswap` and removing the hook can be called again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from os import PathLike
+from types import ModuleType
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from bsa_vision.adapters.families import sam2_encoder, sam2_memory_attention, sam_encoder, timm_vit, torchvision_vit, transformers_vit
+from bsa_vision.adapters.swap.sparse_layer import Found, Layer, Observation, Tower, check_model, layer_of, layers_of, swapped_in, watching
+from bsa_vision.adapters.unsupported import ELSEWHERE, LeftDense, common_path, left_dense
+from bsa_vision.adapters.describe import LayerReport, ModelReport, probe_problem, report_layer
+from bsa_vision.adapters.swap.undo import always
+from bsa_vision.adapters.swap.values import like_of, output_weight
+from bsa_vision.adapters.swap.wrappers import Modules, wrapped
+from bsa_vision.attention.backends.select import BACKENDS, choose
+from bsa_vision.plans.flops import cost
+from bsa_vision.errors import PlanError
+from bsa_vision.measure.latency import Latency
+from bsa_vision.measure.latency import latency as latency_here
+from bsa_vision.plans.layer_masks import Entry
+from bsa_vision.plans.model_spec import ModelSpec
+from bsa_vision.plans.plan import PatternLike, SparsityPlan, as_plan
+from bsa_vision.plans.prompts import Prompts
+from bsa_vision.masks import Pattern
+
+ADAPTERS: tuple[ModuleType, ...] = (transformers_vit, timm_vit, torchvision_vit, sam_encoder, sam2_encoder, sam2_memory_attention)
+SUPPORTED = (
+    "timm's ViTs, NaFlexVit among them (Attention, AttentionRope, EvaAttention); torchvision's ViT; transformers ViT, DINOv2 (with and without registers), DINOv3, CLIP, SigLIP, SigLIP 2 "
+    "and SAM 3's vision encoder; SAM's image encoder in segment_anything, timm, transformers (SAM, "
+    "SAM-HQ, DeepSeek-OCR 2), DeepSeek-OCR's own code and bsa_vision.encoder; SAM 2's image encoder in sam2, timm and transformers, and its memory "
+    "attention in sam2 and transformers (Sam2Video, Sam3TrackerVideo)"
+)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def inspect(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> ModelSpec:
+    """What a plan needs to know of `model`: its attention layers, heads, grid and special tokens.
+
+    image_size  pixels, an int or (height, width), for a grid other than the model's own
+    """
+    return _sized(_find(model)[1].spec, image_size)
+
+
+def uniform_plan(model: nn.Module | ModelSpec, pattern: str | PatternLike, **options: Any) -> SparsityPlan:
+    """The same pattern for all heads of `model` but the first `dense_heads`.
+
+    pattern  a name of `masks.PATTERNS`, a `masks.Pattern`, or your own function layout -> (R, C) bool
+    options  dense_heads=0, layers=None (all that are not windowed; indices, keys or module paths), order="tile", tile=(8, 16), block_size=128, and the
+             parameters of the pattern
+
+        >>> plan = bsa.uniform_plan(model, "local_window", radius=8, dense_heads=4)
+    """
+    return SparsityPlan.uniform(_spec_of(model), pattern, **options)
+
+
+def dense_plan(model: nn.Module | ModelSpec) -> SparsityPlan:
+    """Every head of every layer dense: a start for `plan.replace`, and a check that swapping changes nothing."""
+    return SparsityPlan.uniform(_spec_of(model), "dense")
+
+
+def sparsify_(
+    model: Model, plan: SparsityPlan | str | PathLike[str], backend: str = "auto", on_unsupported: str = "fallback"
+) -> Model:
+    """Give `model` sparse heads, in place; returns it. Parameters, state_dict keys and your hooks stay as they are.
+
+    plan            a SparsityPlan, or the path of one that was saved
+    backend         "auto", or a name that every sparse layer must then run on
+    on_unsupported  what to do with calls outside the contract (attention masks, attention weights, unknown grids):
+                    "fallback" runs the original attention, warns once and counts; "error" raises BackendUnavailable
+
+    Layers the plan does not name stay dense; training and eval run the same heads. Raises PlanError for a plan that does not
+    fit, BackendUnavailable for a backend that cannot run here; the model is then untouched. Interrupted (Ctrl-C) at whatever
+    line, it leaves a model that `restore_` brings back.
+    """
+    if on_unsupported not in ("fallback", "error"):
+        raise ValueError(f"on_unsupported={on_unsupported!r}: allowed are 'fallback' and 'error'; choose one of them.")
+    plan = as_plan(plan)
+    _check_unswapped(model)
+    adapter, found = _find(model)
+    plan.check(found.spec)
+    plan = plan.complete(found.spec)
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(
+            f"backend={backend!r}: allowed are 'auto', {', '.join(map(repr, BACKENDS))}; choose one of them."
+        )
+    tower = Tower(found.spec, plan, backend, on_unsupported, found.grid_of)
+    chosen = [
+        (module, Layer(tower, spec, adapter, adapter.original_of(module), adapter.EXACT))
+        for module, spec in zip(found.modules, found.spec.layers, strict=True)
+    ]
+    for module, layer in chosen:
+        _rehearse(layer, like_of(module, model))
+    try:
+        adapter.prepare()
+        tower.watch(model, found.embeddings)
+        for module, layer in chosen:
+            adapter.swap(module, layer)
+    except BaseException:
+        _put_back(model, [module for module, layer in chosen if layer_of(module) is layer], [tower])
+        raise
+    return model
+
+
+def _check_unswapped(model: nn.Module) -> None:
+    if layers_of(model):
+        raise ValueError("this model has sparse heads already: one plan at a time; call restore_(model) first.")
+    if watching(model):
+        raise ValueError("sparsify_ or restore_ was interrupted on this model: call restore_(model) first.")
+
+
+def _rehearse(layer: Layer, like: Tensor) -> None:
+    """Everything about a swap that can fail: lay the masks out for the model's own grid, and choose the backend."""
+    if layer.untouched:
+        return
+    masks = layer.masks.without_prompts(layer.grid_of(_rehearsal_grid(layer)))
+    choose(probe_problem(layer, masks, like), layer.tower.backend)
+
+
+def _rehearsal_grid(layer: Layer) -> tuple[int, int]:
+    """The grid a plan is tried on: that of its static masks where it has any, else the model's own."""
+    for name in layer.tower.plan.layers[layer.spec.key]:
+        layout = getattr(layer.tower.plan.patterns.get(name), "layout", None)
+        if layout is not None:
+            return layout.grid
+    return layer.tower.spec.grid
+
+
+def restore_(model: Model) -> Model:
+    """Undo `sparsify_`, in place, bit-exact; returns the model. ValueError when it has no sparse heads.
+
+    Undoes a call of either that was interrupted as well. Layers that were removed from the model since are not missed.
+    Raises ValueError where something that was done to the model since would break, and for a part of an encoder; the model
+    is then untouched.
+    """
+    swapped = swapped_in(model)
+    towers = list(dict.fromkeys((*(layer.tower for layer in swapped.values()), *watching(model))))
+    if not towers:
+        raise ValueError("this model has no sparse heads: nothing to restore; sparsify_(model, plan) gives it some.")
+    for tower in towers:
+        tower.check_whole(model, (layer for layer in swapped.values() if layer.tower is tower))
+    for module, layer in swapped.items():
+        layer.adapter.check_swapped(module)
+    _put_back(model, list(swapped), towers)
+    return model
+
+
+def _put_back(model: nn.Module, swapped: Sequence[nn.Module], towers: Sequence[Tower]) -> None:
+    """Undo whatever of `sparsify_` was done; to be called again where it was interrupted."""
+    for module in swapped:
+        layer = layer_of(module)
+        assert layer is not None
+        layer.adapter.unswap(module)
+    for tower in towers:
+        tower.unwatch(model.modules())
+
+
+@contextmanager
+def sparse(model: Model, plan: SparsityPlan, on_unsupported: str = "fallback") -> Iterator[Model]:
+    """Inside, the model has the sparse heads of `plan`; it has none before, and none afterwards, whatever happened."""
+    _check_unswapped(model)
+    with always(lambda: restore_(model) if layers_of(model) or watching(model) else model):
+        yield sparsify_(model, plan, on_unsupported=on_unsupported)
+
+
+@contextmanager
+def dense(model: Model) -> Iterator[Model]:
+    """Inside, the model runs its original, dense attention: `with dense(model): reference = model(x)`.
+
+    Holds for every thread that uses the model; with gradient checkpointing, run backward inside as well. ValueError when it
+    has no sparse heads.
+    """
+    towers = {id(layer.tower): layer.tower for layer in layers_of(model)}
+    if not towers:
+        raise ValueError(
+            "this model has no sparse heads, so it is dense already; sparsify_(model, plan) gives it some."
+        )
+    mine = object()
+
+    def leave() -> None:
+        for tower in towers.values():
+            if mine in tower.dense:
+                tower.dense.remove(mine)
+
+    with always(leave):
+        for tower in towers.values():
+            tower.dense.append(mine)
+        yield model
+
+
+@contextmanager
+def context(model: Model, *, prompts: Prompts | Sequence[Prompts]) -> Iterator[Model]:
+    """Inside, patterns that follow prompts (`prompt_region`) follow these: `with bsa.context(model, prompts=...): model(x)`.
+
+    prompts  for all images of the batch, or a list, one `Prompts` for each image
+
+    **An embedding made this way belongs to its prompts**: another click needs another embedding. Holds for the thread (and the task) that
+    entered it, others bring their own; backward may run outside. Not with gradient checkpointing. ValueError for prompts outside the
+    image, and for a model without such a pattern.
+    """
+    single = isinstance(prompts, Prompts)
+    given = (prompts,) if single else tuple(prompts) if isinstance(prompts, Sequence) else ()
+    if not given or not all(isinstance(one, Prompts) for one in given):
+        raise TypeError(
+            f"prompts={prompts!r}: expected bsa.Prompts, or a list with one for each image; make them with "
+            "bsa.Prompts(points=[(x, y)], image_size=(height, width))."
+        )
+    contexts = {id(layer.tower): layer.tower.context for layer in layers_of(model) if layer.masks.is_dynamic}
+    if not contexts:
+        raise ValueError(
+            "no layer of this model has a pattern that follows prompts: sparsify_ it with one, say "
+            'bsa.uniform_plan(model, "prompt_region", radius=8).'
+        )
+    entry = Entry(tuple(contexts.values()), given, each=not single)  # type: ignore[arg-type]
+    with always(entry.leave):
+        entry.enter()
+        yield model
+
+
+@contextmanager
+def observe(model: Model, see: Callable[[Observation], None]) -> Iterator[Model]:
+    """Inside, the model runs dense, and every layer shows `see` what it is about to attend with: `with bsa.observe(model, see): model(x)`.
+
+    The model must have no sparse heads; it gets its own attention back at the end, whatever happened. Calls outside the contract (attention
+    masks, unknown grids) raise BackendUnavailable: nothing would be seen of them. Not under torch.compile.
+    """
+    with sparse(model, dense_plan(model), on_unsupported="error"):
+        for module, layer in swapped_in(model).items():
+            layer.weight = output_weight(module, layer.spec.heads * layer.spec.head_dim, like_of(module, model))
+            layer.tower.observer = see
+        yield model
+
+
+def describe(
+    model: nn.Module, image_size: int | tuple[int, int] | None = None, latency: Latency | None = None
+) -> ModelReport:
+    """What each attention layer of a model does, on its device and dtype; print it for a table. Without sparse heads: what could be gained.
+
+    image_size  pixels, an int or (height, width); None = the last input's, or the model's own before there was one
+    latency     what attention costs on this machine; None = `bsa.latency(...)`, measured once, which takes a second or two
+    """
+    pairs = list(swapped_in(model).items()) or _as_it_is(model)
+    layers = [layer for _, layer in pairs]
+    tower = layers[0].tower
+    if any(layer.tower is not tower for layer in layers):
+        raise ValueError(
+            f"{type(model).__name__} holds several encoders with sparse heads: one at a time is described; pass the one you mean."
+        )
+    grid = tower.grid if image_size is None and tower.grid != (0, 0) else _sized(tower.spec, image_size).grid
+    like = like_of(pairs[0][0], model)
+    latency = latency or latency_here(tower.spec.layers[0].head_dim, like.dtype, like.device)
+    spec = replace(tower.spec, grid=grid, layers=tuple(layer.spec for layer in layers))  # some may be removed since
+    model_cost = cost(spec, element_size=like.element_size())
+    reports = tuple(report_layer(layer, grid, like, latency, model_cost) for layer in layers)
+    used = {name for names in tower.plan.layers.values() for name in names if name != "dense"}
+    labels = tuple(f"{name}: {label}" for name in sorted(used) for label in _labels(tower.plan, name, spec))
+    left = left_dense(model, [module for module, _ in pairs], _is_served)
+    return ModelReport(spec.family, grid, tower.plan.order, reports, latency.what, model_cost, left, labels)
+
+
+def _as_it_is(model: nn.Module) -> list[tuple[nn.Module, Layer]]:
+    """The layers that a plan of dense heads would give a model that has none; the model is not touched."""
+    adapter, found = _find(model)
+    tower = Tower(found.spec, dense_plan(found.spec), "auto", "fallback", found.grid_of)
+    return [
+        (module, Layer(tower, spec, adapter, adapter.original_of(module)))
+        for module, spec in zip(found.modules, found.spec.layers, strict=True)
+    ]
+
+
+def _labels(plan: SparsityPlan, name: str, spec: ModelSpec) -> list[str]:
+    pattern = plan.patterns[name]
+    return pattern.labels(plan.layout(spec)) if isinstance(pattern, Pattern) else []
+
+
+def _spec_of(model: nn.Module | ModelSpec) -> ModelSpec:
+    return model if isinstance(model, ModelSpec) else inspect(model)
+
+
+def _sized(spec: ModelSpec, image_size: int | tuple[int, int] | None) -> ModelSpec:
+    if image_size is None:
+        return spec
+    pixels = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if not isinstance(pixels, (tuple, list)) or len(pixels) != 2 or not all(isinstance(side, int) for side in pixels):
+        raise ValueError(f"image_size={image_size!r}: expected pixels, an int or (height, width); give whole numbers.")
+    if any(side < patch or side % patch for side, patch in zip(pixels, spec.patch_size, strict=True)):
+        raise ValueError(
+            f"image_size={image_size}: both sides must be whole numbers of {spec.patch_size} pixel patches; resize or pad."
+        )
+    return replace(spec, grid=(pixels[0] // spec.patch_size[0], pixels[1] // spec.patch_size[1]))
+
+
+def _find(model: nn.Module) -> tuple[ModuleType, Found]:
+    check_model(model)
+    found = [(adapter, encoder) for adapter in ADAPTERS for encoder in adapter.find(model)]
+    if not found and any(isinstance(module, GraphModule) for module in model.modules()):
+        raise PlanError(
+            f"this {type(model).__name__} is a graph that torch.fx traced (a feature extractor): expected the model it was made "
+            "from; sparsify_ that one first, then extract."
+        )
+    if not found:
+        modules = Modules(model)
+        for name, module in modules:
+            if _is_served(module) and (around := modules.unknown_wrapper(name)) is not None:
+                raise wrapped(around)
+        has = [f"{left.count} x {left.kind} ({left.reason})" for left in left_dense(model, (), _is_served, ELSEWHERE)]
+        raise PlanError(
+            f"no attention layer of {type(model).__name__} is one this version serves; it has {', '.join(has) or 'none'}. "
+            f"Served are {SUPPORTED}; for other models call bsa_vision.sparse_attention from their attention."
+        )
+    if len(found) > 1:
+        held = [f"{one.spec.family} ({common_path([layer.name for layer in one.spec.layers])})" for _, one in found]
+        raise PlanError(
+            f"{type(model).__name__} holds {len(found)} encoders: {', '.join(held)}; each takes a plan of its own: pass the module you mean, "
+            "or one after the other."
+        )
+    return found[0]
+
+
+def _is_served(module: nn.Module) -> bool:
+    return any(adapter.serves(module) for adapter in ADAPTERS)
+
+
+__all__ = [
+    "ADAPTERS",
+    "LayerReport",
+    "LeftDense",
+    "ModelReport",
+    "Observation",
+    "context",
+    "dense",
+    "dense_plan",
+    "describe",
+    "inspect",
+    "observe",
+    "restore_",
+    "sparsify_",
+    "uniform_plan",
+]

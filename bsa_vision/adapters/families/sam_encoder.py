@@ -1,0 +1,216 @@
+"""Segment Anything's image encoder, in every code base it lives in; all layers, windowed ones included.
+
+segment_anything, transformers (SAM, SAM-HQ, DeepSeek-OCR 2), timm (`vision_transformer_sam`, with rope and qk-norm), the code that
+DeepSeek-OCR brings along, and our own `bsa_vision.encoder`. The arithmetic is one, `_attend`; the seams differ in names and in what a
+forward takes and returns. Nothing of size N x N is built: relative position stays factored. Windowed layers are dense and exact:
+padded keys take part in every window, as in the originals.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from bsa_vision.adapters.swap import class_swap
+from bsa_vision.adapters.swap.class_swap import Swapped, check_swapped, kind_of, original_of, prepare, unswap
+from bsa_vision.adapters.swap.sdpa_intercept import dropout_watched
+from bsa_vision.adapters.swap.sparse_layer import Found, Layer, check_indices, layer_of
+from bsa_vision.adapters.families.transformers_vit import WEIGHTS_ASKED_FOR, WEIGHTS_WATCHED, attentions_are_collected, is_watched
+from bsa_vision.adapters.linear_weights import block_weights, convolution, outside_weights
+from bsa_vision.adapters.swap.wrappers import Modules, unwrap
+from bsa_vision.attention.carried_masks import plain_sizes
+from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
+from bsa_vision.attention.rel_pos import RelPos, decompose, resize_table
+
+EXACT = True  # dense layers run here too: the same result, faster, because the originals build an N x N bias
+
+
+class SparseAttention(Swapped):
+    """segment_anything's seam, timm's and DeepSeek-OCR's: (B, h, w, C) -> (B, h, w, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return self._fx_leaf(x)
+        layer = layer_of(self)
+        assert layer is not None
+        drop: Any = getattr(self, "attn_drop", None)  # timm only
+        reason = None if drop is None or getattr(self, "fused_attn", True) else dropout_watched(drop)
+        if reason is not None and not layer.runs_original():
+            layer.fall_back(reason)
+        if reason is not None or layer.runs_original():
+            return super().forward(x)
+        return _attend(self, layer, x, self.num_heads, drop.p if self.training and drop is not None else 0.0)  # type: ignore
+
+
+class SparseTransformersAttention(Swapped):
+    """transformers' seam: (B, h, w, C) -> ((B, h, w, C), attention weights or None)."""
+
+    def forward(self, hidden_states: Tensor, output_attentions: bool | None = None) -> tuple[Tensor, Tensor | None]:
+        if isinstance(hidden_states, Proxy):
+            return self._fx_leaf(hidden_states, output_attentions=output_attentions)
+        layer = layer_of(self)
+        assert layer is not None
+        # Only the eager class returns attention weights, and drops some while training; the SDPA class ignores both settings.
+        eager, reason = "Sdpa" not in layer.original.__name__, None
+        if output_attentions or attentions_are_collected(self):
+            reason = WEIGHTS_ASKED_FOR
+        elif eager and is_watched(self):
+            reason = WEIGHTS_WATCHED
+        if reason is not None and not layer.runs_original():
+            layer.fall_back(reason)
+        if reason is not None or layer.runs_original():
+            return super().forward(hidden_states, output_attentions=output_attentions)
+        heads, dropout = self.num_attention_heads, self.dropout if self.training and eager else 0.0
+        return _attend(self, layer, hidden_states, heads, dropout), None  # type: ignore[arg-type]
+
+
+class SparseOwnAttention(Swapped):
+    """The seam of `bsa_vision.blocks`, which projects itself and leaves the attention proper to `attend`."""
+
+    OVERRIDES = "attend"
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rel_pos: RelPos | None, grid: tuple[int, int]) -> Tensor:
+        """(B, H, N, D) -> (B, H, N, D)."""
+        layer = layer_of(self)
+        assert layer is not None
+        if layer.runs_original():
+            return cast(Any, super()).attend(q, k, v, rel_pos, grid)
+        return layer.attend(q, k, v, None, 0.0, grid=grid, rel_pos=rel_pos)
+
+
+# Module and class of the attention -> seam.
+SEAMS: dict[tuple[str, str], type[Swapped]] = {
+    ("bsa_vision.blocks", "Attention"): SparseOwnAttention,
+    ("segment_anything.modeling.image_encoder", "Attention"): SparseAttention,
+    ("timm.models.vision_transformer_sam", "Attention"): SparseAttention,
+    **{
+        (f"transformers.models.{module}", f"{prefix}{name}"): SparseTransformersAttention
+        for module, prefix in (
+            ("sam.modeling_sam", "Sam"),
+            ("sam_hq.modeling_sam_hq", "SamHQ"),
+            ("deepseek_ocr2.modeling_deepseek_ocr2", "DeepseekOcr2Sam"),
+        )
+        for name in ("VisionAttention", "VisionSdpaAttention")
+    },
+}
+# DeepSeek-OCR's own code has no fixed package: transformers loads it from a downloaded file, vLLM's tree calls that file otherwise.
+DEEPSEEK_MODULE = re.compile(r"(^|\.)(deepencoder|sam_vary_sdpa)$")
+
+
+def _seam(module: nn.Module) -> type[Swapped] | None:
+    library, name = kind_of(module)
+    if DEEPSEEK_MODULE.search(library) and name == "Attention":
+        return SparseAttention if _is_deepseek_sam(module) else None
+    return SEAMS.get((library, name))
+
+
+def _is_deepseek_sam(module: nn.Module) -> bool:
+    """Whether an attention from a file of that name computes what `_attend` does, as far as its members tell."""
+    takes = list(inspect.signature(type(module).forward).parameters)
+    return takes == ["self", "x"] and all(
+        hasattr(module, n) for n in ("num_heads", "scale", "qkv", "proj", "use_rel_pos")
+    )
+
+
+def serves(module: nn.Module) -> bool:
+    """Whether this adapter knows the class of an attention module."""
+    return _seam(module) is not None
+
+
+def find(model: nn.Module) -> list[Found]:
+    """The encoders of this family in `model`. In every code base, attention is `<encoder>.<blocks>.<index>.attn`."""
+    modules = Modules(model)
+    encoders: dict[str, list[tuple[str, nn.Module]]] = {}
+    for name, module in modules:
+        if serves(module):
+            root = ".".join(name.split(".")[:-3])
+            encoders.setdefault(root, []).append((name, module))
+    return [
+        _found(modules, root, attention)
+        for root, attention in encoders.items()
+        if hasattr(modules[root], "patch_embed")
+    ]
+
+
+def _found(modules: Modules, root: str, attention: list[tuple[str, nn.Module]]) -> Found:
+    encoder: Any = modules[root]
+    layers, blocks = [], []
+    check_indices(attention)
+    for index, (name, module) in enumerate(attention):
+        attn, block = cast(Any, module), cast(Any, modules[name.rpartition(".")[0]])
+        blocks.append(block)
+        heads = getattr(attn, "num_attention_heads", None) or attn.num_heads
+        head_dim = round(attn.scale**-2)  # whatever the projections are wrapped in
+        options = dict(window=block.window_size, rel_pos=bool(attn.use_rel_pos), **block_weights(block, attn))
+        layers.append(LayerSpec(modules.path(name), index, heads, head_dim, **options))
+    embed = unwrap(encoder.patch_embed)
+    grid, patch = _grid_and_patch(encoder, embed)
+    spec = ModelSpec(
+        getattr(encoder, "family", "sam"),
+        tuple(layers),
+        grid,
+        patch,
+        start=int(getattr(encoder, "num_special", 0)),
+        **outside_weights(encoder, blocks, embed),  # type: ignore[arg-type]
+    )
+    return Found(spec, tuple(module for _, module in attention), embed)
+
+
+def _grid_and_patch(encoder: Any, embed: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The encoder's own grid in patches, and its patch size in pixels, from where each code base keeps the image size."""
+    patch = _pair(convolution(embed).kernel_size)
+    size = getattr(embed, "image_size", None) or getattr(embed, "img_size", None) or encoder.img_size
+    height, width = _pair(size)
+    return (height // patch[0], width // patch[1]), patch
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _attend(module: Any, layer: Layer, x: Tensor, heads: int, dropout_p: float) -> Tensor:
+    """(B, h, w, C) -> (B, h, w, C): project, attend, project."""
+    height, width = plain_sizes(x.shape[1], x.shape[2])
+    by_tokens = hasattr(module, "proj_drop")  # timm's projections take (B, N, C), all others (B, h, w, C)
+    qkv = module.qkv(x.flatten(1, 2) if by_tokens else x).unflatten(-1, (3, heads, -1))
+    qkv = qkv if by_tokens else qkv.flatten(1, 2)  # (B, N, 3, H, D)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D) each
+    if by_tokens:
+        q, k = _normed(module.q_norm, q), _normed(module.k_norm, k)
+    rel_pos = None
+    if module.use_rel_pos:
+        tables = (resize_table(module.rel_pos_h, height), resize_table(module.rel_pos_w, width))
+        rel_pos = RelPos(*(term.to(q.dtype) for term in decompose(q, *tables, (height, width))))
+    elif getattr(module, "rope", None) is not None:  # timm
+        q, k = (_rotate(module.rope, tokens).type_as(v) for tokens in (q, k))
+    out = layer.attend(q, k, v, module.scale, dropout_p, grid=(height, width), rel_pos=rel_pos)  # (B, H, N, D)
+    out = out.transpose(1, 2).flatten(2)  # (B, N, C)
+    if by_tokens:
+        return module.proj_drop(module.proj(out)).unflatten(1, (height, width))
+    return module.proj(out.unflatten(1, (height, width)))
+
+
+def _normed(norm: nn.Module, tokens: Tensor) -> Tensor:
+    """(B, H, N, D) -> (B, H, N, D), by a norm that timm hands (B * H, N, D)."""
+    if isinstance(norm, nn.Identity) and not norm._forward_hooks and not norm._forward_pre_hooks:
+        return tokens
+    return norm(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+
+
+def _rotate(rope: Any, tokens: Tensor) -> Tensor:
+    from timm.layers import apply_rot_embed_cat
+
+    return apply_rot_embed_cat(tokens, rope.get_embed())
+
+
+def swap(module: Any, layer: Layer) -> None:
+    seam = _seam(module)
+    assert seam is not None
+    class_swap.swap(module, layer, seam)
+
+
+__all__ = ["EXACT", "check_swapped", "find", "original_of", "prepare", "serves", "swap", "unswap"]

@@ -1,0 +1,236 @@
+"""The compiled inner loop of `gather` (attend.cpp): whether it is here, and how it is called.
+
+Built when bsa-vision is installed, where a C++ compiler is at hand; without it, `gather` runs the same arithmetic in torch.
+Constraints: x86-64 CPU with AVX2 or AVX-512, float32 arithmetic (float64 is for torch), not causal, no dropout.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bsa_vision.attention.backends.problem import Problem, Result, Span
+from bsa_vision.attention.backends.workers import run_tasks, scratch
+from bsa_vision.attention.block_lists import RunTable
+
+INTERFACE = 2  # of attend.cpp
+TASKS_PER_THREAD = 8  # rows of blocks cost unequal amounts; several tasks a thread even that out
+CHUNK, LANES, VECTORS = 128, 16, 4  # the widest that attend.cpp uses
+KEY_SIDE = {"k", "v", "grad_k", "grad_v"}  # tensors with one row per key
+# torch's name of what the machine can do -> the suffix of the functions made for it. ATEN_CPU_CAPABILITY lowers it, as for torch's own.
+VARIANTS = {"AVX512": "avx512", "AVX2": "avx2"}
+
+MATRICES = ("q", "k", "v", "out", "lse", "rel_h", "rel_w")
+GRADIENTS = ("grad_out", "grad_q", "grad_k", "grad_v", "grad_rel_h", "grad_rel_w")
+POINTERS = ("key_row", "key_column", "order_q", "order_k", "bounds", "run_at", "runs", "scratch")
+NUMBERS = ("heads", "group", "rows", "mask_image_stride", "dim", "dim_v", "rel_rows", "rel_columns", "first", "last")
+
+
+class _Matrix(ctypes.Structure):
+    """`struct Matrix` of attend.cpp."""
+
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("image", "head", "token"))]
+
+
+class _Batch(ctypes.Structure):
+    """`struct Batch` of attend.cpp."""
+
+    _fields_ = [(name, _Matrix) for name in (*MATRICES, *GRADIENTS)]
+    _fields_ += [(name, ctypes.c_void_p) for name in POINTERS]
+    _fields_ += [(name, ctypes.c_int64) for name in NUMBERS]
+    _fields_ += [("scale", ctypes.c_float)]
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | str:
+    """The library, or why there is none. BSA_VISION_COMPILED=0 in the environment does without, to compare."""
+    if os.environ.get("BSA_VISION_COMPILED") == "0":
+        return "the compiled loop is switched off by BSA_VISION_COMPILED=0"
+    found = importlib.util.find_spec("bsa_vision.attention.backends._cpu_kernel")
+    if found is None or found.origin is None:
+        return "the compiled loop was not built: no C++ compiler was at hand when bsa-vision was installed"
+    try:
+        loaded = ctypes.CDLL(found.origin)
+        loaded.attend_interface.restype = ctypes.c_int64
+        built_for = loaded.attend_interface()
+    except OSError as error:
+        return f"the compiled loop does not load: {error}"
+    except AttributeError:  # another processor, for which nothing is compiled, or a very old build
+        return "the compiled loop is for x86-64 with AVX2 or AVX-512, and was built without"
+    if built_for != INTERFACE * 10000 + ctypes.sizeof(_Batch):
+        return "the compiled loop was built from another version of its source: install bsa-vision again"
+    return loaded
+
+
+@lru_cache(maxsize=4)
+def variant(capability: str) -> tuple[Callable[[Any], None], Callable[[Any], None]] | str:
+    """(forward, gradient) for machines of this capability (one of `VARIANTS`), or why there are none."""
+    loaded = library()
+    if isinstance(loaded, str):
+        return loaded
+    if capability not in VARIANTS or not hasattr(loaded, f"attend_{VARIANTS[capability]}"):
+        return f"the compiled loop is for x86-64 with AVX2 or AVX-512, this machine's capability is {capability}"
+    functions = [getattr(loaded, f"{name}_{VARIANTS[capability]}") for name in ("attend", "attend_gradient")]
+    for function in functions:
+        function.argtypes, function.restype = [ctypes.POINTER(_Batch)], None
+    return functions[0], functions[1]
+
+
+def why_not(problem: Problem | None = None) -> str | None:
+    """Why the compiled loop cannot run `problem` (None: any), in one sentence."""
+    if problem is not None:
+        if problem.q.device.type != "cpu":
+            return f"the compiled loop is for CPUs, the tensors are on {problem.q.device}"
+        if problem.compute_dtype != torch.float32:
+            return f"the compiled loop computes in float32, the call is {problem.q.dtype}"
+        if problem.is_causal or problem.dropout_p:
+            return "the compiled loop knows neither causality nor dropout"
+    functions = variant(torch.backends.cpu.get_cpu_capability())
+    return functions if isinstance(functions, str) else None
+
+
+def flavour(problem: Problem) -> str:
+    """How `gather` runs `problem`, in two or three words."""
+    return "in torch" if why_not(problem) else f"compiled for {torch.backends.cpu.get_cpu_capability()}"
+
+
+def outruns_dense(problem: Problem) -> bool:
+    """Whether the loop is faster than torch's own attention even where no block is skipped, as measured on AVX2 and AVX-512."""
+    return problem.longest_k >= 1024 and why_not(problem) is None
+
+
+def run(problem: Problem) -> Result:
+    tensors = _inputs(problem)
+    tensors["out"] = out = torch.empty_like(problem.empty_out(), dtype=torch.float32)
+    lse = problem.empty_lse() if problem.return_lse else None
+    tasks = []
+    for images in _batches(problem):
+        batch, table = _describe(problem, tensors, images)
+        if lse is not None:
+            batch.lse = _matrix(lse[images.first : images.last, :, :, None])
+        floats = batch.dim + batch.dim_v + 2 + batch.rel_rows + batch.rel_columns
+        alive = (tensors, lse, table, problem)
+        tasks += _deal(batch, 0, len(images) * batch.heads * batch.rows, images.width * floats, alive)
+    run_tasks(tasks, out.device)
+    return Result(out.to(problem.q.dtype), lse)
+
+
+def gradients(problem: Problem, out: Tensor, grad_out: Tensor) -> list[Tensor]:
+    """The gradients of q, k, v and, where there are any, rel_h and rel_w; each shaped like its tensor."""
+    tensors = _inputs(problem)
+    tensors |= {"out": _rows_adjacent(out), "grad_out": _rows_adjacent(grad_out)}
+    names = [name for name in ("q", "k", "v", "rel_h", "rel_w") if name in tensors]
+    for name in names:
+        *shape, dim = tensors[name].shape
+        # Keys collect whole vectors from many queries; queries get theirs once.
+        padded = _whole_vectors(dim) if name in KEY_SIDE else dim
+        tensors[f"grad_{name}"] = torch.zeros(*shape, padded, dtype=torch.float32, device=out.device)
+    tasks = []
+    for images in _batches(problem):
+        batch, table = _describe(problem, tensors, images)
+        floats = 2 * (batch.dim + batch.dim_v + batch.rel_rows + batch.rel_columns) + 3 + 2 * CHUNK
+        floats += _whole_vectors(batch.dim) + _whole_vectors(batch.dim_v)
+        # Query heads of one group add to the same keys, so a key head is one unit: no two tasks write to the same place.
+        alive = (tensors, table, problem)
+        tasks += _deal(batch, 1, len(images) * batch.heads // batch.group, images.width * floats, alive)
+    run_tasks(tasks, out.device)
+    grads = [tensors[f"grad_{name}"][..., : tensors[name].shape[-1]] for name in names]
+    return [grad.to(problem.q.dtype).contiguous() for grad in grads]
+
+
+class _Images(NamedTuple):
+    """Images `first` to `last` of the batch, with as many tokens each; `span` is that of the first."""
+
+    first: int
+    last: int
+    span: Span
+    width: int  # queries of one block, rounded up to whole vectors
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+
+def _batches(problem: Problem) -> Iterator[_Images]:
+    """The batch as a whole, or image by image where lengths differ."""
+    for span in problem.spans():
+        width = _whole_vectors(min(problem.masks.block_size, span.q.stop - span.q.start))
+        if not problem.ragged:
+            yield _Images(0, problem.num_images, span, width)
+            return
+        yield _Images(span.image, span.image + 1, span, width)
+
+
+def _inputs(problem: Problem) -> dict[str, Tensor]:
+    inputs = {"q": problem.q, "k": problem.k, "v": problem.v}
+    if problem.rel_pos is not None:
+        inputs |= problem.rel_pos._asdict()
+    return {name: _rows_adjacent(x) for name, x in inputs.items()}
+
+
+def _rows_adjacent(x: Tensor) -> Tensor:
+    """float32 with the elements of a token adjacent; any other stride is taken as it is."""
+    x = x.to(torch.float32)
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _whole_vectors(dim: int) -> int:
+    return -(-dim // LANES) * LANES
+
+
+def _describe(problem: Problem, tensors: dict[str, Tensor], images: _Images) -> tuple[_Batch, RunTable]:
+    """Everything but who computes what, with which scratch memory; and the table it points into."""
+    span = images.span
+    rows = slice(span.row, span.row + len(images))
+    parts = {name: x[rows, :, span.k if name in KEY_SIDE else span.q] for name, x in tensors.items()}
+    table = problem.masks.run_table(span.q.stop - span.q.start, span.k.stop - span.k.start)
+    places = {name: getattr(problem, name) for name in ("key_row", "key_column", "order_q", "order_k")}
+    batch = _Batch(
+        **{name: _matrix(x) for name, x in parts.items()},
+        **{name: None if x is None else x.data_ptr() for name, x in places.items()},
+        bounds=table.bounds.data_ptr(),
+        run_at=table.run_at[problem.mask_image(span.image)].data_ptr(),
+        runs=table.runs.data_ptr(),
+        heads=problem.num_heads,
+        group=problem.group,
+        rows=len(table.bounds) - 1,
+        mask_image_stride=table.run_at.stride(0) if len(table.run_at) > 1 else 0,
+        dim=problem.q.shape[-1],
+        dim_v=problem.v.shape[-1],
+        rel_rows=0 if problem.rel_pos is None else problem.rel_pos.rel_h.shape[-1],
+        rel_columns=0 if problem.rel_pos is None else problem.rel_pos.rel_w.shape[-1],
+        scale=problem.scale,
+    )
+    return batch, table
+
+
+def _matrix(x: Tensor) -> _Matrix:
+    """(images, heads, tokens, dim)"""
+    return _Matrix(x.data_ptr(), *x.stride()[:3])
+
+
+def _deal(batch: _Batch, direction: int, units: int, floats: int, alive: tuple[Any, ...]) -> list[Callable[[], None]]:
+    """The `units` of work of a batch in tasks of about equal size; each needs `floats` of scratch memory and some.
+
+    alive   what the batch points into. Tasks hold on to it: caches may drop their tables meanwhile, and an interrupted caller
+            leaves while its last tasks still run.
+    """
+    step = max(1, -(-units // (TASKS_PER_THREAD * torch.get_num_threads())))
+    functions = variant(torch.backends.cpu.get_cpu_capability())
+    assert not isinstance(functions, str), functions
+
+    def task(first: int, alive: tuple[Any, ...]) -> None:
+        own = _Batch.from_buffer_copy(batch)
+        own.first, own.last = first, min(first + step, units)
+        size = floats + CHUNK * VECTORS * LANES
+        memory = scratch("attend", (size,), torch.float32, torch.device("cpu"))
+        own.scratch = memory.data_ptr()
+        functions[direction](ctypes.byref(own))
+
+    return [partial(task, first, alive) for first in range(0, units, step)]

@@ -1,0 +1,167 @@
+"""Store masks in one tensor, so that a recorded program (torch.export, torch.jit.trace) carries them.
+
+A program that is saved is run by other processes, where no object of this one exists. The tensor is a constant of
+the program: (n,) uint8, one line of JSON and what belongs to it, read again by content. `carry` / `read` are inverse.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import singledispatch
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from bsa_vision.storage.memory_cache import Cache
+from bsa_vision.attention.head_masks import Handled, HeadMasks, from_handle
+from bsa_vision.masks import TokenLayout
+
+FORMAT, VERSION = "bsa-vision/masks", 1
+Grid = tuple[int, int]
+
+
+def is_recording() -> bool:
+    """Return whether this call is being recorded into a program that may outlive the process.
+
+    That is torch.export, make_fx and torch.jit.trace; torch.compile keeps its graphs in this process.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return torch.compiler.is_exporting()
+    return torch.jit.is_tracing() or get_proxy_mode() is not None
+
+
+@contextmanager
+def outside_of_tracing() -> Iterator[None]:
+    """Compute with real tensors, and record nothing, inside a trace: for constants and what is cached."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+def plain_sizes(*sizes: int) -> tuple[int, ...]:
+    """Return sizes as numbers: torch.jit.trace hands out tensors."""
+    if not torch.jit.is_tracing():
+        return sizes
+    with outside_of_tracing():
+        return tuple(map(int, sizes))
+
+
+def carried(source: Handled, grid: Grid, num_keys: int) -> Tensor:
+    """Return what a recorded program needs of `source` at `grid` as a (n,) uint8 tensor on the CPU.
+
+    A grid of symbolic sizes asks for masks of any grid. ValueError where these cannot be stored.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return _by_handle(source.handle, int(grid[0]), int(grid[1]), int(num_keys))
+    with outside_of_tracing():
+        return torch.frombuffer(bytearray(carry(source, grid, num_keys)), dtype=torch.uint8)
+
+
+@torch.compiler.assume_constant_result
+def _by_handle(handle: int, height: int, width: int, num_keys: int) -> Tensor:
+    with outside_of_tracing():
+        data = carry(from_handle(handle), (height, width), num_keys)
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def read(tensor: Tensor) -> Any:
+    """Return an object with `masks_for(grid, number of keys)` from a tensor made by `carried`."""
+    data = tensor.cpu().numpy().tobytes()
+    return _read.get(data, lambda: _parse(data))
+
+
+_read: Cache[Any] = Cache(512)
+
+
+def _parse(data: bytes) -> Any:
+    line, _, payload = data.partition(b"\n")
+    header = json.loads(line)
+    if header.pop("format", None) != FORMAT or header.pop("version", None) != VERSION:
+        raise RuntimeError(
+            f"this program carries masks in a form that this bsa-vision does not read: {line[:80]!r}; expected "
+            f"{FORMAT} version {VERSION}. Export it again, or use the bsa-vision that exported it."
+        )
+    return READERS[header.pop("kind")](header, payload)
+
+
+def encode(kind: str, header: dict[str, Any], payload: bytes = b"") -> bytes:
+    """Return the bytes that `READERS[kind]` reads again."""
+    text = json.dumps({"format": FORMAT, "version": VERSION, "kind": kind, **header})
+    return text.encode() + b"\n" + payload
+
+
+@singledispatch
+def carry(source: Any, grid: Grid, num_keys: int) -> bytes:
+    """Return the masks of `source` at `grid` as bytes; the grid may be symbolic, see `is_symbolic`."""
+    raise TypeError(f"masks of type {type(source).__name__} cannot be stored in a program.")
+
+
+@carry.register
+def _(source: HeadMasks, grid: Grid, num_keys: int) -> bytes:
+    blocks = source.base_blockmask
+    header: dict[str, Any] = {
+        "shape": None if blocks is None else list(blocks.shape),
+        "head_mask_type": source.head_mask_type.tolist(),
+        "streaming": [number for pair in source.streaming for number in pair] or None,
+        "layouts": [None if x is None else asdict(x) for x in (source.layout, source.kv_layout)],
+        "block_size": source.block_size,
+    }
+    bits = b"" if blocks is None else np.packbits(blocks.cpu().numpy()).tobytes()
+    return encode("heads", header, bits)
+
+
+def _head_masks(header: dict[str, Any], payload: bytes) -> HeadMasks:
+    blocks = None
+    if header["shape"] is not None:
+        count = int(np.prod(header["shape"]))
+        bits = np.unpackbits(np.frombuffer(payload, np.uint8), count=count)
+        blocks = torch.from_numpy(bits.astype(bool)).reshape(header["shape"])
+    layout, kv_layout = (None if x is None else TokenLayout(**x) for x in header["layouts"])
+    return HeadMasks(
+        blocks,
+        header["head_mask_type"],
+        header["streaming"],
+        layout=layout,
+        kv_layout=kv_layout,
+        block_size=header["block_size"],
+        allow_empty_rows=True,
+    )
+
+
+# kind -> how it is read; modules with other kinds of masks add theirs
+READERS: dict[str, Callable[[dict[str, Any], bytes], Any]] = {"heads": _head_masks}
+
+
+def is_symbolic(grid: Grid) -> bool:
+    """Return whether a grid stands for many: a program whose height or width may change."""
+    return any(isinstance(side, torch.SymInt) for side in grid)
+
+
+@torch.library.custom_op("bsa_vision::expect_size", mutates_args=())
+def expect_size_op(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Return a copy of (..., H, W) pixels, or raise ValueError where a traced program is given another size."""
+    if pixels.shape[-2:] != (height, width):
+        raise ValueError(
+            f"this program was traced with images of {height} x {width} pixels and carries masks for these, got "
+            f"{pixels.shape[-2]} x {pixels.shape[-1]}: resize the images, or trace it again at this size."
+        )
+    return pixels.clone()
+
+
+@expect_size_op.register_fake
+def _(pixels: Tensor, height: int, width: int) -> Tensor:
+    return torch.empty_like(pixels)
+
+
+expect_size_op.register_autograd(lambda ctx, grad: (grad, None, None))

@@ -1,0 +1,91 @@
+"""Write block-sparse attention in operations that ONNX has: dense, with the block mask spelled out per token."""
+
+from __future__ import annotations
+
+import warnings
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from bsa_vision.attention.carried_masks import is_symbolic, outside_of_tracing
+from bsa_vision.errors import BackendUnavailable
+from bsa_vision.attention.head_masks import Handled, HeadMasks
+from bsa_vision.attention.packing import key_places
+from bsa_vision.attention.rel_pos import RelPos
+from bsa_vision.masks import TokenLayout
+
+
+def is_exporting_onnx() -> bool:
+    """Return whether a recorded call is for ONNX; BackendUnavailable for the exporter that goes by torch.jit.trace."""
+    if not torch.onnx.is_in_onnx_export():
+        return False
+    if torch.jit.is_tracing():
+        raise BackendUnavailable(
+            "torch.onnx.export(dynamo=False) cannot export sparse heads: only the exporter with dynamo=True is "
+            "supported; pass dynamo=True, or call restore_(model) first to export the dense model."
+        )
+    return True
+
+
+def masked_dense(
+    source: Handled, grid: tuple[int, int], q: Tensor, k: Tensor, v: Tensor, rel_pos: RelPos | None, scale: float
+) -> Tensor:
+    """Return the attention of (B, H, N, D) tensors in model order, computed as N x N logits under the block mask.
+
+    What a skipped block holds changes nothing, and a query that sees nothing gives 0. A query that sees a value that is
+    not finite gives NaN.
+    """
+    if is_symbolic(grid) or not all(isinstance(n, int) for n in (q.shape[2], k.shape[2])):
+        raise BackendUnavailable(
+            "ONNX export of sparse heads needs a fixed image size: height and width are dynamic; leave them out of "
+            "dynamic_shapes. The batch may be dynamic."
+        )
+    _say_once()
+    with outside_of_tracing():
+        masks: HeadMasks = source.masks_for(grid, k.shape[2])  # type: ignore[attr-defined]
+        blocks = masks.block_mask(q.shape[2], k.shape[2]).clone()  # (B or 1, H, R, C)
+        row_of, column_of = (
+            _block_of(layout, tokens, masks.block_size)
+            for layout, tokens in ((masks.layout, q.shape[2]), (masks.kv_layout, k.shape[2]))
+        )
+        places = None
+        if rel_pos is not None and masks.kv_layout is not None:
+            places = tuple(x.clone() for x in key_places(masks.kv_layout, False, torch.device("cpu")))
+    mask = blocks.to(q.device)[:, :, row_of.to(q.device)][:, :, :, column_of.to(q.device)]  # (B or 1, H, N, M)
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    logits = (q * scale) @ k.transpose(-1, -2)
+    if rel_pos is not None and places is not None:
+        for term, place in zip(rel_pos, places, strict=True):
+            logits = logits + term[..., place.to(q.device)]
+    logits = logits.masked_fill(~mask, -torch.inf)
+    sees = (logits > -torch.inf).any(-1, keepdim=True) | logits.isnan().any(-1, keepdim=True)
+    probs = logits.masked_fill(~sees, 0).softmax(-1).masked_fill(~sees, 0)
+    lost = ~torch.isfinite(v)
+    sees_lost = mask.to(v.dtype) @ lost.any(-1, keepdim=True).to(v.dtype) > 0  # (B, H, N, 1)
+    return (probs @ v.masked_fill(lost, 0)).masked_fill(sees_lost & sees, torch.nan)
+
+
+def _block_of(layout: TokenLayout | None, tokens: int, block_size: int) -> Tensor:
+    """Return the block of each token in model order, (N,) int64."""
+    places = torch.arange(tokens) if layout is None else layout.inverse
+    return places // block_size
+
+
+_said: WeakSet[object] = WeakSet()
+
+
+def _say_once() -> None:
+    """Warn once for each export."""
+    tracer = get_proxy_mode()
+    if tracer is None or tracer in _said:
+        return
+    _said.add(tracer)
+    warnings.warn(
+        "bsa_vision: ONNX has no block-sparse attention, so sparse heads are exported as dense attention with the mask "
+        "applied: the same result, N x N in time and memory, nothing is skipped.",
+        stacklevel=2,
+    )

@@ -1,0 +1,164 @@
+"""Token order, and batches of images as one packed sequence: (B, H, N, D) or a list of (H, n, D) <-> (T, H, D) + cu_seqlens.
+
+Every do has its undo beside it: `order_tokens` / `restore_tokens`, `pack` / `unpack`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from bsa_vision.attention.head_masks import HeadMasks
+from bsa_vision.masks import TokenLayout
+from bsa_vision.masks.origin import check_layout
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # remembered, and later calls may need gradients
+def token_index(layout: TokenLayout, device: torch.device, inverse: bool = False) -> Tensor:
+    """(N,) int64 on `device`: `layout.permutation`, or `layout.inverse`."""
+    return (layout.inverse if inverse else layout.permutation).to(device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def key_places(layout: TokenLayout, ordered: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(N,) int64 patch row and column of every token, in packed (`ordered`) or in model order, on `device`."""
+    row, column = (place if ordered else place[layout.inverse] for place in layout.coordinates)
+    return row.to(device), column.to(device)
+
+
+def order_tokens(x: Tensor, layout: TokenLayout | None, dim: int = -2) -> Tensor:
+    """Model order -> packed order along `dim`; x itself where both are the same."""
+    if layout is None or layout.is_identity:
+        return x
+    return x.index_select(dim, token_index(layout, x.device))
+
+
+def restore_tokens(x: Tensor, layout: TokenLayout | None, dim: int = -2) -> Tensor:
+    """Packed order -> model order along `dim`; undoes `order_tokens`."""
+    if layout is None or layout.is_identity:
+        return x
+    return x.index_select(dim, token_index(layout, x.device, inverse=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Images as one sequence, and what `unpack` needs to take them apart again.
+
+    tokens      (T, H, D) packed order, image after image, nothing padded
+    cu_seqlens  (B + 1,) int32 on the tokens' device: where each image starts and ends
+    max_seqlen  tokens of the longest image
+    layouts     one per image; None = tokens as they come
+    uniform     whether the images came as one (B, H, N, D) tensor
+    """
+
+    tokens: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    layouts: tuple[TokenLayout | None, ...]
+    uniform: bool
+
+
+def pack(x: Tensor | Sequence[Tensor], layouts: TokenLayout | Sequence[TokenLayout | None] | None = None) -> Packed:
+    """(B, H, N, D), or a list of (H, n, D) images of different sizes -> `Packed`.
+
+    layouts  one for all images, or one per image; tokens come in model order and leave in packed order
+
+        >>> packed = pack([torch.randn(12, 77, 64), torch.randn(12, 300, 64)])
+        >>> packed.tokens.shape, packed.cu_seqlens.tolist()
+        (torch.Size([377, 12, 64]), [0, 77, 377])
+    """
+    images = list(x)
+    if not images or any(
+        not isinstance(image, Tensor) or image.dim() != 3 or image.shape[::2] != images[0].shape[::2]
+        for image in images
+    ):
+        raise ValueError(
+            f"pack got images of shapes {[tuple(getattr(image, 'shape', ())) for image in images]}: expected (B, H, N, D), or a list of "
+            "(H, n, D) with the same heads and head dim; reshape them."
+        )
+    per_image = list(layouts) if isinstance(layouts, Sequence) else [layouts] * len(images)
+    for layout in per_image:
+        if layout is not None:
+            check_layout("layout", layout)
+    if len(per_image) != len(images):
+        raise ValueError(
+            f"{len(images)} images but {len(per_image)} layouts: give one layout for all, or one per image."
+        )
+    for position, (image, layout) in enumerate(zip(images, per_image, strict=True)):
+        if layout is not None and layout.num_tokens != image.shape[1]:
+            swapped = layout.num_tokens == image.shape[0]
+            how = (
+                "swap heads and tokens, x.transpose(-3, -2)"
+                if swapped
+                else "build the layout from this image's grid and special tokens"
+            )
+            raise ValueError(
+                f"image {position} has {image.shape[1]} tokens, its layout {layout.num_tokens}: they must be equal; {how}."
+            )
+    lengths = [image.shape[1] for image in images]
+    ordered = [
+        rearrange(order_tokens(image, layout), "h n d -> n h d")
+        for image, layout in zip(images, per_image, strict=True)
+    ]
+    return Packed(
+        tokens=torch.cat(ordered),  # (T, H, D)
+        cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=images[0].device),
+        max_seqlen=max(lengths),
+        layouts=tuple(per_image),
+        uniform=isinstance(x, Tensor),
+    )
+
+
+def unpack(tokens: Tensor, packed: Packed) -> Tensor | list[Tensor]:
+    """(T, H, D) in the order of `packed` -> what `pack` was given: (B, H, N, D), or a list of (H, n, D), model order."""
+    if tokens.shape[0] != packed.tokens.shape[0]:
+        raise ValueError(
+            f"unpack got {tokens.shape[0]} tokens, `packed` holds {packed.tokens.shape[0]}: pass the tensor that attention made "
+            "from packed.tokens."
+        )
+    lengths = packed.cu_seqlens.diff().tolist()
+    images = [
+        restore_tokens(rearrange(image, "n h d -> h n d"), layout)
+        for image, layout in zip(tokens.split(lengths), packed.layouts, strict=True)
+    ]
+    return torch.stack(images) if packed.uniform else images
+
+
+def pack_head_masks(images: Sequence[HeadMasks]) -> HeadMasks:
+    """The masks of images of different sizes -> one for the packed batch, sized for the longest image.
+
+    All images must agree on head types and block size. Shorter images use the top-left part of their slice. The result
+    has no layout: packed tokens are in order already.
+    """
+    if not images or not all(isinstance(masks, HeadMasks) for masks in images):
+        raise TypeError(f"pack_head_masks got {images!r}: expected a list of HeadMasks, one per image.")
+    first = images[0]
+    for position, masks in enumerate(images):
+        if (masks.slices, masks.streaming, masks.block_size) != (first.slices, first.streaming, first.block_size):
+            raise ValueError(
+                f"image {position} has head types {masks.slices} in blocks of {masks.block_size}, image 0 {first.slices} in "
+                f"blocks of {first.block_size}: one call has one set of head types; build all masks with the same heads."
+            )
+        if masks.base_blockmask is not None and masks.base_blockmask.shape[0] != 1:
+            raise ValueError(
+                f"image {position} has a base_blockmask for {masks.base_blockmask.shape[0]} images: expected one; index it."
+            )
+    streaming = [number for pair in first.streaming for number in pair] or None
+    used = max(first.slices)
+    slices = [m.base_blockmask[:, :used] for m in images if m.base_blockmask is not None]
+    base = None
+    if slices:
+        rows, columns = max(s.shape[2] for s in slices), max(s.shape[3] for s in slices)
+        base = torch.cat(
+            [torch.nn.functional.pad(s, (0, columns - s.shape[3], 0, rows - s.shape[2])) for s in slices]
+        )  # (B, S, R, C)
+    # Rows past the end of a short image are empty by construction; the images' own rows were checked when they were made.
+    return HeadMasks(base, first.slices, streaming, block_size=first.block_size, allow_empty_rows=True)
