@@ -23,7 +23,7 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-$(INSTALLED): pyproject.toml constraints.txt $(wildcard bsa_vision/backends/attend*)
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard bsa_vision/attention/backends/*.cpp bsa_vision/attention/backends/*.h)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@

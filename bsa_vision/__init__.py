@@ -8,35 +8,42 @@
 See docs/concepts.md for the words, `bsa_vision.masks` for block masks, `bsa_vision.sparse_attention` for tensors.
 """
 
-import sys as _sys
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
-from pathlib import Path as _Path
 
-import masks
-
-_sys.modules[f"{__name__}.masks"] = masks  # so that `from bsa_vision.masks import ...` works as well
-
-if getattr(masks, "__distribution__", None) != "bsa-vision":
-    raise ImportError(
-        f"the package `masks` found at {getattr(masks, '__file__', None) or list(masks.__path__)} is not the one that belongs to "
-        f"bsa_vision, which lies beside {_Path(__file__).parent}: bsa_vision works only with its own; rename or uninstall the "
-        "other package, or put bsa-vision's folder before it on sys.path."
-    )
-
-from bsa_vision.adapters import LayerReport, LeftDense, ModelReport, Observation, context, dense, dense_plan, describe, inspect, observe, restore_, sparsify_, uniform_plan
-from bsa_vision.attention.functional import block_sparse_attn_func, block_streaming_attn_func, sparse_attention, token_streaming_attn_func
+from bsa_vision import masks
+from bsa_vision.adapters import (
+    LayerReport,
+    LeftDense,
+    ModelReport,
+    Observation,
+    context,
+    dense,
+    dense_plan,
+    describe,
+    inspect,
+    observe,
+    restore_,
+    sparsify_,
+    uniform_plan,
+)
 from bsa_vision.attention.check import CheckReport, Finding, check
-from bsa_vision.plans.flops import LayerCost, ModelCost, cost
-from bsa_vision.models.encoder import create_encoder
-from bsa_vision.errors import BackendUnavailable, PlanError
+from bsa_vision.attention.functional import (
+    block_sparse_attn_func,
+    block_streaming_attn_func,
+    sparse_attention,
+    token_streaming_attn_func,
+)
 from bsa_vision.attention.head_masks import HeadMasks
-from bsa_vision.measure.latency import Latency, latency
-from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 from bsa_vision.attention.packing import Packed, pack, pack_head_masks, unpack
+from bsa_vision.attention.rel_pos import RelPos
+from bsa_vision.errors import BackendUnavailable, PlanError
+from bsa_vision.measure.latency import Latency, latency
+from bsa_vision.models.encoder import create_encoder
+from bsa_vision.plans.flops import LayerCost, ModelCost, cost
+from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 from bsa_vision.plans.plan import SparsityPlan
 from bsa_vision.plans.prompts import Prompts
-from bsa_vision.attention.rel_pos import RelPos
 from bsa_vision.tuning import report, tune
 
 try:

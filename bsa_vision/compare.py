@@ -1,6 +1,6 @@
 """The model with its sparse heads against itself without: error layer by layer, time, memory, on images.
 
-Errors are relative, ||sparse - dense|| / ||dense||, over all tokens and channels of one image. Features are those of `bsa_vision.features`.
+Errors are relative, ||sparse - dense|| / ||dense||, over all tokens and channels of one image. Features are those of `bsa_vision.models.features`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from bsa_vision.adapters import dense
 from bsa_vision.adapters.swap.sparse_layer import layer_of, layers_of
 from bsa_vision.adapters.swap.undo import always
-from bsa_vision.models.features import check_pixels, features
 from bsa_vision.measure.peak_memory import Meter
 from bsa_vision.measure.timing import Timing, paired
+from bsa_vision.models.features import check_pixels, features
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import bsa_vision as bsa
-from bsa_vision.models.encoder import SAM
 from bsa_vision.measure.peak_memory import Meter
 from bsa_vision.measure.timing import paired
+from bsa_vision.models.encoder import SAM
 
 ROWS = [f"{base}{kind}" for base in ("segment_anything", "transformers", "own") for kind in ("", "-exact", "-sparse")]
 ROWS.remove("own")  # is exact by itself

@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 
 import bsa_vision as bsa
-from bsa_vision.models import image_files
 from bsa_vision.adapters.swap.sparse_layer import layers_of
 from bsa_vision.cli.options import read_images
 from bsa_vision.compare import compare, num_steps
+from bsa_vision.models import image_files
 from bsa_vision.models.features import features
-from tests.helpers import models, sam2_models, sam_models, timm_models
 from tests.adapters import test_torchvision_vit
 from tests.cli.test_commands import BREAK, ROOT, run, save
+from tests.helpers import models, sam2_models, sam_models, timm_models
 
 SMALL = dict(tile=(4, 4), block_size=16)
 MODELS = {

@@ -10,8 +10,8 @@ import pytest
 
 import bsa_vision as bsa
 from bsa_vision.attention.backends.select import BACKENDS
-from tests.helpers import models, sam2_models, timm_models
 from tests.adapters import test_sam_encoder
+from tests.helpers import models, sam2_models, timm_models
 from tests.helpers.sam_models import ANY_SIZE, MODELS
 
 DOCS = Path(__file__).parent.parent / "docs"

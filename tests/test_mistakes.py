@@ -12,9 +12,9 @@ import torch
 import bsa_vision as bsa
 from bsa_vision import masks
 from bsa_vision.compare import compare
-from bsa_vision.models.features import features
 from bsa_vision.masks import Pattern, TokenLayout
 from bsa_vision.masks.patterns import CHECKS, PATTERNS, parameters
+from bsa_vision.models.features import features
 from tests.helpers import models
 
 N, H = 577, 3  # 24 x 24 patches and one special token

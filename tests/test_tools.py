@@ -18,14 +18,14 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import bsa_vision as bsa
-from bsa_vision.storage import atomic_write
-from bsa_vision.measure import timing
 from bsa_vision.attention.backends import cpu_kernel, workers
 from bsa_vision.attention.backends.workers import run_tasks, scratch
-from bsa_vision.storage.memory_cache import Cache
-from bsa_vision.measure.timing import paired
-from bsa_vision.viz import View, block_at, plot_views
 from bsa_vision.masks import TokenLayout, local_window
+from bsa_vision.measure import timing
+from bsa_vision.measure.timing import paired
+from bsa_vision.storage import atomic_write
+from bsa_vision.storage.memory_cache import Cache
+from bsa_vision.viz import View, block_at, plot_views
 
 CPU = torch.device("cpu")
 

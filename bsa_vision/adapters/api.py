@@ -20,25 +20,49 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from bsa_vision.adapters.families import sam2_encoder, sam2_memory_attention, sam_encoder, timm_vit, torchvision_vit, transformers_vit
-from bsa_vision.adapters.swap.sparse_layer import Found, Layer, Observation, Tower, check_model, layer_of, layers_of, swapped_in, watching
-from bsa_vision.adapters.unsupported import ELSEWHERE, LeftDense, common_path, left_dense
-from bsa_vision.adapters.describe import LayerReport, ModelReport, probe_problem, report_layer
+from bsa_vision.adapters.describe import ModelReport, probe_problem, report_layer
+from bsa_vision.adapters.families import (
+    sam2_encoder,
+    sam2_memory_attention,
+    sam_encoder,
+    timm_vit,
+    torchvision_vit,
+    transformers_vit,
+)
+from bsa_vision.adapters.swap.sparse_layer import (
+    Found,
+    Layer,
+    Observation,
+    Tower,
+    check_model,
+    layer_of,
+    layers_of,
+    swapped_in,
+    watching,
+)
 from bsa_vision.adapters.swap.undo import always
 from bsa_vision.adapters.swap.values import like_of, output_weight
 from bsa_vision.adapters.swap.wrappers import Modules, wrapped
+from bsa_vision.adapters.unsupported import ELSEWHERE, common_path, left_dense
 from bsa_vision.attention.backends.select import BACKENDS, choose
-from bsa_vision.plans.flops import cost
 from bsa_vision.errors import PlanError
+from bsa_vision.masks import Pattern
 from bsa_vision.measure.latency import Latency
 from bsa_vision.measure.latency import latency as latency_here
+from bsa_vision.plans.flops import cost
 from bsa_vision.plans.layer_masks import Entry
 from bsa_vision.plans.model_spec import ModelSpec
 from bsa_vision.plans.plan import PatternLike, SparsityPlan, as_plan
 from bsa_vision.plans.prompts import Prompts
-from bsa_vision.masks import Pattern
 
-ADAPTERS: tuple[ModuleType, ...] = (transformers_vit, timm_vit, torchvision_vit, sam_encoder, sam2_encoder, sam2_memory_attention)
+ADAPTERS: tuple[ModuleType, ...] = (
+    transformers_vit,
+    timm_vit,
+    torchvision_vit,
+    sam_encoder,
+    sam2_encoder,
+    sam2_memory_attention,
+)
 SUPPORTED = (
     "timm's ViTs, NaFlexVit among them (Attention, AttentionRope, EvaAttention); torchvision's ViT; transformers ViT, DINOv2 (with and without registers), DINOv3, CLIP, SigLIP, SigLIP 2 "
     "and SAM 3's vision encoder; SAM's image encoder in segment_anything, timm, transformers (SAM, "
@@ -334,21 +358,3 @@ def _find(model: nn.Module) -> tuple[ModuleType, Found]:
 
 def _is_served(module: nn.Module) -> bool:
     return any(adapter.serves(module) for adapter in ADAPTERS)
-
-
-__all__ = [
-    "ADAPTERS",
-    "LayerReport",
-    "LeftDense",
-    "ModelReport",
-    "Observation",
-    "context",
-    "dense",
-    "dense_plan",
-    "describe",
-    "inspect",
-    "observe",
-    "restore_",
-    "sparsify_",
-    "uniform_plan",
-]

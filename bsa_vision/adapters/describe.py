@@ -11,11 +11,11 @@ from bsa_vision.adapters.swap.sparse_layer import Layer
 from bsa_vision.adapters.unsupported import LeftDense
 from bsa_vision.attention.backends.problem import Problem
 from bsa_vision.attention.backends.select import choose, reasons
-from bsa_vision.plans.flops import ModelCost
 from bsa_vision.attention.head_masks import HeadMasks
-from bsa_vision.measure.latency import Latency
-from bsa_vision.plans.prune import better_dense
 from bsa_vision.attention.rel_pos import RelPos
+from bsa_vision.measure.latency import Latency
+from bsa_vision.plans.flops import ModelCost
+from bsa_vision.plans.prune import better_dense
 
 
 @dataclass(frozen=True)

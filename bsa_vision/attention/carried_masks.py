@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from bsa_vision.storage.memory_cache import Cache
 from bsa_vision.attention.head_masks import Handled, HeadMasks, from_handle
 from bsa_vision.masks import TokenLayout
+from bsa_vision.storage.memory_cache import Cache
 
 FORMAT, VERSION = "bsa-vision/masks", 1
 Grid = tuple[int, int]

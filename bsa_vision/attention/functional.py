@@ -13,9 +13,9 @@ from bsa_vision.attention.arguments import check_fit, check_head_masks, check_nu
 from bsa_vision.attention.backends.problem import Problem, Result
 from bsa_vision.attention.backends.select import choose
 from bsa_vision.attention.carried_masks import carried, is_recording, plain_sizes
-from bsa_vision.attention.operator import attend, attention_op, differentiated, needs_operator
 from bsa_vision.attention.head_masks import Handled, HeadMasks
 from bsa_vision.attention.onnx_form import is_exporting_onnx, masked_dense
+from bsa_vision.attention.operator import attend, attention_op, differentiated, needs_operator
 from bsa_vision.attention.packing import pack, pack_head_masks, unpack
 from bsa_vision.attention.rel_pos import RelPos
 

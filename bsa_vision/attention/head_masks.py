@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from bsa_vision.attention.block_lists import BlockRow, RunTable, block_rows, run_table
-from bsa_vision.storage.memory_cache import Cache
 from bsa_vision.attention.head_patterns import HeadPattern, Images, blocks_of, per_head
 from bsa_vision.masks import Pattern, TokenLayout
 from bsa_vision.masks.origin import check_layout, layouts_of
+from bsa_vision.storage.memory_cache import Cache
 
 try:
     from torch.fx.experimental.sym_node import DynamicInt

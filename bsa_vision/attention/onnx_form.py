@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from bsa_vision.attention.carried_masks import is_symbolic, outside_of_tracing
-from bsa_vision.errors import BackendUnavailable
 from bsa_vision.attention.head_masks import Handled, HeadMasks
 from bsa_vision.attention.packing import key_places
 from bsa_vision.attention.rel_pos import RelPos
+from bsa_vision.errors import BackendUnavailable
 from bsa_vision.masks import TokenLayout
 
 

@@ -17,15 +17,15 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from bsa_vision.attention.arguments import check_fit
-from bsa_vision.attention.backends.select import BACKENDS, choose, why_not
-from bsa_vision.attention.backends.problem import Problem, Result
 from bsa_vision.attention.backends import cpu_kernel, gather
 from bsa_vision.attention.backends.once import once, refuse_second_derivative
+from bsa_vision.attention.backends.problem import Problem, Result
+from bsa_vision.attention.backends.select import BACKENDS, choose, why_not
 from bsa_vision.attention.carried_masks import read
-from bsa_vision.errors import BackendUnavailable
 from bsa_vision.attention.head_masks import HeadMasks, from_handle
 from bsa_vision.attention.packing import key_places, order_tokens, restore_tokens, token_index
 from bsa_vision.attention.rel_pos import RelPos
+from bsa_vision.errors import BackendUnavailable
 from bsa_vision.masks import TokenLayout
 
 

@@ -2,5 +2,5 @@
 
     case → ways → correct → attention, models → report, plot → command
 
-`bsa-vision bench` is the command line of it. Times are ratios within one run (`bsa_vision.timing.paired`).
+`bsa-vision bench` is the command line of it. Times are ratios within one run (`bsa_vision.measure.timing.paired`).
 """

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bsa_vision.attention.backends.select import BACKENDS
 from bsa_vision.attention.backends.problem import Problem
-from bsa_vision.bench.ways import Ready, Setup
+from bsa_vision.attention.backends.select import BACKENDS
 from bsa_vision.attention.head_masks import HeadMasks
 from bsa_vision.attention.rel_pos import RelPos
+from bsa_vision.bench.ways import Ready, Setup
 
 ALLOWANCE = 3.0
 ALLOWANCE_LOW = 1.5  # float16, bfloat16: there plain attention rounds the logits as well, which fused kernels do not

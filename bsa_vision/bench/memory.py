@@ -16,8 +16,8 @@ import torch
 
 from bsa_vision.bench.case import Case, make_inputs, make_masks
 from bsa_vision.bench.ways import WAYS, Setup, set_up
-from bsa_vision.measure.peak_memory import Meter
 from bsa_vision.masks import Pattern
+from bsa_vision.measure.peak_memory import Meter
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,14 @@ from bsa_vision.bench.attention import FAILED, NOT_RUN, OK, WRONG, first_line
 from bsa_vision.bench.case import DTYPES
 from bsa_vision.bench.correct import Error, allowed, distance
 from bsa_vision.bench.machine import free_memory
-from bsa_vision.plans.flops import cost
 from bsa_vision.errors import BackendUnavailable
-from bsa_vision.models.features import features
+from bsa_vision.masks import Pattern
+from bsa_vision.measure.timing import Timing, paired
 from bsa_vision.models.by_name import from_factory
+from bsa_vision.models.features import features
+from bsa_vision.plans.flops import cost
 from bsa_vision.plans.model_spec import ModelSpec
 from bsa_vision.plans.plan import SparsityPlan
-from bsa_vision.measure.timing import Timing, paired
-from bsa_vision.masks import Pattern
 
 # name -> (config class, model class, patch size, further settings); ViT-B of each family
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}

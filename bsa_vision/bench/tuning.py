@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from bsa_vision.adapters import restore_, sparsify_
 from bsa_vision.bench.case import DTYPES
 from bsa_vision.bench.models import ModelCase, build_model
-from bsa_vision.models.features import features
 from bsa_vision.measure.peak_memory import Meter
+from bsa_vision.models.features import features
 from bsa_vision.tuning import tune
 from bsa_vision.tuning.images import VERIFY, split
 

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bsa_vision.attention.functional import sparse_attention
+from bsa_vision.attention.backends import cpu_kernel
 from bsa_vision.attention.backends.problem import Problem
 from bsa_vision.attention.backends.select import choose
-from bsa_vision.attention.backends import cpu_kernel
-from bsa_vision.bench.case import Case, Inputs, make_inputs, make_masks
-from bsa_vision.bench.machine import free_memory
+from bsa_vision.attention.functional import sparse_attention
 from bsa_vision.attention.head_masks import HeadMasks
 from bsa_vision.attention.rel_pos import RelPos
+from bsa_vision.bench.case import Case, Inputs, make_inputs, make_masks
+from bsa_vision.bench.machine import free_memory
 
 # A way whose own N x N tensors would take more than this part of the free memory is not tried: estimates are rough, and a
 # process that is killed for memory reports nothing.
@@ -102,7 +102,7 @@ def _ours(setup: Setup) -> Ready:
     problem = Problem(inputs.q, inputs.k, inputs.v, masks, inputs.scale, rel_pos=inputs.rel_pos)
     name = choose(problem, backend)
     if name == "gather":
-        name = f"gather, {compiled.flavour(problem)}"
+        name = f"gather, {cpu_kernel.flavour(problem)}"
 
     def forward(q: Tensor, k: Tensor, v: Tensor, *rel: Tensor) -> Tensor:
         out = sparse_attention(q, k, v, masks, rel_pos=RelPos(*rel) if rel else None, backend=backend)

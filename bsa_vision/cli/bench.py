@@ -15,18 +15,18 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from bsa_vision.storage import atomic_write
 from bsa_vision.attention.backends.select import BACKENDS
-from bsa_vision.cli import parse
 from bsa_vision.bench import report
 from bsa_vision.bench.attention import Options, num_steps, run_case
 from bsa_vision.bench.case import Case, make_masks
 from bsa_vision.bench.machine import describe_machine
 from bsa_vision.bench.models import BUILT_IN, ModelCase, default_image_size, num_model_steps, run_model_case
-from bsa_vision.cli.bench_output import Output, finish, run_all, show_attention, show_models
 from bsa_vision.bench.tuning import run_tune_case
 from bsa_vision.bench.ways import FOR_GPUS, WAYS
+from bsa_vision.cli import parse
+from bsa_vision.cli.bench_output import Output, finish, run_all, show_attention, show_models
 from bsa_vision.masks import Pattern
+from bsa_vision.storage import atomic_write
 
 SOMETHING_WRONG, WRONG_USAGE = 1, 2
 

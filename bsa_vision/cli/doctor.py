@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from bsa_vision.attention.backends.select import BACKENDS, reasons
-from bsa_vision.attention.backends.problem import Problem
 from bsa_vision.attention.backends import cpu_kernel as loop
+from bsa_vision.attention.backends.problem import Problem
+from bsa_vision.attention.backends.select import BACKENDS, reasons
 from bsa_vision.attention.head_masks import HeadMasks
 
 # import name -> (distribution, what it is for)

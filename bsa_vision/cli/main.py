@@ -22,8 +22,9 @@ def main(args: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    from bsa_vision import commands
+    from bsa_vision.cli import show
     from bsa_vision.cli.bench import app as bench
+    from bsa_vision.cli.tune import tune_model
 
     # A bug should look like one: Python's own traceback, without the values of local variables.
     app = typer.Typer(name="bsa-vision", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -32,10 +33,10 @@ def main(args: Sequence[str] | None = None) -> None:
     def about() -> None:
         """Vision transformers with block-sparse heads."""
 
-    app.command("doctor")(commands.show_doctor)
-    app.command("describe")(commands.show_model)
-    app.command("compare")(commands.show_comparison)
-    app.command("tune")(commands.tune_model)
-    app.command("masks")(commands.show_masks)
+    app.command("doctor")(show.show_doctor)
+    app.command("describe")(show.show_model)
+    app.command("compare")(show.show_comparison)
+    app.command("tune")(tune_model)
+    app.command("masks")(show.show_masks)
     app.add_typer(bench, name="bench")
     app(args=given, prog_name="bsa-vision", obj=given)

@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 from torch import Tensor, nn
 
-from bsa_vision.models import image_files
 from bsa_vision.adapters import inspect, uniform_plan
 from bsa_vision.adapters.swap.values import like_of
 from bsa_vision.cli import parse
+from bsa_vision.models import image_files
 from bsa_vision.models.by_name import FORMS
 from bsa_vision.plans.plan import SparsityPlan
 

@@ -14,14 +14,27 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from bsa_vision.models import image_files
 from bsa_vision.adapters import dense_plan, describe, sparsify_
 from bsa_vision.cli import parse
-from bsa_vision.cli.options import SOMETHING_WRONG, WRONG_USAGE, Checkpoint, DenseHeads, ImageSize, JsonFlag, ModelName, PatternName, PlanFile, Random, chosen_plan, read_images
-from bsa_vision.compare import compare, num_steps
 from bsa_vision.cli.doctor import BROKEN, OK, advice, doctor
-from bsa_vision.models.by_name import load
+from bsa_vision.cli.options import (
+    SOMETHING_WRONG,
+    WRONG_USAGE,
+    Checkpoint,
+    DenseHeads,
+    ImageSize,
+    JsonFlag,
+    ModelName,
+    PatternName,
+    PlanFile,
+    Random,
+    chosen_plan,
+    read_images,
+)
+from bsa_vision.compare import compare, num_steps
 from bsa_vision.masks import TokenLayout, draw
+from bsa_vision.models import image_files
+from bsa_vision.models.by_name import load
 
 
 def show_doctor(as_json: JsonFlag = False) -> None:

@@ -17,12 +17,21 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from bsa_vision.models import image_files
 from bsa_vision.cli import parse
-from bsa_vision.cli.options import INTERRUPTED, WRONG_USAGE, Checkpoint, ImageSize, JsonFlag, ModelName, Random, read_images
+from bsa_vision.cli.options import (
+    INTERRUPTED,
+    WRONG_USAGE,
+    Checkpoint,
+    ImageSize,
+    JsonFlag,
+    ModelName,
+    Random,
+    read_images,
+)
 from bsa_vision.errors import BackendUnavailable
-from bsa_vision.models.by_name import load
 from bsa_vision.measure.peak_memory import Meter
+from bsa_vision.models import image_files
+from bsa_vision.models.by_name import load
 from bsa_vision.plans.plan import SparsityPlan
 from bsa_vision.tuning import report, tune
 

@@ -5,12 +5,36 @@ A leaf package: torch and the standard library only. A block mask is a bool tens
 
 from bsa_vision.masks.drawing import draw
 from bsa_vision.masks.layout import TokenLayout
-from bsa_vision.masks.patterns import PATTERNS, Pattern, axial, dense, local_window, nearest, prompt_region, random_blocks, region, special, stack_heads, strided, window, window_is_exact
-from bsa_vision.masks.sam_masks import generate_sam_cross_attention_mask, generate_sam_hierarchical_mask, generate_sam_hybrid_encoder_mask, generate_sam_image_to_prompt_mask, generate_sam_region_focused_mask
-from bsa_vision.masks.vit_masks import generate_vit_hybrid_mask, generate_vit_multiscale_mask, generate_vit_random_sparse_mask, generate_vit_spatial_locality_mask, generate_vit_strided_mask
-
-# bsa_vision checks this mark: `masks` is a common name, and another package of that name must not be taken for ours.
-__distribution__ = "bsa-vision"
+from bsa_vision.masks.patterns import (
+    PATTERNS,
+    Pattern,
+    axial,
+    dense,
+    local_window,
+    nearest,
+    prompt_region,
+    random_blocks,
+    region,
+    special,
+    stack_heads,
+    strided,
+    window,
+    window_is_exact,
+)
+from bsa_vision.masks.sam_masks import (
+    generate_sam_cross_attention_mask,
+    generate_sam_hierarchical_mask,
+    generate_sam_hybrid_encoder_mask,
+    generate_sam_image_to_prompt_mask,
+    generate_sam_region_focused_mask,
+)
+from bsa_vision.masks.vit_masks import (
+    generate_vit_hybrid_mask,
+    generate_vit_multiscale_mask,
+    generate_vit_random_sparse_mask,
+    generate_vit_spatial_locality_mask,
+    generate_vit_strided_mask,
+)
 
 __all__ = [
     "PATTERNS",

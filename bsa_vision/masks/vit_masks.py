@@ -7,12 +7,6 @@ All return a (B, S, R, C) bool tensor, True = compute, equal across the batch, f
 
 from __future__ import annotations
 
-if not __package__:  # run as a script: make the repository importable instead of this folder
-    import sys
-    from pathlib import Path
-
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 from collections.abc import Sequence
 from numbers import Integral
 

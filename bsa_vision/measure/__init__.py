@@ -1,0 +1,1 @@
+"""Time, memory, and what attention costs on this machine."""

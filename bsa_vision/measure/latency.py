@@ -20,16 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bsa_vision.storage import machine_cache
-from bsa_vision.attention.functional import sparse_attention
-from bsa_vision.attention.backends.select import BACKENDS
 from bsa_vision.attention.backends import cpu_kernel, measured_costs
 from bsa_vision.attention.backends.measured_costs import NOT_COSTED, Cost
-from bsa_vision.errors import BackendUnavailable
+from bsa_vision.attention.backends.select import BACKENDS
+from bsa_vision.attention.functional import sparse_attention
 from bsa_vision.attention.head_masks import DENSE, HeadMasks
 from bsa_vision.attention.rel_pos import RelPos
-from bsa_vision.measure.timing import paired
+from bsa_vision.errors import BackendUnavailable
 from bsa_vision.masks import TokenLayout, random_blocks, stack_heads
+from bsa_vision.measure.timing import paired
+from bsa_vision.storage import machine_cache
 
 HEADS, FEW, MANY, DENSITY = 8, 128, 2048, 0.25  # what the constants are measured with
 MOST_TOKENS = 2**20  # where the search for a break-even ends
@@ -208,13 +208,17 @@ def latency(
         raise ValueError("device='meta': nothing is computed there; give a device that computes, 'cpu' or 'cuda'.")
     what = describe_machine(head_dim, dtype, device)
     known = _known.get(what) or _read().get(what)
-    if device.type == "cuda" and (anew or not measured_costs.known(measured_costs.describe(device, dtype, head_dim, False))):
+    if device.type == "cuda" and (
+        anew or not measured_costs.known(measured_costs.describe(device, dtype, head_dim, False))
+    ):
         measure_backends(head_dim, dtype, device)
         anew = True
     if known is None or anew:
         known = measure(head_dim, dtype, device)
         kept = {one.what: asdict(one) for one in (*_read().values(), replace(known, what=what))}
-        machine_cache.write(FILE, {name: {k: x for k, x in entry.items() if k != "what"} for name, entry in kept.items()})
+        machine_cache.write(
+            FILE, {name: {k: x for k, x in entry.items() if k != "what"} for name, entry in kept.items()}
+        )
     _known[what] = known
     return known
 

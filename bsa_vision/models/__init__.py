@@ -1,0 +1,1 @@
+"""Models: our own encoder, models by name, their features and images."""

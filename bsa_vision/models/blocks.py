@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from bsa_vision.attention.functional import attend_masks
 from bsa_vision.attention.carried_masks import READERS, carry, encode
+from bsa_vision.attention.functional import attend_masks
 from bsa_vision.attention.head_masks import DENSE, Handled, HeadMasks
 from bsa_vision.attention.rel_pos import RelPos, decompose, resize_table
 from bsa_vision.masks import TokenLayout

@@ -4,7 +4,7 @@
     features = encoder(pixels)                                   # (B, 256, h, w)
 
 Parameters have segment_anything's names and shapes, so `encoder.load_checkpoint("sam_vit_b_01ec64.pth")` takes its weights. The blocks are in
-`bsa_vision.blocks`. Architecture: ViT, arXiv 2010.11929; windows, global layers and decomposed relative position, arXiv 2203.16527 and
+`bsa_vision.models.blocks`. Architecture: ViT, arXiv 2010.11929; windows, global layers and decomposed relative position, arXiv 2203.16527 and
 2304.02643.
 """
 
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bsa_vision.adapters import dense_plan, sparsify_, uniform_plan
-from bsa_vision.models.blocks import Block, Grid, PatchEmbed, Rotation, neck, resize_positions, rotary_angles
 from bsa_vision.attention.carried_masks import plain_sizes
-from bsa_vision.errors import PlanError
-from bsa_vision.plans.plan import PatternLike, SparsityPlan
 from bsa_vision.attention.rel_pos import resize_table
+from bsa_vision.errors import PlanError
 from bsa_vision.masks.layout import whole_number, whole_pair
+from bsa_vision.models.blocks import Block, Grid, PatchEmbed, Rotation, neck, resize_positions, rotary_angles
+from bsa_vision.plans.plan import PatternLike, SparsityPlan
 
 # The three published sizes of Segment Anything: `create_encoder(**SAM["vit_b"])`.
 SAM: dict[str, dict[str, Any]] = {

@@ -70,7 +70,9 @@ def check_pixels(images: object) -> list[Tensor]:
 def _how_to_read(image: object) -> str:
     """What to do with what is no (B, 3, h, w) tensor."""
     if isinstance(image, (str, bytes, PathLike)):
-        return "read files with bsa_vision.photographs.read(path, (h, w)), as `bsa-vision tune MODEL FOLDER` does"
+        return (
+            "read files with bsa_vision.models.image_files.read(path, (h, w)), as `bsa-vision tune MODEL FOLDER` does"
+        )
     if hasattr(image, "convert"):
         return "make normalised tensors of Pillow's images, as the transforms of the model or its processor do"
     if isinstance(image, Mapping):

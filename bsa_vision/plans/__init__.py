@@ -1,0 +1,1 @@
+"""Which head uses which pattern, and what follows from it."""

@@ -6,14 +6,14 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from bsa_vision.plans import plan_file
-from bsa_vision.storage.memory_cache import Cache
 from bsa_vision.attention.carried_masks import READERS, carry, encode, is_symbolic
-from bsa_vision.errors import PlanError
 from bsa_vision.attention.head_masks import Handled, HeadMasks
+from bsa_vision.errors import PlanError
+from bsa_vision.plans import plan_file
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 from bsa_vision.plans.plan import SparsityPlan
 from bsa_vision.plans.prompts import Prompts
+from bsa_vision.storage.memory_cache import Cache
 
 
 class Context:

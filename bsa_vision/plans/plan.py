@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bsa_vision.storage.memory_cache import Cache
-from bsa_vision.errors import PlanError, nearest
 from bsa_vision.attention.head_masks import DENSE, HeadMasks, instead_of_masks
 from bsa_vision.attention.head_patterns import BlockMaskFn, check_blocks, with_special
-from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
-from bsa_vision.plans.static_mask import Static, static_heads
+from bsa_vision.errors import PlanError, nearest
 from bsa_vision.masks import PATTERNS, Pattern, TokenLayout
 from bsa_vision.masks.origin import check_layout
 from bsa_vision.masks.patterns import Box, is_pattern_name, parameters
+from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
+from bsa_vision.plans.static_mask import Static, static_heads
+from bsa_vision.storage.memory_cache import Cache
 
 if TYPE_CHECKING:
     from bsa_vision.measure.latency import Latency
@@ -301,7 +301,7 @@ class SparsityPlan:
 
     @property
     def report(self) -> dict[str, Any]:
-        """What `bsa.tune` predicted and measured (`bsa_vision.tuning.findings.describe` says what is in it); empty for other plans."""
+        """What `bsa.tune` predicted and measured (`bsa_vision.tuning.report_data.describe` says what is in it); empty for other plans."""
         return dict(self.notes.get("tuned", {}))
 
     def layout(self, spec: ModelSpec, grid: tuple[int, int] | None = None) -> TokenLayout:

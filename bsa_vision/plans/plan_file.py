@@ -32,11 +32,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from bsa_vision.storage import atomic_write
 from bsa_vision.errors import PlanError
+from bsa_vision.masks import Pattern, TokenLayout
 from bsa_vision.plans.plan import PatternLike, SparsityPlan
 from bsa_vision.plans.static_mask import Static
-from bsa_vision.masks import Pattern, TokenLayout
+from bsa_vision.storage import atomic_write
 
 FORMAT, VERSION = "bsa-vision/plan", 1
 KEYS = ("format", "version", "model", "layout", "patterns", "layers", "scores", "notes")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bsa_vision.errors import PlanError
 from bsa_vision.attention.head_masks import DENSE, HeadMasks, other_block_size
-from bsa_vision.plans.model_spec import LayerSpec
+from bsa_vision.errors import PlanError
 from bsa_vision.masks import TokenLayout
+from bsa_vision.plans.model_spec import LayerSpec
 
 
 class Static:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from bsa_vision.adapters import Observation, inspect, observe
-from bsa_vision.models.features import features
 from bsa_vision.attention.packing import key_places
+from bsa_vision.masks import TokenLayout
+from bsa_vision.models.features import features
 from bsa_vision.plans.plan import SparsityPlan
 from bsa_vision.tuning.trial import Target
 from bsa_vision.viz import View, block_at
-from bsa_vision.masks import TokenLayout
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

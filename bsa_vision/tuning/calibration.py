@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from bsa_vision.adapters import Observation, inspect, observe
 from bsa_vision.errors import PlanError
+from bsa_vision.masks import Pattern, TokenLayout
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 from bsa_vision.plans.plan import PatternLike
 from bsa_vision.tuning import candidates as table
@@ -29,7 +30,6 @@ from bsa_vision.tuning import distributed
 from bsa_vision.tuning.statistics import BlockStatistics, CandidateErrors, Sums
 from bsa_vision.tuning.store import Calibration, Store
 from bsa_vision.tuning.trial import Target, Tuned, make_plan, target_errors
-from bsa_vision.masks import Pattern, TokenLayout
 
 KEPT = (0.25, 0.5)  # of the blocks, when orders are compared
 LOOK = 2  # images of a first look, on which orders are compared

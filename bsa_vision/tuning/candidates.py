@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bsa_vision.masks import Pattern, TokenLayout
 from bsa_vision.plans.plan import PatternLike
 from bsa_vision.plans.static_mask import Static
 from bsa_vision.tuning.statistics import BlockStatistics
-from bsa_vision.masks import Pattern, TokenLayout
 
 # Name -> parameters to try; densities are those of the whole map, special blocks included.
 GEOMETRIC: dict[str, tuple[Pattern, ...]] = {

@@ -13,14 +13,14 @@ from typing import Any
 
 from torch import nn
 
-from bsa_vision.storage import atomic_write
+from bsa_vision.masks.layout import whole_number
 from bsa_vision.models.features import features
 from bsa_vision.plans.plan import SparsityPlan, as_plan
+from bsa_vision.storage import atomic_write
+from bsa_vision.tuning.attention_views import choose, look, photograph, pixels_of
 from bsa_vision.tuning.bounds import MEAN_CONFIDENCE
 from bsa_vision.tuning.plots import Layers, by_layer, curve, drawing, inline, kept_attention, sparsity_map
 from bsa_vision.tuning.trial import Target
-from bsa_vision.tuning.attention_views import choose, look, photograph, pixels_of
-from bsa_vision.masks.layout import whole_number
 
 NEEDED = {
     *("asked", "images", "grid", "special tokens", "sparsity", "predicted", "measured", "bound", "speedup", "errors"),

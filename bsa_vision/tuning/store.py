@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bsa_vision.storage import atomic_write
 from bsa_vision.errors import PlanError
+from bsa_vision.masks import TokenLayout
+from bsa_vision.storage import atomic_write
 from bsa_vision.tuning import distributed
 from bsa_vision.tuning.statistics import BlockStatistics, CandidateErrors
-from bsa_vision.masks import TokenLayout
 
 FORMAT, VERSION = "bsa-vision/statistics", 3
 UNSIGNED = "0" * 64  # where the digest of a file goes, while it is computed

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bsa_vision.adapters import dense, sparse
+from bsa_vision.adapters.api import dense, sparse
 from bsa_vision.compare import errors_alone
+from bsa_vision.masks import TokenLayout
+from bsa_vision.measure.timing import paired
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 from bsa_vision.plans.plan import PatternLike, SparsityPlan
-from bsa_vision.measure.timing import paired
 from bsa_vision.tuning import distributed
-from bsa_vision.masks import TokenLayout
 
 Target = Callable[[Any, Any], Tensor]
 Picks = Sequence[Sequence[int]]  # [layer][head]: which candidate

@@ -17,22 +17,22 @@ from bsa_vision.adapters import inspect, observe
 from bsa_vision.adapters.swap.values import state
 from bsa_vision.compare import evaluating
 from bsa_vision.errors import PlanError
-from bsa_vision.models.features import features
+from bsa_vision.masks import TokenLayout
+from bsa_vision.masks.layout import ORDERS
 from bsa_vision.measure.latency import Latency
 from bsa_vision.measure.latency import latency as latency_here
+from bsa_vision.models.features import features
 from bsa_vision.plans.model_spec import LayerSpec
 from bsa_vision.plans.plan import SparsityPlan
 from bsa_vision.tuning import candidates as table
 from bsa_vision.tuning import distributed
-from bsa_vision.tuning.calibration import OnStep, Options, calibrate, layers_to_tune
 from bsa_vision.tuning.bounds import mean_at_most
-from bsa_vision.tuning.report_data import describe
+from bsa_vision.tuning.calibration import OnStep, Options, calibrate, layers_to_tune
 from bsa_vision.tuning.images import VERIFY, check_images, split
 from bsa_vision.tuning.knapsack import Choice, solve
+from bsa_vision.tuning.report_data import describe
 from bsa_vision.tuning.store import Store, digest
 from bsa_vision.tuning.trial import Picks, Target, Tuned, layer_errors, make_plan, target_errors, time_plan
-from bsa_vision.masks import TokenLayout
-from bsa_vision.masks.layout import ORDERS
 
 ROUNDS = 6  # of adjusting a plan until what was asked for holds where it is measured
 TIMED = 5  # rounds of a measured speed-up

@@ -42,11 +42,11 @@ if __package__ in (None, ""):  # run as a script: find `examples` and the checko
 import bsa_vision as bsa
 from bsa_vision.adapters.swap.sparse_layer import layers_of
 from bsa_vision.cli import parse
+from bsa_vision.masks import TokenLayout
 from examples.testbed import scenes
 from examples.testbed.model import SHIPPED, Testbed, load, untrained, upsample
 from examples.testbed.observe import block_mass, probabilities
 from examples.testbed.train import iou
-from bsa_vision.masks import TokenLayout
 
 BATCH = 4
 BLOCK_SIZE, TILE = 32, (4, 8)

@@ -32,11 +32,11 @@ if __package__ in (None, ""):  # run as a script: find `examples` and the checko
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import bsa_vision as bsa
+from bsa_vision.masks import TokenLayout
 from examples.testbed import scenes
 from examples.testbed.evaluate import BLOCK_SIZE, TILE
 from examples.testbed.model import SHIPPED, Testbed, load
 from examples.testbed.observe import block_mass, probabilities
-from bsa_vision.masks import TokenLayout
 
 SHARE = 0.95  # of the attention
 NEAR = 4  # patches

@@ -38,12 +38,12 @@ if __package__ in (None, ""):  # run as a script: find `examples` and the checko
 
 import bsa_vision as bsa
 import masks
+from bsa_vision.masks import Pattern, TokenLayout
 from bsa_vision.plans.static_mask import Static
 from bsa_vision.tuning.statistics import BlockStatistics
 from examples.testbed import scenes
 from examples.testbed.evaluate import BLOCK_SIZE, TILE, Row, bootstrap, evaluate
 from examples.testbed.model import SHIPPED, Testbed, load
-from bsa_vision.masks import Pattern, TokenLayout
 
 CALIBRATION = 24  # scenes
 Scene = tuple[Tensor, Tensor]  # (1, 3, H, W) pixels, (1, 2) click

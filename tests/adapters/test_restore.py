@@ -22,9 +22,9 @@ import bsa_vision as bsa
 from bsa_vision.adapters.swap.sparse_layer import Tower, layers_of, swapped_in, watching
 from bsa_vision.adapters.swap.values import like_of, output_weight, state
 from bsa_vision.tuning.store import digest
-from tests.helpers import models, sam2_models, sam_models, timm_models
 from tests.adapters import test_robustness
 from tests.adapters.test_robustness import SEAMS, SMALL, relative
+from tests.helpers import models, sam2_models, sam_models, timm_models
 
 MORE: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "timm's plain ViT": lambda: (timm_models.make("vit"), timm_models.image()),

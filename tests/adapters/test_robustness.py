@@ -24,9 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 import bsa_vision as bsa
 from bsa_vision.adapters.swap.sparse_layer import layers_of
-from tests.helpers import models, sam2_models, sam_models, timm_models
 from tests import neighbours
 from tests.adapters import test_torchvision_vit
+from tests.helpers import models, sam2_models, sam_models, timm_models
 
 SMALL = dict(radius=1, tile=(4, 4), block_size=16)
 

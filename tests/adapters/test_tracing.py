@@ -11,8 +11,8 @@ from torch import nn
 
 import bsa_vision as bsa
 from bsa_vision.adapters.swap.sparse_layer import layers_of
-from tests.helpers import models, sam2_models, sam_models, timm_models
 from tests.adapters import test_torchvision_vit
+from tests.helpers import models, sam2_models, sam_models, timm_models
 
 
 def relative(a, b):

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import bsa_vision as bsa
 from bsa_vision import masks
-from bsa_vision.attention.functional import _run, attend_masks
 from bsa_vision.attention.backends.select import BACKENDS
+from bsa_vision.attention.functional import _run, attend_masks
 from bsa_vision.attention.rel_pos import decompose
 from bsa_vision.masks import TokenLayout, local_window, random_blocks, stack_heads
 from tests.helpers import oracle
@@ -668,7 +668,7 @@ def test_lists_of_unequal_length():
 
 
 def test_backend_table_is_what_the_docs_say():
-    docs = (Path(__file__).parent.parent / "docs" / "backends.md").read_text()
+    docs = (Path(__file__).parents[2] / "docs" / "backends.md").read_text()
     assert re.findall(r"^\| `(\w+)` \|", docs, re.MULTILINE) == list(BACKENDS)
     assert masks is bsa.masks
 

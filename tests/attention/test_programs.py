@@ -24,8 +24,8 @@ from bsa_vision import masks
 from bsa_vision.adapters.swap.sparse_layer import layers_of
 from bsa_vision.attention.carried_masks import carried, read
 from bsa_vision.attention.packing import token_index
-from tests.helpers import models, run_programs, sam_models, timm_models
 from tests.adapters import test_torchvision_vit
+from tests.helpers import models, run_programs, sam_models, timm_models
 
 SMALL = dict(tile=(4, 4), block_size=16)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
@@ -98,8 +98,8 @@ def found(folder):
     """Errors by process; the fresh ones import nothing but bsa_vision."""
 
     def fresh(*words):
-        command = [sys.executable, "-W", "ignore", "-m", "tests.run_programs", str(folder), *words]
-        root = Path(__file__).parent.parent
+        command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.run_programs", str(folder), *words]
+        root = Path(__file__).parents[2]
         result = subprocess.run(command, cwd=root, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout)

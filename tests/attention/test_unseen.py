@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bsa_vision as bsa
-from bsa_vision.attention.functional import _run
 from bsa_vision.attention.backends import cpu_kernel
+from bsa_vision.attention.functional import _run
 from bsa_vision.masks import TokenLayout
 
 WAYS = ["reference", "sdpa", "gather", "gather in torch"]

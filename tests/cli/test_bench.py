@@ -14,15 +14,15 @@ import torch.nn.functional as F
 
 import bsa_vision as bsa
 from bsa_vision.bench import attention, correct, memory, models, report, ways
-from bsa_vision.cli import parse
 from bsa_vision.bench.attention import Options, num_steps, run_case
 from bsa_vision.bench.case import Case, Inputs, logits_std, make_inputs, make_masks
 from bsa_vision.bench.correct import NAMES, Truth
 from bsa_vision.bench.machine import describe_machine, free_memory
 from bsa_vision.bench.models import ModelCase, run_model_case
 from bsa_vision.bench.plot import plot_rows
-from bsa_vision.measure.timing import Timing
+from bsa_vision.cli import parse
 from bsa_vision.masks import Pattern
+from bsa_vision.measure.timing import Timing
 from tests.helpers import fake_cudnn, fake_kernel
 from tests.helpers import models as small_models
 

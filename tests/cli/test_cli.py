@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
 
-from bsa_vision.cli import main
-from bsa_vision.cli import bench, bench_output
 from bsa_vision.bench import ways
+from bsa_vision.cli import bench, bench_output, main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = "--tokens 20x13 --heads 3 --head-dim 16 --block-size 32 --rounds 2 --ways ours,sdpa-mask"
 
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from bsa_vision.cli import main, doctor
-from bsa_vision.models import hub_configs, by_name
 from bsa_vision.adapters import inspect
 from bsa_vision.attention.backends.select import BACKENDS
+from bsa_vision.cli import doctor, main
 from bsa_vision.masks import TokenLayout, draw, local_window
+from bsa_vision.models import by_name, hub_configs
 from tests.helpers import models
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BREAK = """
 import sys
 class Broken:
@@ -66,7 +66,7 @@ class TestDoctor:
 
     def test_reasons_are_not_read_as_markup(self, capsys, monkeypatch):
         found = [doctor.Finding("library", "timm", doctor.BROKEN, "[Errno 2] no such file")]
-        monkeypatch.setattr("bsa_vision.commands.show.doctor", lambda: found)
+        monkeypatch.setattr("bsa_vision.cli.show.doctor", lambda: found)
         code, out, _ = run(capsys, "doctor")
         assert code == 1
         assert "[Errno 2] no such file" in out

@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 
 import bsa_vision as bsa
+from bsa_vision.masks import TokenLayout
 from bsa_vision.models.blocks import rotary_angles, rotate
 from bsa_vision.models.encoder import create_encoder
 from examples.testbed import evaluate, heads, scenes, train, tuned
 from examples.testbed.model import SHIPPED, Size, Testbed, load, save, untrained
 from examples.testbed.observe import block_mass, probabilities
 from examples.testbed.scenes import EASY, HARD, SHIFTED
-from bsa_vision.masks import TokenLayout
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = Size(depth=2, dim=64, heads=2, grid=8, stem=16)
 
 
@@ -165,7 +165,10 @@ class TestRope:
 
     def test_true_is_dinov3s(self):
         from transformers import DINOv3ViTConfig
-        from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTRopePositionEmbedding, apply_rotary_pos_emb
+        from transformers.models.dinov3_vit.modeling_dinov3_vit import (
+            DINOv3ViTRopePositionEmbedding,
+            apply_rotary_pos_emb,
+        )
 
         config = DINOv3ViTConfig(hidden_size=64, num_attention_heads=2, patch_size=8)
         angles = DINOv3ViTRopePositionEmbedding(config).eval()(torch.zeros(1, 3, 48, 64))

@@ -1,6 +1,6 @@
 """Run saved programs and print how far each is from the model it was made from, as JSON.
 
-    python -m tests.run_programs FOLDER [other]
+    python -m tests.helpers.run_programs FOLDER [other]
 
 "other": with another sparse model alive, made before anything is loaded.
 """

@@ -15,10 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import masks
-from bsa_vision.masks import generate_sam_cross_attention_mask, generate_sam_hierarchical_mask, generate_sam_hybrid_encoder_mask, generate_sam_image_to_prompt_mask, generate_sam_region_focused_mask, generate_vit_hybrid_mask, generate_vit_multiscale_mask, generate_vit_random_sparse_mask, generate_vit_spatial_locality_mask, generate_vit_strided_mask
+from bsa_vision.masks import (
+    generate_sam_cross_attention_mask,
+    generate_sam_hierarchical_mask,
+    generate_sam_hybrid_encoder_mask,
+    generate_sam_image_to_prompt_mask,
+    generate_sam_region_focused_mask,
+    generate_vit_hybrid_mask,
+    generate_vit_multiscale_mask,
+    generate_vit_random_sparse_mask,
+    generate_vit_spatial_locality_mask,
+    generate_vit_strided_mask,
+)
 from tests.helpers.oracles_masks import Blocks, kept, model_order
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 property_test = settings(max_examples=50, deadline=None)
 

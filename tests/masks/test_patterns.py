@@ -9,7 +9,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bsa_vision.masks import PATTERNS, Pattern, TokenLayout, axial, dense, draw, local_window, nearest, random_blocks, region, special, stack_heads, strided, window, window_is_exact
+from bsa_vision.masks import (
+    PATTERNS,
+    Pattern,
+    TokenLayout,
+    axial,
+    dense,
+    draw,
+    local_window,
+    nearest,
+    random_blocks,
+    region,
+    special,
+    stack_heads,
+    strided,
+    window,
+    window_is_exact,
+)
 from tests.helpers.oracles_masks import Blocks, kept, layouts
 
 property_test = settings(max_examples=50, deadline=None)

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 import bsa_vision as bsa
-from bsa_vision.attention.backends.select import BACKENDS, choose
-from bsa_vision.attention.backends.problem import Problem
 from bsa_vision.attention.backends import measured_costs, self_test
 from bsa_vision.attention.backends.measured_costs import Cost
-from bsa_vision.storage.machine_cache import cache_file
+from bsa_vision.attention.backends.problem import Problem
+from bsa_vision.attention.backends.select import BACKENDS, choose
+from bsa_vision.masks import TokenLayout, local_window, stack_heads
 from bsa_vision.measure.latency import Latency, measure
 from bsa_vision.plans.prune import better_dense
-from bsa_vision.masks import TokenLayout, local_window, stack_heads
+from bsa_vision.storage.machine_cache import cache_file
 from tests.helpers.models import make
 
 
@@ -217,7 +217,9 @@ class TestBackends:
     def test_auto_takes_the_cheapest(self, monkeypatch):
         what = self.on_a_gpu(monkeypatch)
         assert choose(self.problem(1024, 0.5)) == "kernel"  # nothing is known: the order of the table
-        measured_costs.remember(what, {"kernel": Cost(1e-4, 0, 1e-11), "flex": Cost(2e-5, 0, 4e-11), "gather": Cost(1, 0, 0)})
+        measured_costs.remember(
+            what, {"kernel": Cost(1e-4, 0, 1e-11), "flex": Cost(2e-5, 0, 4e-11), "gather": Cost(1, 0, 0)}
+        )
         assert choose(self.problem(256, 0.5)) == "flex"  # a cheap call
         assert choose(self.problem(8192, 0.5)) == "kernel"  # cheap pairs
         # Few pairs: 2 * 2048**2 / 16 * 3e-11 is less than 8e-5, half of them is more.

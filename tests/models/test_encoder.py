@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 import bsa_vision as bsa
-from bsa_vision.models.encoder import SAM, create_encoder
 from bsa_vision.masks import Pattern
+from bsa_vision.models.encoder import SAM, create_encoder
 from tests.helpers.sam_models import image, make, own, redraw
 
 

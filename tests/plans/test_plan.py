@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bsa_vision import HeadMasks, LayerSpec, ModelSpec, PlanError, SparsityPlan
+from bsa_vision.masks import PATTERNS, Pattern, TokenLayout, local_window, random_blocks, stack_heads
 from bsa_vision.plans.plan_file import dumps, loads
 from bsa_vision.plans.static_mask import Static
-from bsa_vision.masks import PATTERNS, Pattern, TokenLayout, local_window, random_blocks, stack_heads
 
 SPEC = ModelSpec(
     "dinov3",

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bsa_vision as bsa
-from bsa_vision.plans.prompts import resized_to_fit
 from bsa_vision.masks import Pattern, TokenLayout, generate_sam_region_focused_mask, prompt_region
+from bsa_vision.plans.prompts import resized_to_fit
 from tests.helpers.oracles_masks import Blocks, layouts
 from tests.helpers.sam_models import features, image, make
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 
 import bsa_vision as bsa
-from bsa_vision.storage import atomic_write
 from bsa_vision.adapters import Observation
-from bsa_vision.plans.model_spec import LayerSpec
-from bsa_vision.tuning import plots, html_report, attention_views
-from bsa_vision.tuning.bounds import mean_at_most
 from bsa_vision.masks import Pattern, TokenLayout
+from bsa_vision.plans.model_spec import LayerSpec
+from bsa_vision.storage import atomic_write
+from bsa_vision.tuning import attention_views, html_report, plots
+from bsa_vision.tuning.bounds import mean_at_most
 from tests.helpers import models, sam_models
 
 SMALL = dict(tile=(4, 4), block_size=16)

@@ -19,20 +19,20 @@ from PIL import Image
 
 import bsa_vision as bsa
 from bsa_vision.adapters import Observation
+from bsa_vision.attention.rel_pos import RelPos
+from bsa_vision.masks import Pattern, TokenLayout
 from bsa_vision.models.features import features
 from bsa_vision.plans.model_spec import LayerSpec
-from bsa_vision.attention.rel_pos import RelPos
 from bsa_vision.tuning import candidates, tune
-from bsa_vision.tuning.calibration import Options, calibrate, layers_to_tune
 from bsa_vision.tuning.bounds import mean_at_most
+from bsa_vision.tuning.calibration import Options, calibrate, layers_to_tune
 from bsa_vision.tuning.knapsack import Choice, solve
 from bsa_vision.tuning.statistics import BlockStatistics, CandidateErrors
 from bsa_vision.tuning.store import Calibration, Store
 from bsa_vision.tuning.trial import make_plan
 from bsa_vision.tuning.tune import solve_for
-from bsa_vision.masks import Pattern, TokenLayout
-from tests.helpers import models, sam2_models, sam_models, timm_models
 from tests.cli.test_commands import run
+from tests.helpers import models, sam2_models, sam_models, timm_models
 
 SMALL = dict(tile=(4, 4), block_size=16)
 
@@ -725,7 +725,7 @@ def photos(folder, count=3):
 def test_the_report_is_missed_before_anything_runs(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, err = run(
-        capsys, f"tune tests.test_tuning_runs:the_same_model {tmp_path} --sparsity 0.5 -o {tmp_path}/plan.json"
+        capsys, f"tune tests.tuning.test_tuning_runs:the_same_model {tmp_path} --sparsity 0.5 -o {tmp_path}/plan.json"
     )
     assert code == 2
     assert "the report needs matplotlib" in err

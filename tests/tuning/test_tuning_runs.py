@@ -19,21 +19,21 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 import bsa_vision as bsa
+from bsa_vision.masks import Pattern, TokenLayout
 from bsa_vision.models import features as features_module
 from bsa_vision.tuning import store, tune
-from bsa_vision.tuning.calibration import _loss
 from bsa_vision.tuning.bounds import mean_at_most, share_above
+from bsa_vision.tuning.calibration import _loss
 from bsa_vision.tuning.distributed import collect, share
 from bsa_vision.tuning.statistics import BlockStatistics
 from bsa_vision.tuning.store import Calibration, Store, digest
-from bsa_vision.masks import Pattern, TokenLayout
-from tests.helpers import models
 from tests import neighbours
-from tests.cli.test_commands import run
 from tests.adapters.test_robustness import free_port
+from tests.cli.test_commands import run
+from tests.helpers import models
 from tests.tuning.test_tuning import SMALL, images, photos
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 class Counted:
@@ -194,7 +194,7 @@ def killed_run(folder):
         "import time, bsa_vision.tuning.calibration as c, bsa_vision.tuning.store as s; from bsa_vision import cli; s.SECONDS, s.PART = 0.0, 1e9; "
         "add = c.CandidateErrors.add; c.CandidateErrors.add = lambda *a: (time.sleep(0.3), add(*a))[1]; cli.main({})"
     )
-    line = f"tune tests.test_tuning_runs:the_same_model {folder}/photos -o {folder}/plan.json --sparsity 0.3 --tile 2x4 --block-size 8"
+    line = f"tune tests.tuning.test_tuning_runs:the_same_model {folder}/photos -o {folder}/plan.json --sparsity 0.3 --tile 2x4 --block-size 8"
     child = subprocess.Popen([sys.executable, "-c", slow.format(line.split())], cwd=ROOT, stderr=subprocess.DEVNULL)
     statistics = folder / "plan.statistics.safetensors"
     try:
@@ -226,7 +226,7 @@ def test_killed_and_resumed(capsys, tmp_path):
 
 def test_ctrl_c_says_what_is_saved_and_how_to_go_on(tmp_path):
     photos(tmp_path / "photos", count=6)
-    line = f"tune tests.test_tuning_runs:the_same_model {tmp_path}/photos -o {tmp_path}/plan.json --sparsity 0.3 --tile 2x4 --block-size 8"
+    line = f"tune tests.tuning.test_tuning_runs:the_same_model {tmp_path}/photos -o {tmp_path}/plan.json --sparsity 0.3 --tile 2x4 --block-size 8"
     code = (
         "import bsa_vision.tuning.calibration as c, bsa_vision.tuning.store as s, os, signal; from bsa_vision import cli; s.SECONDS, s.PART = 0.0, 1e9\n"
         "save = s.Store.save\n"
@@ -257,7 +257,7 @@ def test_full_disk(tmp_path):
     """Files may not grow beyond 2 kB: the plan and the statistics that were there stay as they are, and the plan is not lost in Python."""
     code = f"""
 import resource, signal, sys, warnings
-from tests.test_tuning import SMALL, images
+from tests.tuning.test_tuning import SMALL, images
 from tests import models, neighbours
 import bsa_vision as bsa
 model = models.make("dinov3")  # importing may write files, too
@@ -349,7 +349,7 @@ class TestProcesses:
 
     def test_torchrun(self, capsys, tmp_path):
         photos(tmp_path / "photos", count=5)
-        line = f"tune tests.test_tuning_runs:the_same_model {tmp_path}/photos --sparsity 0.3 --tile 2x4 --block-size 8"
+        line = f"tune tests.tuning.test_tuning_runs:the_same_model {tmp_path}/photos --sparsity 0.3 --tile 2x4 --block-size 8"
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
         command += [str(free_port()), "-m", "bsa_vision", *line.split(), "-o", f"{tmp_path}/two.json"]
         done = subprocess.run(

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bsa_vision.adapters.swap import swap
+from bsa_vision.adapters.linear_weights import convolution, convolution_weights, linear_weights
+from bsa_vision.adapters.swap import swap as swap_by
 from bsa_vision.adapters.swap.sdpa_intercept import Intercepted
 from bsa_vision.adapters.swap.sparse_layer import Found, Layer
 from bsa_vision.adapters.swap.swap import check_swapped, kind_of, original_of, prepare, unswap
-from bsa_vision.adapters.linear_weights import convolution, convolution_weights, linear_weights
 from bsa_vision.adapters.swap.wrappers import Modules, unwrap, wrapped
 from bsa_vision.errors import PlanError
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec, OtherBlock
@@ -151,7 +151,7 @@ def _outside(modules: Modules, root: str, pixels: list[int], patch: int) -> floa
 
 
 def swap(module: Any, layer: Layer) -> None:
-    swap.swap(module, layer, SparseAttention)
+    swap_by.swap(module, layer, SparseAttention)
 
 
 __all__ = ["EXACT", "check_swapped", "find", "original_of", "prepare", "serves", "swap", "unswap"]

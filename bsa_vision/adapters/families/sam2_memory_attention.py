@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bsa_vision.adapters.swap import swap
+from bsa_vision.adapters.linear_weights import linear_weights
+from bsa_vision.adapters.swap import swap as swap_by
 from bsa_vision.adapters.swap.sdpa_intercept import Intercepted
 from bsa_vision.adapters.swap.sparse_layer import Found, Layer
 from bsa_vision.adapters.swap.swap import check_swapped, kind_of, original_of, prepare, unswap
-from bsa_vision.adapters.linear_weights import linear_weights
 from bsa_vision.adapters.swap.wrappers import Modules, unwrap
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 
@@ -150,7 +150,7 @@ def grid_of(own: tuple[int, int], memory: Any, args: tuple[Any, ...], kwargs: di
 
 
 def swap(module: Any, layer: Layer) -> None:
-    swap.swap(module, layer, SparseAttention)
+    swap_by.swap(module, layer, SparseAttention)
 
 
 __all__ = ["EXACT", "check_swapped", "find", "original_of", "prepare", "serves", "swap", "unswap"]

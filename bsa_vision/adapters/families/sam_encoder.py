@@ -15,16 +15,21 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from bsa_vision.adapters.families.transformers_vit import (
+    WEIGHTS_ASKED_FOR,
+    WEIGHTS_WATCHED,
+    attentions_are_collected,
+    is_watched,
+)
+from bsa_vision.adapters.linear_weights import block_weights, convolution, outside_weights
 from bsa_vision.adapters.swap import class_swap
 from bsa_vision.adapters.swap.class_swap import Swapped, check_swapped, kind_of, original_of, prepare, unswap
 from bsa_vision.adapters.swap.sdpa_intercept import dropout_watched
 from bsa_vision.adapters.swap.sparse_layer import Found, Layer, check_indices, layer_of
-from bsa_vision.adapters.families.transformers_vit import WEIGHTS_ASKED_FOR, WEIGHTS_WATCHED, attentions_are_collected, is_watched
-from bsa_vision.adapters.linear_weights import block_weights, convolution, outside_weights
 from bsa_vision.adapters.swap.wrappers import Modules, unwrap
 from bsa_vision.attention.carried_masks import plain_sizes
-from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 from bsa_vision.attention.rel_pos import RelPos, decompose, resize_table
+from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 
 EXACT = True  # dense layers run here too: the same result, faster, because the originals build an N x N bias
 
@@ -69,7 +74,7 @@ class SparseTransformersAttention(Swapped):
 
 
 class SparseOwnAttention(Swapped):
-    """The seam of `bsa_vision.blocks`, which projects itself and leaves the attention proper to `attend`."""
+    """The seam of `bsa_vision.models.blocks`, which projects itself and leaves the attention proper to `attend`."""
 
     OVERRIDES = "attend"
 
@@ -84,7 +89,7 @@ class SparseOwnAttention(Swapped):
 
 # Module and class of the attention -> seam.
 SEAMS: dict[tuple[str, str], type[Swapped]] = {
-    ("bsa_vision.blocks", "Attention"): SparseOwnAttention,
+    ("bsa_vision.models.blocks", "Attention"): SparseOwnAttention,
     ("segment_anything.modeling.image_encoder", "Attention"): SparseAttention,
     ("timm.models.vision_transformer_sam", "Attention"): SparseAttention,
     **{

@@ -12,11 +12,11 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from bsa_vision.adapters.linear_weights import block_weights, outside_weights
 from bsa_vision.adapters.swap import class_swap
 from bsa_vision.adapters.swap.class_swap import check_swapped, kind_of, original_of, prepare, unswap
 from bsa_vision.adapters.swap.sdpa_intercept import Intercepted
 from bsa_vision.adapters.swap.sparse_layer import Found, Layer, check_indices
-from bsa_vision.adapters.linear_weights import block_weights, outside_weights
 from bsa_vision.adapters.swap.wrappers import Modules, unwrap
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from bsa_vision.adapters.linear_weights import linear_weights, outside_weights
 from bsa_vision.adapters.swap import class_swap
 from bsa_vision.adapters.swap.class_swap import Swapped, check_swapped, kind_of, original_of, prepare, unswap
 from bsa_vision.adapters.swap.sparse_layer import Found, Layer, layer_of
-from bsa_vision.adapters.linear_weights import linear_weights, outside_weights
 from bsa_vision.adapters.swap.wrappers import Modules, unwrap, wrapped
 from bsa_vision.errors import PlanError
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from bsa_vision.adapters.swap.sparse_layer import Found, GridOf, Layer, layer_of
 from bsa_vision.adapters.linear_weights import block_weights, outside_weights
+from bsa_vision.adapters.swap.sparse_layer import Found, GridOf, Layer, layer_of
 from bsa_vision.adapters.swap.wrappers import Modules, own_class
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 

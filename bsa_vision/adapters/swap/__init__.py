@@ -1,0 +1,1 @@
+"""How an attention module is swapped and put back."""

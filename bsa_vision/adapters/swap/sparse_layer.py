@@ -18,13 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from bsa_vision.attention.carried_masks import (
+    expect_size_op,
+    is_recording,
+    is_symbolic,
+    outside_of_tracing,
+    plain_sizes,
+)
 from bsa_vision.attention.functional import attend_masks
-from bsa_vision.attention.carried_masks import expect_size_op, is_recording, is_symbolic, outside_of_tracing, plain_sizes
+from bsa_vision.attention.rel_pos import RelPos
 from bsa_vision.errors import BackendUnavailable, PlanError
 from bsa_vision.plans.layer_masks import Context, LayerMasks
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 from bsa_vision.plans.plan import SparsityPlan
-from bsa_vision.attention.rel_pos import RelPos
 
 # On an attention module: a plain attribute, so neither a parameter, a buffer nor a state_dict key.
 ATTRIBUTE = "_bsa_layer"

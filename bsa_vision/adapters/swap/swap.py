@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from bsa_vision.adapters.swap import class_swap
 from bsa_vision.adapters.families import transformers_vit
+from bsa_vision.adapters.swap import class_swap
 from bsa_vision.adapters.swap.class_swap import Swapped, kind_of
 from bsa_vision.adapters.swap.sparse_layer import Layer
 

@@ -81,8 +81,8 @@ constexpr float C1 = 0.6931470036506653f, C2 = 0.24022242426872253f, C3 = 0.0555
 #define KEYS 4    // keys, or dims, per step of a product, and vectors of queries: as many sums as fit the registers
 #define VECTORS 4
 namespace avx512 {
-#include "attend_isa.h"
-#include "attend_gradient_isa.h"
+#include "online_softmax.h"
+#include "online_softmax_backward.h"
 }
 #undef TARGET
 #undef LANES
@@ -92,8 +92,8 @@ namespace avx512 {
 #define LANES 8
 #define KEYS 3
 namespace avx2 {
-#include "attend_isa.h"
-#include "attend_gradient_isa.h"
+#include "online_softmax.h"
+#include "online_softmax_backward.h"
 }
 
 extern "C" {

@@ -1,4 +1,4 @@
-"""The compiled inner loop of `gather` (attend.cpp): whether it is here, and how it is called.
+"""The compiled inner loop of `gather` (cpu_kernel.cpp): whether it is here, and how it is called.
 
 Built when bsa-vision is installed, where a C++ compiler is at hand; without it, `gather` runs the same arithmetic in torch.
 Constraints: x86-64 CPU with AVX2 or AVX-512, float32 arithmetic (float64 is for torch), not causal, no dropout.
@@ -20,9 +20,9 @@ from bsa_vision.attention.backends.problem import Problem, Result, Span
 from bsa_vision.attention.backends.workers import run_tasks, scratch
 from bsa_vision.attention.block_lists import RunTable
 
-INTERFACE = 2  # of attend.cpp
+INTERFACE = 2  # of cpu_kernel.cpp
 TASKS_PER_THREAD = 8  # rows of blocks cost unequal amounts; several tasks a thread even that out
-CHUNK, LANES, VECTORS = 128, 16, 4  # the widest that attend.cpp uses
+CHUNK, LANES, VECTORS = 128, 16, 4  # the widest that cpu_kernel.cpp uses
 KEY_SIDE = {"k", "v", "grad_k", "grad_v"}  # tensors with one row per key
 # torch's name of what the machine can do -> the suffix of the functions made for it. ATEN_CPU_CAPABILITY lowers it, as for torch's own.
 VARIANTS = {"AVX512": "avx512", "AVX2": "avx2"}
@@ -34,13 +34,13 @@ NUMBERS = ("heads", "group", "rows", "mask_image_stride", "dim", "dim_v", "rel_r
 
 
 class _Matrix(ctypes.Structure):
-    """`struct Matrix` of attend.cpp."""
+    """`struct Matrix` of cpu_kernel.cpp."""
 
     _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("image", "head", "token"))]
 
 
 class _Batch(ctypes.Structure):
-    """`struct Batch` of attend.cpp."""
+    """`struct Batch` of cpu_kernel.cpp."""
 
     _fields_ = [(name, _Matrix) for name in (*MATRICES, *GRADIENTS)]
     _fields_ += [(name, ctypes.c_void_p) for name in POINTERS]

@@ -68,7 +68,11 @@ def _probe() -> str | None:
 
 
 def run(problem: Problem) -> Result:
-    if problem.rel_pos is None or not problem.needs_gradient or rel_pos_columns.why_not(problem, _widest(problem)) is not None:
+    if (
+        problem.rel_pos is None
+        or not problem.needs_gradient
+        or rel_pos_columns.why_not(problem, _widest(problem)) is not None
+    ):
         return _run(problem)
     if problem.order_q is not None:
         terms = RelPos(*(term.index_select(2, problem.order_q) for term in problem.rel_pos))

@@ -14,8 +14,8 @@ from functools import lru_cache
 
 import torch
 
-from bsa_vision.storage import machine_cache
 from bsa_vision.attention.backends.problem import Problem
+from bsa_vision.storage import machine_cache
 
 FILE = "backends.json"
 NOT_COSTED = (

@@ -1,4 +1,4 @@
-// The functions of attend.cpp for one instruction set: TARGET, LANES floats per vector, KEYS x VECTORS sums at a time.
+// The functions of cpu_kernel.cpp for one instruction set: TARGET, LANES floats per vector, KEYS x VECTORS sums at a time.
 
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t IntVec __attribute__((vector_size(LANES * 4)));

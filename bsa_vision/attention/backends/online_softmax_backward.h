@@ -1,4 +1,4 @@
-// Gradients, for one instruction set; continues attend_isa.h. The softmax of every block is computed again.
+// Gradients, for one instruction set; continues online_softmax.h. The softmax of every block is computed again.
 
 // What the gradient of one row of blocks works on besides `Row`; sums run over queries, so rows of q and grad_out too.
 struct GradientRow {

@@ -9,8 +9,18 @@ from __future__ import annotations
 from collections.abc import Hashable
 from types import ModuleType
 
-from bsa_vision.attention.backends import cpu_kernel, measured_costs, cudnn, flex, gather, kernel, self_test, reference, sdpa
-from bsa_vision.attention.backends.problem import Problem, Result
+from bsa_vision.attention.backends import (
+    cpu_kernel,
+    cudnn,
+    flex,
+    gather,
+    kernel,
+    measured_costs,
+    reference,
+    sdpa,
+    self_test,
+)
+from bsa_vision.attention.backends.problem import Problem
 from bsa_vision.errors import BackendUnavailable
 
 BACKENDS: dict[str, ModuleType] = {
@@ -82,6 +92,3 @@ def _choose(problem: Problem, backend: str) -> str:
 def reasons(problem: Problem) -> dict[str, str | None]:
     """Every backend's `why_not` for this problem, in order of preference."""
     return {name: why_not(name, problem) for name in BACKENDS}
-
-
-__all__ = ["BACKENDS", "Problem", "Result", "choose", "reasons", "why_not"]

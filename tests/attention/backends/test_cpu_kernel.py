@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import bsa_vision as bsa
-from bsa_vision.attention.functional import _run
-from bsa_vision.attention.backends.problem import Problem
 from bsa_vision.attention.backends import cpu_kernel, gather
 from bsa_vision.attention.backends.cpu_kernel import VARIANTS
+from bsa_vision.attention.backends.problem import Problem
+from bsa_vision.attention.functional import _run
+from bsa_vision.attention.head_masks import HeadMasks
 from bsa_vision.attention.operator import _gradients
 from bsa_vision.attention.operator import attend as attend_problem
-from bsa_vision.attention.head_masks import HeadMasks
 from bsa_vision.masks import TokenLayout, local_window, random_blocks, stack_heads
 
 HERE = (
@@ -26,7 +26,7 @@ HERE = (
     if cpu_kernel.why_not() is None
     else []
 )
-pytestmark = pytest.mark.skipif(not HERE, reason=f"{compiled.why_not()}")
+pytestmark = pytest.mark.skipif(not HERE, reason=f"{cpu_kernel.why_not()}")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,4 +1,4 @@
-"""The cudnn backend's marshalling, against a stand-in that behaves as nvidia-cudnn-frontend 1.32.0 reads (tests/fake_cudnn.py)."""
+"""The cudnn backend's marshalling, against a stand-in that behaves as nvidia-cudnn-frontend 1.32.0 reads (tests/helpers/fake_cudnn.py)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch._subclasses import FakeTensorMode
 
 import bsa_vision as bsa
 from bsa_vision import HeadMasks, RelPos
+from bsa_vision.attention.backends import cudnn, reference, self_test
 from bsa_vision.attention.backends.problem import Problem
 from bsa_vision.attention.backends.select import choose
-from bsa_vision.attention.backends import cudnn, self_test, reference
 from bsa_vision.masks import TokenLayout, random_blocks, stack_heads
 from tests.helpers import fake_cudnn
 

@@ -15,14 +15,14 @@ from torch._subclasses import FakeTensorMode
 
 import bsa_vision as bsa
 from bsa_vision import HeadMasks, RelPos
-from bsa_vision.attention.functional import _run
+from bsa_vision.attention.backends import flex, gather, measured_costs, self_test
 from bsa_vision.attention.backends.problem import Problem
 from bsa_vision.attention.backends.select import choose
-from bsa_vision.attention.backends import measured_costs, flex, gather, self_test
+from bsa_vision.attention.functional import _run
 from bsa_vision.masks import TokenLayout, local_window, random_blocks, stack_heads
-from tests.helpers.problems import varlens
-from tests.attention.test_functional import close, qkv, run_varlen
 from tests.attention.backends.test_cpu_kernel import problems
+from tests.attention.test_functional import close, qkv, run_varlen
+from tests.helpers.problems import varlens
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The kernel backend's marshalling, against a stand-in that behaves as block_sparse_attn v0.0.2 does (tests/fake_kernel.py)."""
+"""The kernel backend's marshalling, against a stand-in that behaves as block_sparse_attn v0.0.2 does (tests/helpers/fake_kernel.py)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from bsa_vision import HeadMasks, RelPos
+from bsa_vision.attention.backends import gather, kernel, measured_costs, reference, self_test
 from bsa_vision.attention.backends.problem import Problem
 from bsa_vision.attention.backends.select import choose
-from bsa_vision.attention.backends import measured_costs, gather, kernel, self_test, reference
 from bsa_vision.errors import BackendUnavailable
 from tests.helpers import fake_kernel
 from tests.helpers.problems import Varlen, varlens

@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bsa_vision import HeadMasks, RelPos
+from bsa_vision.attention.backends import reference, rel_pos_columns
 from bsa_vision.attention.backends.problem import Problem
-from bsa_vision.attention.backends import rel_pos_columns, reference
 from bsa_vision.masks import TokenLayout, random_blocks, stack_heads
 
 

@@ -11,10 +11,9 @@ from torch._subclasses import FakeTensorMode
 
 import bsa_vision as bsa
 from bsa_vision import HeadMasks
-from bsa_vision.attention.backends.problem import Problem
+from bsa_vision.attention.backends import cudnn, flex, kernel, reference, self_test
+from bsa_vision.attention.backends.problem import Problem, Result
 from bsa_vision.attention.backends.select import choose, reasons
-from bsa_vision.attention.backends import cudnn, flex, kernel, self_test, reference
-from bsa_vision.attention.backends.problem import Result
 from tests.helpers import fake_cudnn, fake_kernel
 
 
@@ -127,7 +126,9 @@ def test_what_breaks_is_not_taken(monkeypatch):
 def test_choosing_goes_by_it(monkeypatch):
     tried = []
     monkeypatch.setattr(
-        self_test, "objection", lambda backend, *rest: tried.append(backend) or ("no good" if backend is kernel else None)
+        self_test,
+        "objection",
+        lambda backend, *rest: tried.append(backend) or ("no good" if backend is kernel else None),
     )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     with FakeTensorMode():
