@@ -27,7 +27,7 @@ def latency_file():
     return cache_file("latency.json")
 
 
-MODULE = __import__("sys").modules["bsa_vision.latency"]
+MODULE = __import__("sys").modules["bsa_vision.measure.latency"]
 # Round numbers: a kept pair costs half a dense one, a call and each row of blocks something on top.
 ROUND = Latency("round numbers", dense_call=1e-3, dense_pair=1e-9, sparse_call=5e-3, sparse_row=1e-5, sparse_pair=0.5e-9, dense_in_loop=True)  # fmt: skip
 SLOW = replace(ROUND, sparse_pair=2e-9, dense_in_loop=False)  # as without the compiled loop, exaggerated
