@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
@@ -16,6 +14,7 @@ from bsa_vision.attention.backends import cpu_kernel as loop
 from bsa_vision.attention.backends.problem import Problem
 from bsa_vision.attention.backends.select import BACKENDS, reasons
 from bsa_vision.attention.head_masks import HeadMasks
+from bsa_vision.storage import machine
 
 # import name -> (distribution, what it is for)
 LIBRARIES = {
@@ -93,12 +92,11 @@ PACKAGE_DEPTH = 0  # folders from this file to the package
 
 
 def _machine() -> list[Finding]:
-    threads = f"{torch.get_num_threads()} torch threads, {os.cpu_count()} logical CPUs"
-    cpu = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {threads}"
+    here = machine.describe()
     found = [
-        Finding("machine", "python", OK, platform.python_version()),
-        Finding("machine", "torch", OK, torch.__version__),
-        Finding("machine", "CPU", OK, cpu),
+        Finding("machine", "python", OK, here.python),
+        Finding("machine", "torch", OK, here.torch),
+        Finding("machine", "CPU", OK, f"{here.hardware}, {here.cores} cores ({here.system})"),
     ]
     if not torch.cuda.is_available():
         built = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"

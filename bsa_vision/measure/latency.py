@@ -8,12 +8,10 @@ A plan is pruned and described with it; no forward ever looks at it, because spe
 
 from __future__ import annotations
 
-import platform
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +27,7 @@ from bsa_vision.attention.rel_pos import RelPos
 from bsa_vision.errors import BackendUnavailable
 from bsa_vision.masks import TokenLayout, random_blocks, stack_heads
 from bsa_vision.measure.timing import paired
-from bsa_vision.storage import machine_cache
+from bsa_vision.storage import machine, machine_cache
 
 HEADS, FEW, MANY, DENSITY = 8, 128, 2048, 0.25  # what the constants are measured with
 MOST_TOKENS = 2**20  # where the search for a break-even ends
@@ -101,7 +99,7 @@ def measure(
     seconds = _seconds(head_dim, dtype, device)
     sparse = _cost(seconds["few, sparse"], seconds["kept"], seconds["all"], _masks())
     return Latency(
-        what=describe_machine(head_dim, dtype, device),
+        what=describe(head_dim, dtype, device),
         dense_call=seconds["few, dense"],
         dense_pair=(seconds["dense"] - seconds["few, dense"]) / (HEADS * MANY**2),
         sparse_call=sparse.call,
@@ -167,27 +165,11 @@ def _other_dense(tensors: tuple[Tensor, ...], device: torch.device) -> dict[str,
     return found
 
 
-def describe_machine(head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
-    """What constants hold for, in words; another of any of it is measured anew."""
-    if device.type == "cuda":
-        where = torch.cuda.get_device_name(device)
-    elif device.type != "cpu":
-        where = f"{device.type} of {platform.machine()} {_cpu_name()}"
-    else:
-        loop = "torch" if cpu_kernel.why_not() else torch.backends.cpu.get_cpu_capability()
-        where = f"{platform.machine()} {_cpu_name()}, {torch.get_num_threads()} threads, loop {loop}"
-    return f"{where}; torch {torch.__version__}; {str(dtype).removeprefix('torch.')}, head dim {head_dim}"
-
-
-@lru_cache(maxsize=1)
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or "CPU"
+def describe(head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Name the calls that constants hold for; any other kind of call is measured anew."""
+    without_loop = device.type == "cpu" and cpu_kernel.why_not() is not None
+    loop = ", without the compiled loop" if without_loop else ""
+    return machine.describe(device).key(dtype, head_dim) + loop
 
 
 # Remembered in a file
@@ -206,7 +188,7 @@ def latency(
     device = torch.device(device)
     if device.type == "meta":
         raise ValueError("device='meta': nothing is computed there; give a device that computes, 'cpu' or 'cuda'.")
-    what = describe_machine(head_dim, dtype, device)
+    what = describe(head_dim, dtype, device)
     known = _known.get(what) or _read().get(what)
     if device.type == "cuda" and (
         anew or not measured_costs.known(measured_costs.describe(device, dtype, head_dim, False))

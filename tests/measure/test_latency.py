@@ -122,7 +122,7 @@ class TestMeasured:
         monkeypatch.setenv("BSA_VISION_CACHE", str(tmp_path / "new"))
         monkeypatch.setattr(MODULE, "_known", {})
         calls = []
-        what = MODULE.describe_machine(64, torch.float32, torch.device("cpu"))
+        what = MODULE.describe(64, torch.float32, torch.device("cpu"))
         monkeypatch.setattr(MODULE, "measure", lambda *a: calls.append(a) or replace(ROUND, what=what))
         first = bsa.latency()
         assert bsa.latency() == first

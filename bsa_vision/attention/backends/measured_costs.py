@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 
 from bsa_vision.attention.backends.problem import Problem
-from bsa_vision.storage import machine_cache
+from bsa_vision.storage import machine, machine_cache
 
 FILE = "backends.json"
 NOT_COSTED = (
@@ -38,10 +38,9 @@ class Cost:
 
 @lru_cache(maxsize=64)
 def describe(device: torch.device, dtype: torch.dtype, head_dim: int, rel_pos: bool) -> str:
-    """What costs hold for, in words."""
+    """Name the calls that costs are kept for."""
     terms = ", relative position" if rel_pos else ""
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{where}; torch {torch.__version__}; {str(dtype).removeprefix('torch.')}, head dim {head_dim}{terms}"
+    return machine.describe(device).key(dtype, head_dim) + terms
 
 
 def known(what: str) -> Mapping[str, Cost]:
