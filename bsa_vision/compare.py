@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from bsa_vision.adapters import dense
 from bsa_vision.adapters.swap.sparse_layer import layer_of, layers_of
-from bsa_vision.adapters.swap.undo import always
 from bsa_vision.measure.peak_memory import Meter
 from bsa_vision.measure.timing import Timing, paired
-from bsa_vision.models.features import check_pixels, features
+from bsa_vision.models.features import check_pixels, eval_mode, features
+from bsa_vision.plans import text_table
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,6 @@ class Comparison:
     def __str__(self) -> str:
         rows = [("layer", "sparsity", "error alone", "error so far")]
         rows += [(x.name, f"{x.sparsity:.1%}", _range(x.alone), _range(x.so_far)) for x in self.layers]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
         ratio, spread = self.times["sparse"].ratio, self.times["sparse"].spread
         images, (height, width) = len(self.errors), self.grid
         seconds = {name: timing.median / images for name, timing in self.times.items()}
@@ -76,7 +73,7 @@ class Comparison:
         return "\n".join(
             [
                 f"{images} image{'s' * (images > 1)} of {height} x {width} patches: {self.sparsity:.1%} of all blocks are skipped",
-                *lines,
+                *text_table.lines(rows),
                 f"features: error {_range(self.errors)}, cosine {_range(self.cosines)}",
                 f"time per image: dense {seconds['dense']:.3g} s, sparse {seconds['sparse']:.3g} s; {ratio:.2f} of dense ({spread[0]:.2f} to "
                 f"{spread[1]:.2f} in {len(self.times['sparse'].seconds)} rounds)",
@@ -115,22 +112,8 @@ def compare(
             f"{type(model).__name__} has no sparse heads to compare, or runs dense at the moment, or has those of several encoders: sparsify_ one "
             "encoder, and compare it outside of `bsa.dense`."
         )
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model):
         return _compare(model, images, rounds, on_step)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into eval mode, and at the end into the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-
-    def leave() -> None:
-        for module, training in modes:
-            module.training = training
-
-    with always(leave):
-        model.eval()
-        yield
 
 
 def num_steps(images: Sequence[Any], rounds: int) -> int:

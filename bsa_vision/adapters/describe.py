@@ -14,6 +14,7 @@ from bsa_vision.attention.backends.select import choose, reasons
 from bsa_vision.attention.head_masks import HeadMasks
 from bsa_vision.attention.rel_pos import RelPos
 from bsa_vision.measure.latency import Latency
+from bsa_vision.plans import text_table
 from bsa_vision.plans.flops import ModelCost
 from bsa_vision.plans.prune import better_dense
 
@@ -104,14 +105,11 @@ class ModelReport:
             numbers = (sparsity, share, layer.backend, f"{layer.expected:.2f}")
             tokens = f"{layer.tokens}" if layer.keys == layer.tokens else f"{layer.tokens} to {layer.keys}"
             rows.append((layer.name, tokens, size, pattern, *numbers, fallbacks))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
         height, width = self.grid
         summary = f"{self.family}, {height} x {width} patches, order {self.order}: {self.sparsity:.1%} of all blocks are skipped"
         why_not = {(name, reason) for layer in self.layers for name, reason in layer.why_not.items()}
         notes = [f"not {name}: {reason}" for name, reason in sorted(why_not)]
-        return "\n".join([summary, *lines, *self._honesty(), *self.labels, *map(str, self.left), *notes])
+        return "\n".join([summary, *text_table.lines(rows), *self._honesty(), *self.labels, *map(str, self.left), *notes])
 
     def _honesty(self) -> list[str]:
         """What is not worth doing, and from where on it is."""

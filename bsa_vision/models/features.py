@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from bsa_vision.adapters.swap.undo import always
 
 TOWERS = ("vision_model", "vision_encoder")  # of models that want texts or clicks as well
 
@@ -85,6 +88,20 @@ def _how_to_read(image: object) -> str:
     if hasattr(image, "__array_interface__"):
         return "convert them with torch.as_tensor, channels first"
     return "stack them so"
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Run the block in eval mode without gradients; afterwards every module has its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+
+    def leave() -> None:
+        for module, training in modes:
+            module.training = training
+
+    with always(leave), torch.no_grad():
+        model.eval()
+        yield
 
 
 def _options(tower: Any, pixels: Tensor) -> dict[str, Any]:

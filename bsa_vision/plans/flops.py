@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from bsa_vision.plans import text_table
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec, OtherBlock
 
 
@@ -94,10 +95,7 @@ class ModelCost:
             flops = [f"{value / 1e9:.2f} GFLOP" for value in (layer.products, layer.rel_pos, layer.linear)]
             of_all, matrix = f"{layer.products / self.flops:.1%}", f"{layer.matrix / 2**20:.0f} MiB"
             rows.append((layer.name, str(layer.tokens), str(layer.windows), *flops, of_all, matrix))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join([*lines, f"outside of the layers: {self.outside / 1e9:.2f} GFLOP", self.sentence])
+        return "\n".join([*text_table.lines(rows), f"outside of the layers: {self.outside / 1e9:.2f} GFLOP", self.sentence])
 
 
 def cost(spec: ModelSpec, *, element_size: int = 4) -> ModelCost:

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from bsa_vision.adapters import Observation, inspect, observe
 from bsa_vision.attention.packing import key_places
 from bsa_vision.masks import TokenLayout
-from bsa_vision.models.features import features
+from bsa_vision.models.features import eval_mode, features
 from bsa_vision.plans.plan import SparsityPlan
 from bsa_vision.tuning.trial import Target
 from bsa_vision.viz import View, block_at
@@ -82,14 +81,8 @@ def look(
             if key == seen.layer.key and (key, head) not in found:
                 found[key, head] = _sight(seen, head, plan, plan.layout(spec, seen.grid))
 
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), observe(model, see):
-            target(model, image)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with eval_mode(model), observe(model, see):
+        target(model, image)
     missing = {key: 0 for key, head in heads if (key, head) not in found}
     if missing:
         raise ValueError(

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from bsa_vision.adapters import inspect, observe
 from bsa_vision.adapters.swap.values import state
-from bsa_vision.compare import evaluating
 from bsa_vision.errors import PlanError
 from bsa_vision.masks import TokenLayout
 from bsa_vision.masks.layout import ORDERS
 from bsa_vision.measure.latency import Latency
 from bsa_vision.measure.latency import latency as latency_here
-from bsa_vision.models.features import features
+from bsa_vision.models.features import eval_mode, features
 from bsa_vision.plans.model_spec import LayerSpec
 from bsa_vision.plans.plan import SparsityPlan
 from bsa_vision.tuning import candidates as table
@@ -111,7 +110,7 @@ def tune(
     _check_processes(identity)
     calibration = store.open(identity, resume)
     try:
-        with evaluating(model), torch.no_grad():
+        with eval_mode(model):
             options = Options(tuned_layers, tuple(candidates), target, layout)
             tuned = calibrate(model, chosen, calibration, store, options, on_step)
             mine = distributed.share(kept_back)
