@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import sys
-import tempfile
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,50 +47,18 @@ def solve(heads: Sequence[Choice], *, budget: float | None = None, max_error: fl
     allowed = limited <= limit * (
         1 + 1e-9
     )  # alone; beside what exceeds the limit a thousand times, tolerances would swallow it
-    with ONE_AT_A_TIME, _without_the_line():
-        found = milp(
-            minimised / scale,
-            integrality=np.ones(len(owner)),
-            bounds=Bounds(0, allowed.astype(float)),
-            constraints=[
-                LinearConstraint(one_each, 1, 1),
-                LinearConstraint(np.where(allowed, limited, 0)[None] / unit, -np.inf, limit / unit),
-            ],
-            options={"mip_rel_gap": 1e-4, "time_limit": 60},
-        )
+    found = milp(
+        minimised / scale,
+        integrality=np.ones(len(owner)),
+        bounds=Bounds(0, allowed.astype(float)),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(np.where(allowed, limited, 0)[None] / unit, -np.inf, limit / unit),
+        ],
+        options={"mip_rel_gap": 1e-4, "time_limit": 60},
+    )
     if found.x is None:
         raise PlanError(f"HiGHS found no choice of candidates: {found.message}")
     chosen = np.flatnonzero(found.x > 0.5)
     first = np.searchsorted(owner, np.arange(len(heads)))
     return [int(index - start) for index, start in zip(chosen, first, strict=True)]
-
-
-ONE_AT_A_TIME = threading.Lock()  # standard output is one for all threads
-LINE = b"HighsMipSolverData::transformNewIntegerFeasibleSolution"
-
-
-@contextmanager
-def _without_the_line() -> Iterator[None]:
-    """Inside, standard output loses one line: HiGHS prints it whatever it is told, between somebody's JSON for instance.
-
-    github.com/jump-dev/HiGHS.jl/issues/312. What else is printed meanwhile comes out afterwards.
-    """
-    try:
-        libc = ctypes.CDLL(None)
-        sys.stdout.flush()
-        caught, kept = tempfile.TemporaryFile(), os.dup(1)  # noqa: SIM115
-    except (OSError, TypeError, AttributeError, ValueError):  # no such library, disk or standard output
-        yield
-        return
-    try:
-        os.dup2(caught.fileno(), 1)
-        yield
-    finally:
-        libc.fflush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
-        with caught:
-            caught.seek(0)
-            rest = b"".join(line for line in caught if LINE not in line)
-        while rest:
-            rest = rest[os.write(1, rest) :]

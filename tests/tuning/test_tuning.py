@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import itertools
 import json
 import math
-import os
 import sys
 from dataclasses import replace
 
@@ -341,19 +339,6 @@ class TestSolver:
         cost = sum(own.costs[pick] for own, pick in zip(problem, picks, strict=True))
         assert (cost if kind == "budget" else error) <= limit
         assert (error if kind == "budget" else cost) == pytest.approx(min(fitting)[0], abs=1e-6)
-
-    def test_standard_output_stays_clean(self, capfd):
-        """The solver's own line is taken out, everything else comes through."""
-        from bsa_vision.tuning.knapsack import LINE, _without_the_line
-
-        with _without_the_line():
-            print("before", flush=True)
-            os.write(1, LINE + b" tmpSolver.run();\n")
-            ctypes.CDLL(None).puts(b"from C")
-        print("after")
-        assert capfd.readouterr().out == "before\nfrom C\nafter\n"
-        os.write(1, LINE)  # the twin: it would be seen
-        assert LINE.decode() in capfd.readouterr().out
 
 
 def images(count=4, size=(96, 96)):
