@@ -1,6 +1,4 @@
-"""The benchmark: attention alone and whole models against their peers, in one run, with checked results.
+"""`bsa-vision bench`: one attention call or a whole model, compared with its peers in one run.
 
-    case → ways → correct → attention, models → report, plot → command
-
-`bsa-vision bench` is the command line of it. Times are ratios within one run (`bsa_vision.measure.timing.paired`).
+case -> implementations -> reference -> attention, models -> report, plot
 """

@@ -1,33 +1,35 @@
-"""What one row of the benchmark measures, as plain data, and the tensors that follow from it."""
+"""One attention call to measure, as plain data, and the tensors made from it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from bsa_vision.attention.backends.problem import Problem
 from bsa_vision.attention.head_masks import HeadMasks
 from bsa_vision.attention.rel_pos import RelPos, decompose
 from bsa_vision.masks import Pattern, TokenLayout
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
-# q is made this much wider than k: logits of standard deviation 2. Near-uniform attention would hide a wrong mask.
-WIDTH_OF_Q = 2.0
+# Queries are twice as wide as keys, so that logits have a standard deviation of 2: where attention
+# is nearly uniform, a wrong mask would not show.
+QUERY_WIDTH = 2.0
 
 
 @dataclass(frozen=True)
 class Case:
-    """One attention call to be measured in several ways.
+    """One attention call, to be measured with several implementations.
 
-    grid         (h, w) patches; there are no special tokens, so N = h * w
-    pattern      the block mask of every head but the first `dense_heads`; random patterns draw anew for each head
-    dtype        a name of `DTYPES`; device a torch device as text
-    rel_pos      with a factored relative position
-    backward     forward and gradient of all inputs, instead of forward alone
+    grid      (h, w) patches; there are no special tokens, so N = h * w
+    pattern   block mask of every head after the first `dense_heads`; random patterns differ by head
+    dtype     a name of `DTYPES`
+    rel_pos   whether there is a factored relative position
+    backward  whether the gradients of all inputs are computed as well
+    backend   what bsa-vision is told to use
     """
 
     grid: tuple[int, int]
@@ -42,6 +44,7 @@ class Case:
     block_size: int = 128
     rel_pos: bool = False
     backward: bool = False
+    backend: str = "auto"
     seed: int = 0
 
     @property
@@ -52,95 +55,75 @@ class Case:
     def layout(self) -> TokenLayout:
         return TokenLayout(self.grid, order=self.order, block_size=self.block_size)
 
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = DTYPES[self.dtype]
-        return dtype
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON holds it; `from_json` reads it back."""
-        return {**asdict(self), "grid": list(self.grid), "pattern": self.pattern.spec}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Case:
-        return cls(**{**data, "grid": tuple(data["grid"]), "pattern": Pattern.from_spec(data["pattern"])})
-
 
 def make_masks(case: Case) -> HeadMasks:
-    """The heads' masks; ValueError where the pattern does not fit the grid or leaves a row empty."""
-    types = [0] * case.dense_heads + [1] * (case.heads - case.dense_heads)
+    """Build the masks; ValueError where the pattern does not fit the grid or leaves a row empty."""
+    if case.dense_heads > case.heads:
+        raise ValueError(f"--dense-heads {case.dense_heads}: there are {case.heads} heads.")
+    types, layout = [int(head >= case.dense_heads) for head in range(case.heads)], case.layout
     if not any(types):
-        return HeadMasks(None, types, layout=case.layout)
-    layout = case.layout
+        return HeadMasks(None, types, layout=layout)
     sparse = [case.pattern(layout, stream=head) for head in range(case.dense_heads, case.heads)]
-    return HeadMasks(torch.stack(sparse)[None], types, layout=layout)  # (1, S, R, C)
+    return HeadMasks(torch.stack(sparse)[None], types, layout=layout)  # (1, sparse heads, R, C)
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """The tensors every way is given, in model order.
+    """The masks and tensors that every implementation is given.
 
-    q, k, v, grad  (B, H, N, D); `grad` is the gradient of the output, None without backward
-    rel_pos        rel_h (B, H, N, h) and rel_w (B, H, N, w), or None
+    tensors    q, k, v (B, H, N, D), and with relative position rel_h, rel_w (B, H, N, h or w)
+    grad       gradient of the output, None without backward
+    is_packed  whether tokens are in packed order; otherwise in the model's
     """
 
-    layout: TokenLayout
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    rel_pos: RelPos | None
+    case: Case
+    masks: HeadMasks
+    tensors: tuple[Tensor, ...]
     grad: Tensor | None
+    is_packed: bool = False
 
     @property
-    def scale(self) -> float:
-        return float(self.q.shape[-1] ** -0.5)
+    def q(self) -> Tensor:
+        return self.tensors[0]
 
     @cached_property
     def packed(self) -> Inputs:
-        """The same tokens in packed order, for ways that know nothing of token order."""
-        if self.layout.is_identity:
+        """The same tokens in packed order, for implementations without token order."""
+        if self.is_packed:
             return self
-        index = self.layout.permutation.to(self.q.device)
-        q, k, v = (x.index_select(2, index) for x in (self.q, self.k, self.v))
-        rel_pos = None if self.rel_pos is None else RelPos(*(x.index_select(2, index) for x in self.rel_pos))
-        grad = None if self.grad is None else self.grad.index_select(2, index)
-        return Inputs(self.layout, q, k, v, rel_pos, grad)
+        tensors, grad = self.pack(self.tensors), self.grad
+        grad = None if grad is None else self.pack([grad])[0]
+        return Inputs(self.case, self.masks, tensors, grad, is_packed=True)
 
-    @cached_property
-    def places(self) -> tuple[Tensor, Tensor]:
-        """(N,) int64 each: patch row and column of the packed tokens."""
-        row, column = self.layout.coordinates
-        return row.to(self.q.device), column.to(self.q.device)
+    def pack(self, tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+        """Bring tensors that are in the order of these inputs into packed order."""
+        if self.is_packed or self.case.layout.is_identity:
+            return tuple(tensors)
+        index = self.case.layout.permutation.to(self.q.device)
+        return tuple(x.index_select(2, index) for x in tensors)
+
+    def problem(self, tensors: Sequence[Tensor], masks: HeadMasks | None = None) -> Problem:
+        """Describe the call with other tensors, some heads' of these; masks None = all heads'."""
+        q, k, v, *terms = tensors
+        row, column = (x.to(q.device) for x in self.case.layout.coordinates)
+        given = Problem(q, k, v, masks or self.masks, self.case.head_dim**-0.5)
+        rel_pos = RelPos(*terms) if terms else None
+        return replace(given, rel_pos=rel_pos, key_row=row, key_column=column)
 
 
 def make_inputs(case: Case) -> Inputs:
-    """Random tensors; the same ones for the same case, in whatever process they are made."""
+    """Draw the tensors; the same case gives the same numbers in every process."""
     generator = torch.Generator(device="cpu").manual_seed(case.seed)
 
     def random(*shape: int) -> Tensor:
         numbers = torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32)
-        return numbers.to(case.device, case.torch_dtype)
+        return numbers.to(case.device, DTYPES[case.dtype])
 
     shape = (case.batch, case.heads, case.tokens, case.head_dim)
-    q, k, v = random(*shape).mul_(WIDTH_OF_Q), random(*shape), random(*shape)
-    rel_pos = None
+    tensors = [random(*shape).mul_(QUERY_WIDTH), random(*shape), random(*shape)]
     if case.rel_pos:  # terms of standard deviation 1 each
-        width = 1 / (WIDTH_OF_Q * case.head_dim**0.5)
+        width = 1 / (QUERY_WIDTH * case.head_dim**0.5)
         tables = [random(2 * side - 1, case.head_dim).mul_(width) for side in case.grid]
-        rel_pos = decompose(q, tables[0], tables[1], case.grid)
-    return Inputs(case.layout, q, k, v, rel_pos, random(*shape) if case.backward else None)
-
-
-def logits_std(inputs: Inputs) -> float:
-    """Standard deviation of the scaled logits, relative position included, over a sample of 256 queries of image 0."""
-    packed = inputs.packed
-    rows = (
-        torch.linspace(0, packed.q.shape[2] - 1, min(256, packed.q.shape[2]), device="cpu").long().to(packed.q.device)
-    )
-    q = packed.q[0].index_select(1, rows).float()  # (H, n, D)
-    logits = inputs.scale * q @ packed.k[0].float().transpose(1, 2)  # (H, n, N)
-    if packed.rel_pos is not None:
-        rel_h, rel_w = (x[0].index_select(1, rows).float() for x in packed.rel_pos)
-        row, column = packed.places
-        logits = logits + rel_h[:, :, row] + rel_w[:, :, column]
-    return float(logits.std())
+        tensors += decompose(tensors[0], tables[0], tables[1], case.grid)
+    grad = random(*shape) if case.backward else None
+    return Inputs(case, make_masks(case), tuple(tensors), grad)

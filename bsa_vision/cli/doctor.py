@@ -14,6 +14,7 @@ from bsa_vision.attention.backends import cpu_kernel as loop
 from bsa_vision.attention.backends.problem import Problem
 from bsa_vision.attention.backends.select import BACKENDS, reasons
 from bsa_vision.attention.head_masks import HeadMasks
+from bsa_vision.errors import first_line
 from bsa_vision.storage import machine
 
 # import name -> (distribution, what it is for)
@@ -95,7 +96,7 @@ def _machine() -> list[Finding]:
     here = machine.describe()
     found = [
         Finding("machine", "python", OK, here.python),
-        Finding("machine", "torch", OK, here.torch),
+        Finding("machine", "torch", OK, here.torch_version),
         Finding("machine", "CPU", OK, f"{here.hardware}, {here.cores} cores ({here.system})"),
     ]
     if not torch.cuda.is_available():
@@ -138,9 +139,8 @@ def _library(name: str) -> Finding:
         return Finding("library", name, ABSENT, f"for {purpose}")
     while error.__cause__ or error.__context__:  # transformers says that something failed, its cause what
         error = error.__cause__ or error.__context__ or error
-    first = str(error).strip().splitlines()[0] if str(error).strip() else ""
     what = f"{number or 'version unknown'}{part and ', ' + part}"
-    return Finding("library", name, BROKEN, f"{what}: {type(error).__name__}: {first}")
+    return Finding("library", name, BROKEN, f"{what}: {first_line(error)}")
 
 
 def _import_part(name: str, part: str) -> None:

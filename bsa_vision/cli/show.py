@@ -73,7 +73,12 @@ def show_masks(
     try:
         chosen = parse.pattern(pattern)
         layout = TokenLayout(
-            parse.grid(grid), start=start, end=end, order=order, tile=parse.grid(tile), block_size=block_size
+            parse.grid(grid, "--grid"),
+            start=start,
+            end=end,
+            order=order,
+            tile=parse.grid(tile, "--tile"),
+            block_size=block_size,
         )
         mask = chosen(layout)
         middle = (layout.grid[0] // 2, layout.grid[1] // 2)

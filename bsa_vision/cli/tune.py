@@ -68,7 +68,7 @@ def tune_model(
             files = image_files.find(images)
             loaded = load(model, random=random, checkpoint=checkpoint, image_size=image_size).to(where)
             read = list(read_images(loaded, files, image_size)[0].values())
-            layout = dict(order=order, tile=parse.grid(tile), block_size=block_size)
+            layout = dict(order=order, tile=parse.grid(tile, "--tile"), block_size=block_size)
             meter = Meter(where)
             with _bars(rank == 0) as on_step:
                 keep = dict(statistics=statistics, resume=resume, seed=seed, on_step=on_step)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from bsa_vision.errors import nearest
+from bsa_vision.errors import first_line, nearest
 from bsa_vision.models.hub_configs import CONFIGS
 
 FORMS = "timm:NAME, transformers:NAME-OR-FOLDER, sam:vit_b | vit_l | vit_h, package.module:factory"
@@ -51,7 +51,7 @@ def from_factory(path: str) -> nn.Module:
         model = getattr(importlib.import_module(module), name)()
     except Exception as error:
         raise ValueError(
-            f"model {path!r} gave {_first_line(error)}; allowed is a function that takes no arguments and returns a torch.nn.Module; "
+            f"model {path!r} gave {first_line(error)}; allowed is a function that takes no arguments and returns a torch.nn.Module; "
             "check its module and name."
         ) from None
     if not isinstance(model, nn.Module):
@@ -73,7 +73,7 @@ def _timm(name: str, random: bool, checkpoint: Any, image_size: int | None) -> n
         return timm.create_model(name, pretrained=not random, num_classes=0, **sizes)
     except Exception as error:
         raise ValueError(
-            f"model 'timm:{name}' gave {_first_line(error)}; its weights are downloaded unless random is asked for: check the network, "
+            f"model 'timm:{name}' gave {first_line(error)}; its weights are downloaded unless random is asked for: check the network, "
             "the image size, or use --random."
         ) from None
 
@@ -91,7 +91,7 @@ def _transformers(name: str, random: bool, checkpoint: Any, image_size: int | No
         near = nearest(name, CONFIGS) if random else ""
         needs = "its configuration, which is not built in, must be fetched" if random else "its weights must be fetched"
         raise ValueError(
-            f"model 'transformers:{name}' gave {_first_line(error)}; {needs}: check the name and the network, or give a folder that holds "
+            f"model 'transformers:{name}' gave {first_line(error)}; {needs}: check the name and the network, or give a folder that holds "
             f"{'a config.json' if random else 'the model'}{near}."
         ) from None
 
@@ -115,10 +115,5 @@ def _library(name: str) -> Any:
         return importlib.import_module(name)
     except Exception as error:
         raise ValueError(
-            f"{name} cannot be imported ({_first_line(error)}): models of {name} need it; install it to fit your torch, see bsa-vision doctor."
+            f"{name} cannot be imported ({first_line(error)}): models of {name} need it; install it to fit your torch, see bsa-vision doctor."
         ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -29,10 +29,12 @@ class Machine:
     instructions: str
     system: str
     python: str
-    torch: str
+    torch_version: str
 
     def __str__(self) -> str:
-        return f"{self.hardware}; {self.cores} cores; torch {self.torch}, Python {self.python}"
+        return (
+            f"{self.hardware}; {self.cores} cores; torch {self.torch_version}, Python {self.python}"
+        )
 
     @property
     def hardware(self) -> str:
@@ -44,7 +46,7 @@ class Machine:
     def key(self, dtype: torch.dtype, head_dim: int) -> str:
         """Name a measurement of this dtype and head dim that is kept for later processes."""
         number = str(dtype).removeprefix("torch.")
-        return f"{self.hardware}; torch {self.torch}; {number}, head dim {head_dim}"
+        return f"{self.hardware}; torch {self.torch_version}; {number}, head dim {head_dim}"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,7 +64,7 @@ def describe(device: str | torch.device = "cpu") -> Machine:
         instructions=torch.backends.cpu.get_cpu_capability(),
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
-        torch=str(torch.__version__),
+        torch_version=str(torch.__version__),
     )
 
 

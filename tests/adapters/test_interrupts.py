@@ -34,7 +34,7 @@ FAMILIES: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
 
 # Functions that change a model: every line is interrupted each time it runs. Others only read it: the first time is enough.
 CHANGES = {
-    *("sparsify_", "restore_", "_put_back", "sparse", "observe", "dense", "always", "evaluating", "leave"),
+    *("sparsify_", "restore_", "_put_back", "sparse", "observe", "dense", "always", "eval_mode", "leave"),
     *("watch", "unwatch", "attach", "detach"),
     *("swap", "unswap", "check_swapped", "prepare", "register_forward_pre_hook"),
 }
@@ -241,7 +241,7 @@ def test_the_ends_of_tune(family, tmp_path):
     options = dict(sparsity=0.2, statistics=tmp_path / "statistics", candidates=["local_window"], order="raster")
     tune = partial(bsa.tune, watched.model, images, resume=True, block_size=16, **options)
     tune()
-    ends = {"sparse", "always", "leave", "evaluating", "restore_", "_put_back", "unswap", "watch", "swap"}
+    ends = {"sparse", "always", "leave", "eval_mode", "restore_", "_put_back", "unswap", "watch", "swap"}
     with tracing(trace := Trace(only=lambda code: code.co_name in ends)):
         tune()
     points = trace.points[:: max(1, len(trace.points) // 12)] + trace.points[-8:]
