@@ -60,12 +60,16 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
-        data["times"] = {name: {**asdict(timing), "ratio": timing.ratio} for name, timing in self.times.items()}
+        data["times"] = {
+            name: {**asdict(timing), "ratio": timing.ratio} for name, timing in self.times.items()
+        }
         return data
 
     def __str__(self) -> str:
         rows = [("layer", "sparsity", "error alone", "error so far")]
-        rows += [(x.name, f"{x.sparsity:.1%}", _range(x.alone), _range(x.so_far)) for x in self.layers]
+        rows += [
+            (x.name, f"{x.sparsity:.1%}", _range(x.alone), _range(x.so_far)) for x in self.layers
+        ]
         ratio, spread = self.times["sparse"].ratio, self.times["sparse"].spread
         images, (height, width) = len(self.errors), self.grid
         seconds = {name: timing.median / images for name, timing in self.times.items()}
@@ -78,7 +82,11 @@ class Comparison:
                 f"time per image: dense {seconds['dense']:.3g} s, sparse {seconds['sparse']:.3g} s; {ratio:.2f} of dense ({spread[0]:.2f} to "
                 f"{spread[1]:.2f} in {len(self.times['sparse'].seconds)} rounds)",
                 f"memory at the peak of an image: dense {mib['dense']:.0f} MiB, sparse {mib['sparse']:.0f} MiB ({self.method})",
-                *([f"{self.fallbacks} calls ran dense: bsa.describe(model) says why"] if self.fallbacks else []),
+                *(
+                    [f"{self.fallbacks} calls ran dense: bsa.describe(model) says why"]
+                    if self.fallbacks
+                    else []
+                ),
             ]
         )
 
@@ -86,11 +94,18 @@ class Comparison:
 def _range(values: Sequence[float]) -> str:
     """Mean, and the extremes where there are several."""
     mean = sum(values) / len(values)
-    return f"{mean:.4f}" if len(values) == 1 else f"{mean:.4f} ({min(values):.4f} to {max(values):.4f})"
+    return (
+        f"{mean:.4f}"
+        if len(values) == 1
+        else f"{mean:.4f} ({min(values):.4f} to {max(values):.4f})"
+    )
 
 
 def compare(
-    model: nn.Module, images: Iterable[Tensor], rounds: int = 3, on_step: Callable[[], None] = lambda: None
+    model: nn.Module,
+    images: Iterable[Tensor],
+    rounds: int = 3,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Comparison:
     """Run a swapped model with its sparse heads and without, on each of `images`, (1, 3, h, w) of one size, in eval mode.
 
@@ -101,7 +116,12 @@ def compare(
     several sizes. The model is not changed.
     """
     images = check_pixels(images)
-    if not images or len({image.shape for image in images}) != 1 or images[0].dim() != 4 or len(images[0]) != 1:
+    if (
+        not images
+        or len({image.shape for image in images}) != 1
+        or images[0].dim() != 4
+        or len(images[0]) != 1
+    ):
         raise ValueError(
             f"images of shapes {[tuple(image.shape) for image in images]}: expected at least one, each (1, 3, h, w), all of one size; resize "
             "them."
@@ -121,7 +141,9 @@ def num_steps(images: Sequence[Any], rounds: int) -> int:
     return len(images) + 1 + rounds
 
 
-def _compare(model: nn.Module, images: Sequence[Tensor], rounds: int, on_step: Callable[[], None]) -> Comparison:
+def _compare(
+    model: nn.Module, images: Sequence[Tensor], rounds: int, on_step: Callable[[], None]
+) -> Comparison:
     modules = _modules(model)
     before = _fallbacks(model)
     errors, cosines = [], []
@@ -136,11 +158,18 @@ def _compare(model: nn.Module, images: Sequence[Tensor], rounds: int, on_step: C
             so_far[name].append(_error(found[name], expected[name]))
             alone[name] += own[name]
         errors.append(_error(out, reference))
-        cosines.append(float(torch.cosine_similarity(out.double().flatten(), reference.double().flatten(), dim=0)))
+        cosines.append(
+            float(
+                torch.cosine_similarity(out.double().flatten(), reference.double().flatten(), dim=0)
+            )
+        )
         on_step()
     memory, method = _memory(model, images[0])
     times = paired(
-        {"dense": lambda: _run_dense(model, images), "sparse": lambda: [features(model, image) for image in images]},
+        {
+            "dense": lambda: _run_dense(model, images),
+            "sparse": lambda: [features(model, image) for image in images],
+        },
         rounds,
         on_round=on_step,
     )
@@ -149,7 +178,11 @@ def _compare(model: nn.Module, images: Sequence[Tensor], rounds: int, on_step: C
     sparsity = {x.spec.name: x.masks.without_prompts(x.grid_of(grid)).sparsity for x in layers}
     return Comparison(
         grid=grid,
-        layers=tuple(LayerError(x, sparsity[x], tuple(alone[x]), tuple(so_far[x])) for x in modules if so_far[x]),
+        layers=tuple(
+            LayerError(x, sparsity[x], tuple(alone[x]), tuple(so_far[x]))
+            for x in modules
+            if so_far[x]
+        ),
         errors=tuple(errors),
         cosines=tuple(cosines),
         times=times,
@@ -190,7 +223,10 @@ def errors_alone(model: nn.Module) -> Iterator[dict[str, list[float]]]:
         with dense(model):
             errors[name].append(_error(_tensor(out), _tensor(module.forward(*args, **kwargs))))
 
-    hooks = [module.register_forward_hook(partial(rerun, name), with_kwargs=True) for name, module in modules.items()]
+    hooks = [
+        module.register_forward_hook(partial(rerun, name), with_kwargs=True)
+        for name, module in modules.items()
+    ]
     try:
         yield errors
     finally:
@@ -200,7 +236,11 @@ def errors_alone(model: nn.Module) -> Iterator[dict[str, list[float]]]:
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
     """The attention modules of a swapped model, by layer name."""
-    return {layer.spec.name: module for module in model.modules() if (layer := layer_of(module)) is not None}
+    return {
+        layer.spec.name: module
+        for module in model.modules()
+        if (layer := layer_of(module)) is not None
+    }
 
 
 def _tensor(out: Any) -> Tensor:

@@ -35,7 +35,9 @@ class View:
 def block_at(layout: TokenLayout, row: int, column: int) -> int:
     """The block that holds the patch (row, column)."""
     if not (0 <= row < layout.grid[0] and 0 <= column < layout.grid[1]):
-        raise ValueError(f"patch ({row}, {column}) lies outside the grid {layout.grid}: choose a patch inside it.")
+        raise ValueError(
+            f"patch ({row}, {column}) lies outside the grid {layout.grid}: choose a patch inside it."
+        )
     packed = int(layout.inverse[layout.start + row * layout.grid[1] + column])
     return packed // layout.block_size
 
@@ -56,7 +58,9 @@ def plot_views(image: Any, views: Sequence[View]) -> Figure:
         fill = np.zeros((height, width, 4))
         fill[queries.numpy()] = (1.0, 0.55, 0.0, 0.55)
         axes.imshow(fill, extent=extent, interpolation="nearest")
-        axes.set_title(f"{view.title}\n{visible.float().mean().item():.0%} of the patches in view", fontsize=10)
+        axes.set_title(
+            f"{view.title}\n{visible.float().mean().item():.0%} of the patches in view", fontsize=10
+        )
         axes.set_xticks([])
         axes.set_yticks([])
     return figure

@@ -33,7 +33,14 @@ CALLS = {
 
 def forget() -> None:
     """Drop what layouts remember, so that every call is a first call."""
-    for name in ("_permutation", "_inverse", "_coordinates", "_special_blocks", "_rectangles", "_block_distance"):
+    for name in (
+        "_permutation",
+        "_inverse",
+        "_coordinates",
+        "_special_blocks",
+        "_rectangles",
+        "_block_distance",
+    ):
         getattr(layout, name).cache_clear()
     layout._centroid_distance.cache_clear()
 
@@ -61,7 +68,9 @@ def main() -> None:
         cells = []
         for tokens in SIDES:
             command = [sys.executable, __file__, name, str(tokens)]
-            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+            output = subprocess.run(
+                command, capture_output=True, text=True, check=True
+            ).stdout.split()
             cells.append(f"{float(output[0]) * 1e3:.1f} | {float(output[1]):.0f}")
         table.add_row(name, *cells)
     Console().print(table)

@@ -20,13 +20,17 @@ GRIDS = ((64, 64), (64, 256), (64, 1024), (256, 256))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     runs, pairs = {}, {}
     for grid in GRIDS:
         layout = masks.TokenLayout(grid, order="tile")
-        hm = bsa.HeadMasks.from_patterns(layout, masks.Pattern("local_window", radius=RADIUS), heads=HEADS)
+        hm = bsa.HeadMasks.from_patterns(
+            layout, masks.Pattern("local_window", radius=RADIUS), heads=HEADS
+        )
         tensors = [torch.randn(1, HEADS, layout.num_tokens, 64) for _ in range(3)]
         runs[grid] = lambda tensors=tensors, hm=hm: bsa.sparse_attention(*tensors, hm)
         pairs[grid] = sum(hm.kept_pairs(layout.num_tokens, layout.num_tokens))
@@ -39,10 +43,18 @@ def main() -> None:
         per_token = times.ratio * first[0] * first[1] / tokens
         per_pair = times.ratio * pairs[first] / pairs[grid]
         kept = pairs[grid] / tokens / HEADS / 128
-        cells = (f"{tokens:,}", f"{kept:.2f}", f"{times.median * 1e3:.0f}", f"{per_token:.2f}", f"{per_pair:.2f}")
+        cells = (
+            f"{tokens:,}",
+            f"{kept:.2f}",
+            f"{times.median * 1e3:.0f}",
+            f"{per_token:.2f}",
+            f"{per_pair:.2f}",
+        )
         table.add_row(f"{grid[0]} x {grid[1]}", *cells)
     Console().print(table)
-    Console().print(f"local_window(radius={RADIUS}), tile order; the last two columns relative to the first row")
+    Console().print(
+        f"local_window(radius={RADIUS}), tile order; the last two columns relative to the first row"
+    )
 
 
 if __name__ == "__main__":

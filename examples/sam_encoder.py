@@ -27,19 +27,34 @@ from bsa_vision.measure.peak_memory import Meter
 from bsa_vision.measure.timing import paired
 from bsa_vision.models.encoder import SAM
 
-ROWS = [f"{base}{kind}" for base in ("segment_anything", "transformers", "own") for kind in ("", "-exact", "-sparse")]
+ROWS = [
+    f"{base}{kind}"
+    for base in ("segment_anything", "transformers", "own")
+    for kind in ("", "-exact", "-sparse")
+]
 ROWS.remove("own")  # is exact by itself
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", type=int, default=1024, help="pixels per side")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--sparsity", type=float, default=0.72, help="of the global layers; each block keeps its nearest"
+        "--sparsity",
+        type=float,
+        default=0.72,
+        help="of the global layers; each block keeps its nearest",
     )
-    parser.add_argument("--only", default=",".join(ROWS), help=f"rows: {','.join(ROWS)}; the first is compared to")
-    parser.add_argument("--memory", action="store_true", help="also the peak memory of each, in processes of their own")
+    parser.add_argument(
+        "--only", default=",".join(ROWS), help=f"rows: {','.join(ROWS)}; the first is compared to"
+    )
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="also the peak memory of each, in processes of their own",
+    )
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     rows, size, sparsity = arguments.only.split(","), arguments.size, arguments.sparsity
@@ -56,14 +71,21 @@ def main() -> None:
         try:
             models[row] = build(row, size, sparsity)
         except Exception as error:  # a broken neighbour raises anything
-            console.print(f"left out: {row}: {type(error).__name__}: {error}", markup=False, soft_wrap=True)
+            console.print(
+                f"left out: {row}: {type(error).__name__}: {error}", markup=False, soft_wrap=True
+            )
     with Progress(console=console, transient=True) as progress:
         measure(models, arguments, console, progress)
     for model in [models[row] for row in rows if row in models and "-" in row][-1:]:
         console.print(str(bsa.describe(model)), markup=False, highlight=False, soft_wrap=True)
 
 
-def measure(models: dict[str, nn.Module], arguments: argparse.Namespace, console: Console, progress: Progress) -> None:
+def measure(
+    models: dict[str, nn.Module],
+    arguments: argparse.Namespace,
+    console: Console,
+    progress: Progress,
+) -> None:
     pixels = torch.randn(1, 3, arguments.size, arguments.size)
     task = progress.add_task("first pass, then timing", total=arguments.rounds + 1)
     with torch.no_grad():
@@ -76,19 +98,40 @@ def measure(models: dict[str, nn.Module], arguments: argparse.Namespace, console
         for row in progress.track(models, description="memory"):
             command = [*sys.orig_argv, "--memory-of", row]
             peak = json.loads(
-                subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+                subprocess.run(
+                    command, capture_output=True, text=True, check=True
+                ).stdout.splitlines()[-1]
             )
             memory[row] = f"{peak / 2**20:.0f} MiB"
     first = next(iter(models))
-    table = Table("encoder", "median", f"of {first}", "spread", "difference", "peak memory", title_justify="left")
+    table = Table(
+        "encoder",
+        "median",
+        f"of {first}",
+        "spread",
+        "difference",
+        "peak memory",
+        title_justify="left",
+    )
     for row, times in timings.items():
         difference = (features[row] - features[first]).norm() / features[first].norm()
         spread = f"{times.spread[0]:.3f}-{times.spread[1]:.3f}"
-        table.add_row(row, f"{times.median:.2f} s", f"{times.ratio:.3f}", spread, f"{difference:.1e}", memory[row])
+        table.add_row(
+            row,
+            f"{times.median:.2f} s",
+            f"{times.ratio:.3f}",
+            spread,
+            f"{difference:.1e}",
+            memory[row],
+        )
     console.print(table)
     for row, model in models.items():
-        if row.endswith("-sparse") and arguments.size <= 1024:  # spelled out, masks and biases are N x N
-            plan = bsa.SparsityPlan.uniform(bsa.inspect(model), "nearest", sparsity=arguments.sparsity)
+        if (
+            row.endswith("-sparse") and arguments.size <= 1024
+        ):  # spelled out, masks and biases are N x N
+            plan = bsa.SparsityPlan.uniform(
+                bsa.inspect(model), "nearest", sparsity=arguments.sparsity
+            )
             bsa.sparsify_(bsa.restore_(model), plan, backend="sdpa")
             with torch.no_grad():
                 masked = run(model, pixels)
@@ -140,10 +183,15 @@ def segment_anything(size: int) -> nn.Module:
 
     from segment_anything.modeling import ImageEncoderViT
 
-    sizes = dict(img_size=size, embed_dim=768, depth=12, num_heads=12, window_size=14, out_chans=256)
+    sizes = dict(
+        img_size=size, embed_dim=768, depth=12, num_heads=12, window_size=14, out_chans=256
+    )
     norm = partial(nn.LayerNorm, eps=1e-6)
     return ImageEncoderViT(
-        **sizes, norm_layer=norm, use_rel_pos=True, global_attn_indexes=SAM["vit_b"]["global_attn_indexes"]
+        **sizes,
+        norm_layer=norm,
+        use_rel_pos=True,
+        global_attn_indexes=SAM["vit_b"]["global_attn_indexes"],
     )
 
 
@@ -161,7 +209,11 @@ def weights(size: int) -> dict[str, Tensor]:
 
 
 def in_transformers(name: str) -> str:
-    renames = {"patch_embed.proj": "patch_embed.projection", "blocks.": "layers.", ".norm": ".layer_norm"}
+    renames = {
+        "patch_embed.proj": "patch_embed.projection",
+        "blocks.": "layers.",
+        ".norm": ".layer_norm",
+    }
     renames |= {
         "neck.0": "neck.conv1",
         "neck.1": "neck.layer_norm1",

@@ -40,7 +40,9 @@ console = Console()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds of (b) and (c)")
     parser.add_argument(
@@ -53,7 +55,9 @@ def main() -> None:
     device = torch.device(arguments.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
-    console.print(f"torch {torch.__version__}, {device}, {dtype}, {torch.get_num_threads()} threads\n")
+    console.print(
+        f"torch {torch.__version__}, {device}, {dtype}, {torch.get_num_threads()} threads\n"
+    )
     with torch.no_grad():
         kernel_function(device, dtype)
         sparsity_levels(device, dtype, arguments.rounds)
@@ -69,22 +73,38 @@ def prepare_qkv(
     batch: int, tokens: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     """q, k, v packed as the kernel wants them, (batch * tokens, heads, head_dim), and cu_seqlens (batch + 1,)."""
-    q, k, v = (torch.randn(batch * tokens, heads, head_dim, device=device, dtype=dtype) for _ in range(3))
+    q, k, v = (
+        torch.randn(batch * tokens, heads, head_dim, device=device, dtype=dtype) for _ in range(3)
+    )
     return q, k, v, torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens
 
 
 def kernel_function(device: torch.device, dtype: torch.dtype) -> None:
     table = Table(
-        "call", "tokens", "blocks", "sparsity", "out", title="(a) block_sparse_attn_func", title_justify="left"
+        "call",
+        "tokens",
+        "blocks",
+        "sparsity",
+        "out",
+        title="(a) block_sparse_attn_func",
+        title_justify="left",
     )
 
     def add(name: str, tokens: str, mask: Tensor, out: Tensor) -> None:
         sparsity = 1 - mask.float().mean().item()
-        table.add_row(name, tokens, f"{mask.shape[2]} x {mask.shape[3]}", f"{sparsity:.0%}", str(tuple(out.shape)))
+        table.add_row(
+            name,
+            tokens,
+            f"{mask.shape[2]} x {mask.shape[3]}",
+            f"{sparsity:.0%}",
+            str(tuple(out.shape)),
+        )
 
     # ViT-B/16 at 224: 197 tokens. Too few to gain anything; `bsa.check` says so.
     q, k, v, cu = prepare_qkv(2, 197, 12, 64, device, dtype)
-    mask, head_types = masks.generate_vit_hybrid_mask(224, 16, BLOCK, 2, 12, num_global_heads=4, device=device)
+    mask, head_types = masks.generate_vit_hybrid_mask(
+        224, 16, BLOCK, 2, 12, num_global_heads=4, device=device
+    )
     out = bsa.block_sparse_attn_func(q, k, v, cu, cu, head_types, None, mask, 197, 197, 0.0)
     add("ViT-B/16 at 224, 4 dense heads", "197", mask, out)
     advice = bsa.check(q, k, mask, head_mask_type=head_types, cu_seqlens_q=cu, cu_seqlens_k=cu)
@@ -92,10 +112,14 @@ def kernel_function(device: torch.device, dtype: torch.dtype) -> None:
     # SAM-B: 64 x 64 image tokens and 5 prompt tokens; the last head streams (first block and last two blocks).
     tokens, heads = 4096 + 5, 12
     q, k, v, cu = prepare_qkv(1, tokens, heads, 64, device, dtype)
-    mask = masks.generate_sam_image_to_prompt_mask(4096, 5, BLOCK, 1, heads - 1, image_sparsity=0.6, device=device)
+    mask = masks.generate_sam_image_to_prompt_mask(
+        4096, 5, BLOCK, 1, heads - 1, image_sparsity=0.6, device=device
+    )
     head_types = torch.tensor([1] * (heads - 1) + [-1], dtype=torch.int32, device=device)
     streaming = torch.tensor([1, 2] * heads, dtype=torch.int32, device=device)
-    out = bsa.block_sparse_attn_func(q, k, v, cu, cu, head_types, streaming, mask, tokens, tokens, 0.0)
+    out = bsa.block_sparse_attn_func(
+        q, k, v, cu, cu, head_types, streaming, mask, tokens, tokens, 0.0
+    )
     add("SAM-B, image and prompts, 1 streaming head", f"{tokens}", mask, out)
 
     # A decoder's 300 queries on the encoder's 4096 keys.
@@ -127,8 +151,12 @@ def sparsity_levels(device: torch.device, dtype: torch.dtype, rounds: int) -> No
     for sparsity, hm in head_masks.items():
         expected = bsa.sparse_attention(q, k, v, hm, backend="reference")
         error = (bsa.sparse_attention(q, k, v, hm) - expected).abs().max() / expected.abs().max()
-        assert error < (1e-4 if dtype == torch.float32 else 2e-2), f"wrong result at {sparsity:.0%}: {error}"
-        runs[f"{sparsity:.0%} of the blocks skipped"] = lambda hm=hm: bsa.sparse_attention(q, k, v, hm)
+        assert error < (1e-4 if dtype == torch.float32 else 2e-2), (
+            f"wrong result at {sparsity:.0%}: {error}"
+        )
+        runs[f"{sparsity:.0%} of the blocks skipped"] = lambda hm=hm: bsa.sparse_attention(
+            q, k, v, hm
+        )
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("(b) timing", total=rounds + 1)
         timings = paired(runs, rounds, on_round=lambda: progress.advance(task))
@@ -158,13 +186,18 @@ def photograph(size: int) -> Image.Image:
     image = Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)).convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + side, top + side)).resize(
+        (size, size), Image.Resampling.BICUBIC
+    )
 
 
 def normalised(image: Image.Image, device: torch.device) -> Tensor:
     """(1, 3, H, W), with the mean and deviation that DINO and SAM are trained with."""
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 255
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (
+        torch.tensor(values).view(1, 3, 1, 1)
+        for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
     return ((pixels - mean) / std).to(device)
 
 
@@ -203,7 +236,11 @@ def model_on_photograph(device: torch.device, rounds: int, out: Path) -> None:
 
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("(c) the model, dense and sparse", total=rounds + 1)
-        timings = paired({"dense": run_dense, "sparse": run_sparse}, rounds, on_round=lambda: progress.advance(task))
+        timings = paired(
+            {"dense": run_dense, "sparse": run_sparse},
+            rounds,
+            on_round=lambda: progress.advance(task),
+        )
     report = bsa.describe(model)
     error = (results["sparse"] - results["dense"]).norm() / results["dense"].norm()
 
@@ -226,7 +263,9 @@ def picture(image: Image.Image, out: Path) -> None:
     for order in ("raster", "tile"):
         layout = masks.TokenLayout((64, 64), start=5, order=order)
         mask = masks.local_window(layout, radius=8)
-        views.append(View(f"{order} order, local_window(radius=8)", layout, mask, block_at(layout, 26, 34)))
+        views.append(
+            View(f"{order} order, local_window(radius=8)", layout, mask, block_at(layout, 26, 34))
+        )
     plot_views(image.resize((512, 512)), views).savefig(out, dpi=110)
 
 
@@ -252,7 +291,11 @@ def sam_on_photograph(device: torch.device, rounds: int) -> None:
     exact, sparse = copy.deepcopy(upstream), copy.deepcopy(upstream)
     bsa.sparsify_(exact, bsa.dense_plan(exact))
     bsa.sparsify_(sparse, bsa.uniform_plan(sparse, "local_window", radius=12))
-    models = {"transformers, N x N bias": upstream, "exact: a dense plan": exact, "sparse global layers": sparse}
+    models = {
+        "transformers, N x N bias": upstream,
+        "exact: a dense plan": exact,
+        "sparse global layers": sparse,
+    }
     results: dict[str, Tensor] = {}
 
     def run(name: str) -> None:
@@ -274,7 +317,12 @@ def sam_on_photograph(device: torch.device, rounds: int) -> None:
     )
     for name, timing in timings.items():
         difference = ((results[name] - dense).norm() / dense.norm()).item()
-        table.add_row(name, f"{timing.median:.1f} s", f"{timing.ratio:.2f}", f"{difference:.0e}" if difference else "")
+        table.add_row(
+            name,
+            f"{timing.median:.1f} s",
+            f"{timing.ratio:.2f}",
+            f"{difference:.0e}" if difference else "",
+        )
     console.print("", table)
     report = bsa.describe(sparse)
     console.print(
@@ -293,10 +341,18 @@ def testbed_on_a_scene(device: torch.device, rounds: int, out: Path) -> None:
     size = testbed.size.grid * testbed.size.patch
     scene = scenes.make(scenes.held_out(4)[-1:], size, scenes.HARD, device)
     table = Table(
-        "", "blocks skipped", "IoU", "time", title="(e) a trained model: every instance like the one clicked on"
+        "",
+        "blocks skipped",
+        "IoU",
+        "time",
+        title="(e) a trained model: every instance like the one clicked on",
     )
-    for name, answer in zip(("dense", "sparse"), found := show.answers(testbed, plan, scene, rounds), strict=True):
-        table.add_row(name, f"{answer.sparsity:.0%}", f"{answer.iou:.3f}", f"{answer.milliseconds:.1f} ms")
+    for name, answer in zip(
+        ("dense", "sparse"), found := show.answers(testbed, plan, scene, rounds), strict=True
+    ):
+        table.add_row(
+            name, f"{answer.sparsity:.0%}", f"{answer.iou:.3f}", f"{answer.milliseconds:.1f} ms"
+        )
     console.print(table)
     show.picture(scene, *found).savefig(out, dpi=110)
     console.print(f"picture: {out}")

@@ -13,7 +13,9 @@ from hypothesis import settings
 from tests import neighbours
 
 neighbours.enable()
-settings.register_profile("shared machine", deadline=None)  # how long an example takes says nothing here
+settings.register_profile(
+    "shared machine", deadline=None
+)  # how long an example takes says nothing here
 settings.load_profile("shared machine")
 
 

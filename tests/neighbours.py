@@ -32,7 +32,9 @@ def enable() -> None:
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _declared.append(library)  # the operators live as long as this
-    if str(FOLDER) not in sys.path:  # a spawned process has its parent's path, but not its operators
+    if (
+        str(FOLDER) not in sys.path
+    ):  # a spawned process has its parent's path, but not its operators
         sys.path.append(str(FOLDER))
 
 

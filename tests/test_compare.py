@@ -24,9 +24,15 @@ from tests.helpers import models, sam2_models, sam_models, timm_models
 SMALL = dict(tile=(4, 4), block_size=16)
 MODELS = {
     "transformers": (lambda: models.make("dinov3"), lambda seed: models.image(96, 64, seed=seed)),
-    "timm": (lambda: timm_models.make("vit, not fused"), lambda seed: timm_models.image(batch=1) + seed),
+    "timm": (
+        lambda: timm_models.make("vit, not fused"),
+        lambda seed: timm_models.image(batch=1) + seed,
+    ),
     "torchvision": (test_torchvision_vit.make, lambda seed: test_torchvision_vit.image(1) + seed),
-    "sam": (lambda: sam_models.make("transformers sam"), lambda seed: sam_models.image(batch=1) + seed),
+    "sam": (
+        lambda: sam_models.make("transformers sam"),
+        lambda seed: sam_models.image(batch=1) + seed,
+    ),
     "sam2": (lambda: sam2_models.make("sam2"), lambda seed: sam2_models.image(batch=1) + seed),
 }
 
@@ -61,9 +67,13 @@ class TestCompare:
         steps = []
         found = compare(model, images, rounds=2, on_step=lambda: steps.append(1))
         assert len(steps) == num_steps(images, 2)
-        assert found.errors == pytest.approx([relative(a, b) for a, b in zip(out, expected)], rel=1e-4)
+        assert found.errors == pytest.approx(
+            [relative(a, b) for a, b in zip(out, expected)], rel=1e-4
+        )
         assert all(0 < cosine < 1 for cosine in found.cosines)
-        assert [layer.name for layer in found.layers] == [layer.spec.name for layer in layers_of(model)]
+        assert [layer.name for layer in found.layers] == [
+            layer.spec.name for layer in layers_of(model)
+        ]
         sparse = [layer for layer in found.layers if layer.sparsity]
         assert all(min(layer.alone) > 1e-3 for layer in sparse)
         if found.layers[0].name == first and found.layers[0].sparsity:  # nothing came before it
@@ -104,8 +114,13 @@ class TestCompare:
         """What the C library keeps of earlier runs must not hide what later ones take."""
         model = models.make("vit", attn_implementation="eager")
         bsa.sparsify_(model, bsa.uniform_plan(model, "local_window", radius=1))
-        peaks = [compare(model, [torch.randn(1, 3, 256, 256)], rounds=1).memory["dense"] for _ in range(3)]
-        assert min(peaks) > 4 * 1025**2 * 4  # N x N logits of four heads: 17 MB, which fits what was freed before
+        peaks = [
+            compare(model, [torch.randn(1, 3, 256, 256)], rounds=1).memory["dense"]
+            for _ in range(3)
+        ]
+        assert (
+            min(peaks) > 4 * 1025**2 * 4
+        )  # N x N logits of four heads: 17 MB, which fits what was freed before
 
     def test_every_modules_mode_comes_back(self):
         model = models.make("vit").train()
@@ -127,7 +142,9 @@ class TestCompare:
         model = models.make("vit")
         bsa.sparsify_(model, bsa.uniform_plan(model, "axial", layers=[0], block_size=8))
         attention = next(module for module in model.modules() if "_bsa_layer" in module.__dict__)
-        attention.register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]) if args else None)
+        attention.register_forward_pre_hook(
+            lambda module, args: (2 * args[0], *args[1:]) if args else None
+        )
         first = compare(model, [models.image()], rounds=1).layers[0]
         assert first.alone == pytest.approx(first.so_far, rel=1e-5)
 
@@ -145,7 +162,9 @@ class TestCompare:
         with bsa.dense(model), pytest.raises(ValueError, match="runs dense at the moment"):
             compare(model, [models.image()])
         for images in ([], [models.image(), models.image(72, 40)], [models.image(batch=2)]):
-            with pytest.raises(ValueError, match=r"expected at least one, each \(1, 3, h, w\), all of one size"):
+            with pytest.raises(
+                ValueError, match=r"expected at least one, each \(1, 3, h, w\), all of one size"
+            ):
                 compare(model, images)
 
 
@@ -155,7 +174,9 @@ class TestFeatures:
 
         model = two_towers("clip")
         with torch.no_grad():
-            assert torch.equal(features(model, models.image()), models.features(model.vision_model, models.image()))
+            assert torch.equal(
+                features(model, models.image()), models.features(model.vision_model, models.image())
+            )
 
     def test_timms_are_those_before_pooling(self):
         model = timm_models.make("eva, dinov3", global_pool="avg")
@@ -166,14 +187,18 @@ class TestFeatures:
     def test_the_models_own_size_is_not_interpolated(self):
         from transformers import ViTConfig, ViTModel
 
-        sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+        sizes = dict(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        )
         model = ViTModel(ViTConfig(image_size=(64, 160), patch_size=16, **sizes)).eval()
         pixels = torch.randn(1, 3, 64, 160)
         with torch.no_grad():
             assert torch.equal(features(model, pixels), model(pixels).last_hidden_state)
 
     def test_a_model_that_wants_more(self):
-        with pytest.raises(ValueError, match=r"Siglip2.* was given pixels alone and said: .*pixel_attention_mask"):
+        with pytest.raises(
+            ValueError, match=r"Siglip2.* was given pixels alone and said: .*pixel_attention_mask"
+        ):
             features(models.make("siglip2"), models.image())
 
     def test_what_holds_no_tensor(self):
@@ -201,12 +226,17 @@ class TestPhotographs:
         assert image_files.read(tmp_path / "wide.png", (16, 32)).shape == (1, 3, 16, 32)
 
     def test_what_cannot_be_read_is_said(self, tmp_path):
-        Image.fromarray((np.arange(64).reshape(8, 8) * 1000).astype(np.uint16)).save(tmp_path / "deep.png")
+        Image.fromarray((np.arange(64).reshape(8, 8) * 1000).astype(np.uint16)).save(
+            tmp_path / "deep.png"
+        )
         with pytest.raises(ValueError, match="has mode I;16, more than 8 bits per channel"):
             image_files.read(tmp_path / "deep.png", (8, 8))
         (tmp_path / "folder.jpg").mkdir()
         Image.new("RGB", (9, 9)).save(tmp_path / "real.png")
-        assert image_files.find(path for path in [tmp_path]) == [tmp_path / "deep.png", tmp_path / "real.png"]
+        assert image_files.find(path for path in [tmp_path]) == [
+            tmp_path / "deep.png",
+            tmp_path / "real.png",
+        ]
 
     def test_hidden_files_are_none_and_unreadable_ones_are_counted(self, tmp_path, capsys):
         """macOS leaves `._x.jpg` beside `x.jpg`; a download may be cut."""
@@ -224,7 +254,10 @@ class TestPhotographs:
         assert [path.name for path in found] == ["B.PNG", "a.jpg", "c.png", "d.webp", "e.png"]
         images, unreadable = image_files.read_all(found, (8, 8))
         assert [path.name for path in images] == ["B.PNG", "a.jpg"]
-        assert [name in text for name, text in zip(("c.png", "d.webp", "e.png"), unreadable, strict=True)] == [True] * 3
+        assert [
+            name in text
+            for name, text in zip(("c.png", "d.webp", "e.png"), unreadable, strict=True)
+        ] == [True] * 3
         read, _, _ = read_images(models.make("dinov3"), found, 64)
         assert list(read) == list(images)
         assert capsys.readouterr().err.startswith("3 of 5 images are left out:")
@@ -261,7 +294,9 @@ class TestCommand:
     LINE = "--random --image-size 64 --pattern axial"
 
     def test_table(self, capsys, photos):
-        code, out, err = run(capsys, f"compare timm:vit_tiny_patch16_224 {photos} {self.LINE} --rounds 1")
+        code, out, err = run(
+            capsys, f"compare timm:vit_tiny_patch16_224 {photos} {self.LINE} --rounds 1"
+        )
         assert code == 0, err
         assert "2 images of 4 x 4 patches" in out
         assert "blocks.11.attn" in out
@@ -274,7 +309,8 @@ class TestCommand:
         plan = bsa.uniform_plan(models.make("dinov3"), "local_window", radius=1, block_size=16)
         plan.save(tmp_path / "plan.json")
         code, out, _ = run(
-            capsys, f"compare transformers:{folder} {photos}/a.jpg --plan {tmp_path}/plan.json --rounds 1 --json"
+            capsys,
+            f"compare transformers:{folder} {photos}/a.jpg --plan {tmp_path}/plan.json --rounds 1 --json",
         )
         data = json.loads(out)
         assert code == 0
@@ -286,7 +322,9 @@ class TestCommand:
 
     def test_half_precision_weights(self, capsys, photos, tmp_path):
         models.make("dinov3").half().save_pretrained(tmp_path / "half")
-        code, out, err = run(capsys, f"compare transformers:{tmp_path}/half {photos} --pattern axial --rounds 1")
+        code, out, err = run(
+            capsys, f"compare transformers:{tmp_path}/half {photos} --pattern axial --rounds 1"
+        )
         assert code == 0, err
         assert "2 images of 8 x 8 patches" in out
 
@@ -298,7 +336,10 @@ class TestCommand:
             *["--random", "--image-size", "128", "--pattern", "local:1", "--rounds", "1"],
         ]
         result = subprocess.run(
-            [sys.executable, "-c", BREAK.format(arguments=arguments)], capture_output=True, text=True, cwd=ROOT
+            [sys.executable, "-c", BREAK.format(arguments=arguments)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
         )
         assert result.returncode == 0, result.stderr
         assert "2 images of 8 x 8 patches" in result.stdout
@@ -307,13 +348,22 @@ class TestCommand:
         ("line", "message"),
         [
             ("tests.models:dinov3 {photos}", "neither --plan nor --pattern"),
-            ("tests.models:dinov3 {photos} --pattern axial --plan p.json", "--pattern and --plan: one of the two"),
-            ("tests.models:dinov3 nowhere.jpg --pattern axial", "image 'nowhere.jpg': no such file or folder"),
+            (
+                "tests.models:dinov3 {photos} --pattern axial --plan p.json",
+                "--pattern and --plan: one of the two",
+            ),
+            (
+                "tests.models:dinov3 nowhere.jpg --pattern axial",
+                "image 'nowhere.jpg': no such file or folder",
+            ),
             ("tests.models:dinov3 {photos}/notes.txt --pattern axial", "cannot be read"),
             ("tests.models:dinov3 {photos} --plan nowhere.json", "nowhere.json"),
             ("tests.models:dinov3 {photos} --pattern nope", "allowed are random, local"),
             ("timm:vit_tinny_patch16 {photos} --random --pattern axial", "nearest are vit_tiny"),
-            ("tests.models:dinov3 {photos} --pattern axial --image-size 65", "whole numbers of (8, 8) pixel patches"),
+            (
+                "tests.models:dinov3 {photos} --pattern axial --image-size 65",
+                "whole numbers of (8, 8) pixel patches",
+            ),
         ],
     )
     def test_wrong_input(self, capsys, photos, line, message):

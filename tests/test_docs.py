@@ -44,15 +44,28 @@ def test_the_table_of_sam():
         name = row["code base"]
         sizes = {"deepseek-ocr": "square"}.get(name, "any") if name in ANY_SIZE else "its own error"
         assert row["other sizes"] == sizes
-        assert row["SAM's weights"] == ("has none" if "rope" in name or "qk-norm" in name else "1e-5")
-        cells = {"exact": "1e-5", "without the relative term": "fails", "keys": "same", "restored": "bit-exact"}
+        assert row["SAM's weights"] == (
+            "has none" if "rope" in name or "qk-norm" in name else "1e-5"
+        )
+        cells = {
+            "exact": "1e-5",
+            "without the relative term": "fails",
+            "keys": "same",
+            "restored": "bit-exact",
+        }
         cells |= {"compiled": "one graph", "gradients": "1e-4", "sparse": "1e-5"}
         assert {column: row[column] for column in cells} == cells
     for column, test in COLUMNS.items():
         assert {"name", "model"} & set(inspect.signature(test).parameters), column
 
 
-CELLS = {"dense plan": "1e-5", "sparse": "1e-5", "without the masks": "fails", "keys": "same", "restored": "bit-exact"}
+CELLS = {
+    "dense plan": "1e-5",
+    "sparse": "1e-5",
+    "without the masks": "fails",
+    "keys": "same",
+    "restored": "bit-exact",
+}
 
 
 def test_the_table_of_vits():
@@ -63,11 +76,14 @@ def test_the_table_of_vits():
     assert [row["model"] for row in rows] == [*transformers, *timm, "torchvision vit"]
     for row in rows:
         name = row.pop("model")
-        assert row == CELLS | {"compiled": "graph breaks" if name == "transformers siglip2" else "one graph"}
+        assert row == CELLS | {
+            "compiled": "graph breaks" if name == "transformers siglip2" else "one graph"
+        }
 
 
 @pytest.mark.parametrize(
-    ("first", "names"), [("image encoder", sam2_models.ENCODERS), ("memory attention", sam2_models.MEMORIES)]
+    ("first", "names"),
+    [("image encoder", sam2_models.ENCODERS), ("memory attention", sam2_models.MEMORIES)],
 )
 def test_the_tables_of_sam2(first, names):
     rows = table(first)
@@ -92,7 +108,10 @@ def test_the_snippets_run(capsys):
 @pytest.mark.parametrize(
     ("said", "options"),
     [
-        ("1.27x (small)", dict(embed_dim=96, num_heads=1, stages=(1, 2, 11, 2), global_att_blocks=(7, 10, 13))),
+        (
+            "1.27x (small)",
+            dict(embed_dim=96, num_heads=1, stages=(1, 2, 11, 2), global_att_blocks=(7, 10, 13)),
+        ),
         ("1.16x (base plus)", dict(embed_dim=112, num_heads=2)),
         (
             "1.07x (large)",
@@ -118,7 +137,9 @@ def test_the_ceilings_of_sam2(said, options):
     assert said in MODELS_PAGE
 
 
-@pytest.mark.parametrize(("size", "said"), [("vit_b", "1.27x"), ("vit_l", "1.10x"), ("vit_h", "1.06x")])
+@pytest.mark.parametrize(
+    ("size", "said"), [("vit_b", "1.27x"), ("vit_l", "1.10x"), ("vit_h", "1.06x")]
+)
 def test_the_ceilings(size, said):
     import torch
 
@@ -137,15 +158,23 @@ def test_links_and_files_exist(page):
 
 
 @pytest.mark.parametrize(
-    ("page", "row"), [("backends.md", r"^\| `(\w+)` \|"), ("concepts.md", r"^\| backend \|.*: (.*) \|$")]
+    ("page", "row"),
+    [("backends.md", r"^\| `(\w+)` \|"), ("concepts.md", r"^\| backend \|.*: (.*) \|$")],
 )
 def test_every_backend_is_listed(page, row):
-    found = " ".join(re.findall(row, (DOCS / page).read_text(), re.M)).replace("`", "").replace(",", "").split()
+    found = (
+        " ".join(re.findall(row, (DOCS / page).read_text(), re.M))
+        .replace("`", "")
+        .replace(",", "")
+        .split()
+    )
     assert found == list(BACKENDS)
 
 
 def test_the_snippet_of_concepts_runs():
-    (snippet,) = re.findall(r"```python\n(layout = .*?)```", (DOCS / "concepts.md").read_text(), re.S)
+    (snippet,) = re.findall(
+        r"```python\n(layout = .*?)```", (DOCS / "concepts.md").read_text(), re.S
+    )
     names: dict = {"bsa": bsa}
     exec(snippet, names)
     assert names["hm"].layout is names["layout"]

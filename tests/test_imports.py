@@ -31,41 +31,117 @@ TABLE = {
     "carried_masks": {"masks", "cache", "head_masks"},
     "onnx_form": {"masks", "carried_masks", "errors", "head_masks", "packing", "rel_pos"},
     "custom_op": {
-        *("masks", "arguments", "backends", "carried_masks", "errors", "head_masks", "packing", "rel_pos"),
+        *(
+            "masks",
+            "arguments",
+            "backends",
+            "carried_masks",
+            "errors",
+            "head_masks",
+            "packing",
+            "rel_pos",
+        ),
     },
     "attention": {
-        *("arguments", "backends", "carried_masks", "custom_op", "head_masks", "onnx_form", "packing", "rel_pos"),
+        *(
+            "arguments",
+            "backends",
+            "carried_masks",
+            "custom_op",
+            "head_masks",
+            "onnx_form",
+            "packing",
+            "rel_pos",
+        ),
     },
     "model_spec": {"errors"},
     "cost": {"model_spec"},
     "static_mask": {"masks", "errors", "head_masks", "model_spec"},
-    "latency": {"masks", "attention", "backends", "cache_file", "errors", "head_masks", "rel_pos", "timing"},
+    "latency": {
+        "masks",
+        "attention",
+        "backends",
+        "cache_file",
+        "errors",
+        "head_masks",
+        "rel_pos",
+        "timing",
+    },
     "pruning": {"errors", "head_masks", "latency", "model_spec", "plan"},
     "plan": {
-        *("latency", "pruning", "masks", "cache", "errors", "head_masks", "head_patterns", "model_spec", "plan_file"),
+        *(
+            "latency",
+            "pruning",
+            "masks",
+            "cache",
+            "errors",
+            "head_masks",
+            "head_patterns",
+            "model_spec",
+            "plan_file",
+        ),
         "static_mask",
     },
     "prompts": {"masks"},
-    "layer_masks": {"cache", "carried_masks", "errors", "head_masks", "model_spec", "plan", "plan_file", "prompts"},
+    "layer_masks": {
+        "cache",
+        "carried_masks",
+        "errors",
+        "head_masks",
+        "model_spec",
+        "plan",
+        "plan_file",
+        "prompts",
+    },
     "plan_file": {"masks", "errors", "files", "plan", "static_mask"},
     "check": {"masks", "arguments", "backends", "head_masks"},
     "viz": {"masks"},
     "adapters": {
-        *("masks", "attention", "backends", "carried_masks", "cost", "errors", "head_masks", "latency"),
+        *(
+            "masks",
+            "attention",
+            "backends",
+            "carried_masks",
+            "cost",
+            "errors",
+            "head_masks",
+            "latency",
+        ),
         *("layer_masks", "model_spec", "plan", "prompts", "pruning", "rel_pos"),
     },
     "blocks": {"masks", "attention", "carried_masks", "head_masks", "rel_pos"},
     "encoder": {"masks", "adapters", "blocks", "carried_masks", "errors", "plan", "rel_pos"},
     "bench": {
         *("masks", "adapters", "attention", "backends", "cost", "errors", "loading"),
-        *("features", "files", "head_masks", "meter", "model_spec", "plan", "rel_pos", "timing", "tuning"),
+        *(
+            "features",
+            "files",
+            "head_masks",
+            "meter",
+            "model_spec",
+            "plan",
+            "rel_pos",
+            "timing",
+            "tuning",
+        ),
     },
     "features": set(),
     "files": set(),
     "meter": set(),
     "photographs": set(),
     "tuning": {
-        *("masks", "adapters", "compare", "errors", "features", "files", "latency", "model_spec", "packing", "plan"),
+        *(
+            "masks",
+            "adapters",
+            "compare",
+            "errors",
+            "features",
+            "files",
+            "latency",
+            "model_spec",
+            "packing",
+            "plan",
+        ),
         *("static_mask", "timing", "viz"),
     },
     "compare": {"adapters", "features", "meter", "timing"},
@@ -101,7 +177,8 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"relative import in {path}"
             names |= {
-                f"{node.module}.{alias.name}" if node.module == "bsa_vision" else node.module for alias in node.names
+                f"{node.module}.{alias.name}" if node.module == "bsa_vision" else node.module
+                for alias in node.names
             }
     return names
 
@@ -111,7 +188,9 @@ def module_of(path: Path) -> str:
     return "masks" if parts[0] == "masks" else parts[1]
 
 
-FILES = [path for folder in ("masks", "bsa_vision") for path in sorted((ROOT / folder).rglob("*.py"))]
+FILES = [
+    path for folder in ("masks", "bsa_vision") for path in sorted((ROOT / folder).rglob("*.py"))
+]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -142,7 +221,9 @@ def test_backends_do_not_import_each_other():
 
 
 def run(code: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, **options)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, **options
+    )
 
 
 LOADED = "import sys, json; {}; print(json.dumps(sorted({{name.partition('.')[0] for name in sys.modules}})))"
@@ -162,7 +243,9 @@ def test_importing_loads_nothing_more_than_torch_numpy_and_einops_do():
         if name not in sys.stdlib_module_names and not name.startswith("_")
     }
     assert extra == {"bsa_vision", "masks"}
-    assert "matplotlib" in loaded("import bsa_vision, matplotlib") - base  # the twin: more would be seen
+    assert (
+        "matplotlib" in loaded("import bsa_vision, matplotlib") - base
+    )  # the twin: more would be seen
 
 
 def test_importing_starts_no_cuda():
@@ -178,7 +261,15 @@ class Block:
             raise {error}
 sys.meta_path.insert(0, Block())
 """
-NEIGHBOURS = ["timm", "transformers", "torchvision", "block_sparse_attn", "matplotlib", "rich", "typer"]
+NEIGHBOURS = [
+    "timm",
+    "transformers",
+    "torchvision",
+    "block_sparse_attn",
+    "matplotlib",
+    "rich",
+    "typer",
+]
 USE = """
 import torch, bsa_vision as bsa
 hm = bsa.HeadMasks(*bsa.masks.generate_vit_hybrid_mask(256, 16, 128, 1, 6))
@@ -196,7 +287,11 @@ except bsa.PlanError:
 
 
 @pytest.mark.parametrize(
-    "error", ["ModuleNotFoundError(name, name=name)", "RuntimeError('operator torchvision::nms does not exist')"]
+    "error",
+    [
+        "ModuleNotFoundError(name, name=name)",
+        "RuntimeError('operator torchvision::nms does not exist')",
+    ],
 )
 def test_works_while_neighbours_are_absent_or_broken(error):
     blocked = BLOCK.format(names=NEIGHBOURS, error=error)
@@ -217,9 +312,7 @@ def test_a_foreign_masks_package_is_named(tmp_path):
 
 
 def test_masks_is_one_module_under_both_names():
-    code = (
-        "import masks, bsa_vision; from bsa_vision import masks as m; from bsa_vision.masks import TokenLayout as t; "
-    )
+    code = "import masks, bsa_vision; from bsa_vision import masks as m; from bsa_vision.masks import TokenLayout as t; "
     assert run(code + "assert m is masks and t is masks.TokenLayout").returncode == 0
 
 
@@ -228,4 +321,12 @@ def test_public_names():
 
     assert sorted(bsa.__all__) == bsa.__all__
     assert all(hasattr(bsa, name) for name in bsa.__all__)
-    assert {"sparse_attention", "sparsify_", "restore_", "dense", "describe", "check", "inspect"} <= set(bsa.__all__)
+    assert {
+        "sparse_attention",
+        "sparsify_",
+        "restore_",
+        "dense",
+        "describe",
+        "check",
+        "inspect",
+    } <= set(bsa.__all__)

@@ -28,7 +28,9 @@ def test_tuning(monkeypatch, tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     for seed in range(9):
         noise = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(seed)).mul(255).byte()
-        Image.fromarray(noise.permute(1, 2, 0).numpy()).resize((320, 260)).save(tmp_path / f"photos/{seed}.png")
+        Image.fromarray(noise.permute(1, 2, 0).numpy()).resize((320, 260)).save(
+            tmp_path / f"photos/{seed}.png"
+        )
     exec(SNIPPETS[2].replace("1024, 1024", "256, 256"), names)
     measured, bound = map(float, capsys.readouterr().out.split())
     assert measured <= bound <= 0.05

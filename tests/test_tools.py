@@ -54,7 +54,9 @@ class TestCache:
             barrier.wait()
             return object()
 
-        threads = [threading.Thread(target=lambda: seen.append(cache.get("k", make))) for _ in range(2)]
+        threads = [
+            threading.Thread(target=lambda: seen.append(cache.get("k", make))) for _ in range(2)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -176,14 +178,19 @@ class TestWorkers:
         """A process forked after the pool was made must not wait for threads that do not exist there."""
         expected = attention_of(3)
         loader = torch.utils.data.DataLoader(
-            Attentions(), num_workers=2, multiprocessing_context=multiprocessing.get_context(method), timeout=120
+            Attentions(),
+            num_workers=2,
+            multiprocessing_context=multiprocessing.get_context(method),
+            timeout=120,
         )
         results = [item[0] for item in loader]
         assert torch.equal(results[3], expected)
 
     def test_calls_after_the_main_thread_has_ended(self):
         """From other threads, timers, pools of theirs, and atexit handlers; one process for all."""
-        done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", LATE], capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0, done.stderr
         assert sorted(done.stdout.split()) == ["atexit", "new-workers", "pool", "thread", "timer"]
         assert "Error" not in done.stderr
@@ -192,7 +199,10 @@ class TestWorkers:
     def test_daemon_threads_that_compute_at_exit(self, threads):
         """They read no freed memory. The interpreter may end them inside of torch's own C++, which aborts, with us or without."""
         done = subprocess.run(
-            [sys.executable, "-c", ABANDONED, str(threads)], capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", ABANDONED, str(threads)],
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert done.returncode in (0, -signal.SIGABRT), done.stderr
 
@@ -279,7 +289,10 @@ class TestTiming:
     def test_alternates_and_compares_within_rounds(self):
         order, rounds = [], []
         timings = paired(
-            {"a": lambda: order.append("a") or time.sleep(0.002), "b": lambda: order.append("b") or time.sleep(0.02)},
+            {
+                "a": lambda: order.append("a") or time.sleep(0.002),
+                "b": lambda: order.append("b") or time.sleep(0.02),
+            },
             rounds=3,
             warmup=1,
             on_round=lambda: rounds.append(1),
@@ -381,7 +394,8 @@ class TestViz:
     def test_picture(self, tmp_path):
         mask = local_window(self.layout, 1)
         figure = plot_views(
-            np.zeros((60, 100, 3), np.uint8), [View("one", self.layout, mask, 0), View("two", self.layout, mask, 1)]
+            np.zeros((60, 100, 3), np.uint8),
+            [View("one", self.layout, mask, 0), View("two", self.layout, mask, 1)],
         )
         figure.savefig(tmp_path / "views.png")
         assert (tmp_path / "views.png").stat().st_size > 1000

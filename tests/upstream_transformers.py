@@ -21,7 +21,9 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODELS = ("vit", "dinov2", "dinov3_vit", "sam", "sam2", "clip", "siglip")
 # Tests that ask for the name of the original attention, which swapped layers have under another.
-ASKS_FOR_THE_NAME = {"test_attn_implementation_composite_models": "every part's _attn_implementation is to be 'eager'"}
+ASKS_FOR_THE_NAME = {
+    "test_attn_implementation_composite_models": "every part's _attn_implementation is to be 'eager'"
+}
 AGAIN = 2  # runs that a failure must survive: some of these tests draw random numbers
 
 
@@ -65,7 +67,9 @@ class Swapped:
             return found
 
         def counted_attend(layer: Any, *args: Any, **kwargs: Any) -> Any:
-            self.counts["calls of sparse layers" if not layer.masks.all_dense else "calls of dense layers"] += 1
+            self.counts[
+                "calls of sparse layers" if not layer.masks.all_dense else "calls of dense layers"
+            ] += 1
             return attend(layer, *args, **kwargs)
 
         def counted_fall_back(layer: Any, reason: str) -> None:
@@ -105,7 +109,10 @@ def inside(checkout: str, out: str, how: str, *tests: str) -> None:
     results, swapped = Results(), Swapped()
     plugins = [results, swapped] if how == "swapped" else [results]
     options = ["-q", "--no-header", "-p", "no:cacheprovider", "-W", "ignore", "--rootdir", checkout]
-    pytest.main([*options, "-k", "not IntegrationTest and not Pipeline and not pipeline", *tests], plugins=plugins)
+    pytest.main(
+        [*options, "-k", "not IntegrationTest and not Pipeline and not pipeline", *tests],
+        plugins=plugins,
+    )
     found = {"outcomes": results.outcomes, "errors": results.errors, "counts": swapped.counts}
     Path(out).write_text(json.dumps(found))
 
@@ -114,10 +121,19 @@ def run(checkout: Path, how: str, tests: list[str]) -> dict[str, Any]:
     """Run them in a process of their own: the checkout has a package `tests` as well."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "results.json"
-        path = os.pathsep.join(filter(None, [str(checkout), str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        path = os.pathsep.join(
+            filter(None, [str(checkout), str(REPOSITORY), os.environ.get("PYTHONPATH")])
+        )
+        environment = {
+            **os.environ,
+            "PYTHONPATH": path,
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         command = [sys.executable, "-P", __file__, "--inside", str(checkout), str(out), how, *tests]
-        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=checkout, env=environment, capture_output=True, text=True
+        )
         if not out.exists():
             sys.exit(f"the tests did not run:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
         found: dict[str, Any] = json.loads(out.read_text())
@@ -138,7 +154,9 @@ def compare(checkout: Path, name: str) -> dict[str, str]:
     errors = {test: swapped["errors"][test] for test in new}
     for _ in range(AGAIN):
         if errors:
-            again, as_it_was = (run(checkout, how, list(errors))["outcomes"] for how in ("swapped", "original"))
+            again, as_it_was = (
+                run(checkout, how, list(errors))["outcomes"] for how in ("swapped", "original")
+            )
             errors = {
                 test: error
                 for test, error in errors.items()
@@ -146,7 +164,8 @@ def compare(checkout: Path, name: str) -> dict[str, str]:
             }
     for test, error in errors.items():
         print(
-            f"  {'expected' if excuse(test) else 'NEW'}: {test.partition('::')[2]}: {excuse(test) or error}", flush=True
+            f"  {'expected' if excuse(test) else 'NEW'}: {test.partition('::')[2]}: {excuse(test) or error}",
+            flush=True,
         )
     return {test: error for test, error in errors.items() if not excuse(test)}
 
@@ -163,7 +182,9 @@ def main() -> None:
         return
     checkout = Path(sys.argv[1]).resolve()
     if not (checkout / "tests" / "test_modeling_common.py").exists():
-        sys.exit(f"{checkout} holds no tests/test_modeling_common.py: give a checkout of transformers.")
+        sys.exit(
+            f"{checkout} holds no tests/test_modeling_common.py: give a checkout of transformers."
+        )
     new = [test for name in sys.argv[2:] or MODELS for test in compare(checkout, name)]
     sys.exit(f"{len(new)} tests fail on swapped models only" if new else 0)
 

@@ -81,7 +81,9 @@ def inspect(model: nn.Module, image_size: int | tuple[int, int] | None = None) -
     return _sized(_find(model)[1].spec, image_size)
 
 
-def uniform_plan(model: nn.Module | ModelSpec, pattern: str | PatternLike, **options: Any) -> SparsityPlan:
+def uniform_plan(
+    model: nn.Module | ModelSpec, pattern: str | PatternLike, **options: Any
+) -> SparsityPlan:
     """The same pattern for all heads of `model` but the first `dense_heads`.
 
     pattern  a name of `masks.PATTERNS`, a `masks.Pattern`, or your own function layout -> (R, C) bool
@@ -99,7 +101,10 @@ def dense_plan(model: nn.Module | ModelSpec) -> SparsityPlan:
 
 
 def sparsify_(
-    model: Model, plan: SparsityPlan | str | PathLike[str], backend: str = "auto", on_unsupported: str = "fallback"
+    model: Model,
+    plan: SparsityPlan | str | PathLike[str],
+    backend: str = "auto",
+    on_unsupported: str = "fallback",
 ) -> Model:
     """Give `model` sparse heads, in place; returns it. Parameters, state_dict keys and your hooks stay as they are.
 
@@ -113,7 +118,9 @@ def sparsify_(
     line, it leaves a model that `restore_` brings back.
     """
     if on_unsupported not in ("fallback", "error"):
-        raise ValueError(f"on_unsupported={on_unsupported!r}: allowed are 'fallback' and 'error'; choose one of them.")
+        raise ValueError(
+            f"on_unsupported={on_unsupported!r}: allowed are 'fallback' and 'error'; choose one of them."
+        )
     plan = as_plan(plan)
     _check_unswapped(model)
     adapter, found = _find(model)
@@ -143,9 +150,13 @@ def sparsify_(
 
 def _check_unswapped(model: nn.Module) -> None:
     if layers_of(model):
-        raise ValueError("this model has sparse heads already: one plan at a time; call restore_(model) first.")
+        raise ValueError(
+            "this model has sparse heads already: one plan at a time; call restore_(model) first."
+        )
     if watching(model):
-        raise ValueError("sparsify_ or restore_ was interrupted on this model: call restore_(model) first.")
+        raise ValueError(
+            "sparsify_ or restore_ was interrupted on this model: call restore_(model) first."
+        )
 
 
 def _rehearse(layer: Layer, like: Tensor) -> None:
@@ -175,7 +186,9 @@ def restore_(model: Model) -> Model:
     swapped = swapped_in(model)
     towers = list(dict.fromkeys((*(layer.tower for layer in swapped.values()), *watching(model))))
     if not towers:
-        raise ValueError("this model has no sparse heads: nothing to restore; sparsify_(model, plan) gives it some.")
+        raise ValueError(
+            "this model has no sparse heads: nothing to restore; sparsify_(model, plan) gives it some."
+        )
     for tower in towers:
         tower.check_whole(model, (layer for layer in swapped.values() if layer.tower is tower))
     for module, layer in swapped.items():
@@ -244,7 +257,9 @@ def context(model: Model, *, prompts: Prompts | Sequence[Prompts]) -> Iterator[M
             f"prompts={prompts!r}: expected bsa.Prompts, or a list with one for each image; make them with "
             "bsa.Prompts(points=[(x, y)], image_size=(height, width))."
         )
-    contexts = {id(layer.tower): layer.tower.context for layer in layers_of(model) if layer.masks.is_dynamic}
+    contexts = {
+        id(layer.tower): layer.tower.context for layer in layers_of(model) if layer.masks.is_dynamic
+    }
     if not contexts:
         raise ValueError(
             "no layer of this model has a pattern that follows prompts: sparsify_ it with one, say "
@@ -265,13 +280,17 @@ def observe(model: Model, see: Callable[[Observation], None]) -> Iterator[Model]
     """
     with sparse(model, dense_plan(model), on_unsupported="error"):
         for module, layer in swapped_in(model).items():
-            layer.weight = output_weight(module, layer.spec.heads * layer.spec.head_dim, like_of(module, model))
+            layer.weight = output_weight(
+                module, layer.spec.heads * layer.spec.head_dim, like_of(module, model)
+            )
             layer.tower.observer = see
         yield model
 
 
 def describe(
-    model: nn.Module, image_size: int | tuple[int, int] | None = None, latency: Latency | None = None
+    model: nn.Module,
+    image_size: int | tuple[int, int] | None = None,
+    latency: Latency | None = None,
 ) -> ModelReport:
     """What each attention layer of a model does, on its device and dtype; print it for a table. Without sparse heads: what could be gained.
 
@@ -285,16 +304,26 @@ def describe(
         raise ValueError(
             f"{type(model).__name__} holds several encoders with sparse heads: one at a time is described; pass the one you mean."
         )
-    grid = tower.grid if image_size is None and tower.grid != (0, 0) else _sized(tower.spec, image_size).grid
+    grid = (
+        tower.grid
+        if image_size is None and tower.grid != (0, 0)
+        else _sized(tower.spec, image_size).grid
+    )
     like = like_of(pairs[0][0], model)
     latency = latency or latency_here(tower.spec.layers[0].head_dim, like.dtype, like.device)
-    spec = replace(tower.spec, grid=grid, layers=tuple(layer.spec for layer in layers))  # some may be removed since
+    spec = replace(
+        tower.spec, grid=grid, layers=tuple(layer.spec for layer in layers)
+    )  # some may be removed since
     model_cost = cost(spec, element_size=like.element_size())
     reports = tuple(report_layer(layer, grid, like, latency, model_cost) for layer in layers)
     used = {name for names in tower.plan.layers.values() for name in names if name != "dense"}
-    labels = tuple(f"{name}: {label}" for name in sorted(used) for label in _labels(tower.plan, name, spec))
+    labels = tuple(
+        f"{name}: {label}" for name in sorted(used) for label in _labels(tower.plan, name, spec)
+    )
     left = left_dense(model, [module for module, _ in pairs], _is_served)
-    return ModelReport(spec.family, grid, tower.plan.order, reports, latency.what, model_cost, left, labels)
+    return ModelReport(
+        spec.family, grid, tower.plan.order, reports, latency.what, model_cost, left, labels
+    )
 
 
 def _as_it_is(model: nn.Module) -> list[tuple[nn.Module, Layer]]:
@@ -320,9 +349,17 @@ def _sized(spec: ModelSpec, image_size: int | tuple[int, int] | None) -> ModelSp
     if image_size is None:
         return spec
     pixels = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if not isinstance(pixels, (tuple, list)) or len(pixels) != 2 or not all(isinstance(side, int) for side in pixels):
-        raise ValueError(f"image_size={image_size!r}: expected pixels, an int or (height, width); give whole numbers.")
-    if any(side < patch or side % patch for side, patch in zip(pixels, spec.patch_size, strict=True)):
+    if (
+        not isinstance(pixels, (tuple, list))
+        or len(pixels) != 2
+        or not all(isinstance(side, int) for side in pixels)
+    ):
+        raise ValueError(
+            f"image_size={image_size!r}: expected pixels, an int or (height, width); give whole numbers."
+        )
+    if any(
+        side < patch or side % patch for side, patch in zip(pixels, spec.patch_size, strict=True)
+    ):
         raise ValueError(
             f"image_size={image_size}: both sides must be whole numbers of {spec.patch_size} pixel patches; resize or pad."
         )
@@ -342,13 +379,19 @@ def _find(model: nn.Module) -> tuple[ModuleType, Found]:
         for name, module in modules:
             if _is_served(module) and (around := modules.unknown_wrapper(name)) is not None:
                 raise wrapped(around)
-        has = [f"{left.count} x {left.kind} ({left.reason})" for left in left_dense(model, (), _is_served, ELSEWHERE)]
+        has = [
+            f"{left.count} x {left.kind} ({left.reason})"
+            for left in left_dense(model, (), _is_served, ELSEWHERE)
+        ]
         raise PlanError(
             f"no attention layer of {type(model).__name__} is one this version serves; it has {', '.join(has) or 'none'}. "
             f"Served are {SUPPORTED}; for other models call bsa_vision.sparse_attention from their attention."
         )
     if len(found) > 1:
-        held = [f"{one.spec.family} ({common_path([layer.name for layer in one.spec.layers])})" for _, one in found]
+        held = [
+            f"{one.spec.family} ({common_path([layer.name for layer in one.spec.layers])})"
+            for _, one in found
+        ]
         raise PlanError(
             f"{type(model).__name__} holds {len(found)} encoders: {', '.join(held)}; each takes a plan of its own: pass the module you mean, "
             "or one after the other."

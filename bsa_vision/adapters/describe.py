@@ -54,7 +54,9 @@ class LayerReport:
     @property
     def pattern_summary(self) -> str:
         counts = {name: self.patterns.count(name) for name in dict.fromkeys(self.patterns)}
-        return ", ".join(name if count == self.heads else f"{count} x {name}" for name, count in counts.items())
+        return ", ".join(
+            name if count == self.heads else f"{count} x {name}" for name, count in counts.items()
+        )
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ class ModelReport:
 
     @property
     def gain(self) -> float:
-        return self.cost.gain({x.key: layer.sparsity for x, layer in zip(self.cost.layers, self.layers, strict=True)})
+        return self.cost.gain(
+            {x.key: layer.sparsity for x, layer in zip(self.cost.layers, self.layers, strict=True)}
+        )
 
     def __str__(self) -> str:
         titles = (
@@ -99,17 +103,38 @@ class ModelReport:
         )
         rows = [(*titles, "original instead")]
         for layer in self.layers:
-            fallbacks = "; ".join(f"{count} x {reason}" for reason, count in layer.fallbacks.items())
+            fallbacks = "; ".join(
+                f"{count} x {reason}" for reason, count in layer.fallbacks.items()
+            )
             size = f"{layer.heads} x {layer.head_dim}"
-            pattern, sparsity, share = layer.pattern_summary, f"{layer.sparsity:.1%}", f"{layer.share:.1%}"
+            pattern, sparsity, share = (
+                layer.pattern_summary,
+                f"{layer.sparsity:.1%}",
+                f"{layer.share:.1%}",
+            )
             numbers = (sparsity, share, layer.backend, f"{layer.expected:.2f}")
-            tokens = f"{layer.tokens}" if layer.keys == layer.tokens else f"{layer.tokens} to {layer.keys}"
+            tokens = (
+                f"{layer.tokens}"
+                if layer.keys == layer.tokens
+                else f"{layer.tokens} to {layer.keys}"
+            )
             rows.append((layer.name, tokens, size, pattern, *numbers, fallbacks))
         height, width = self.grid
         summary = f"{self.family}, {height} x {width} patches, order {self.order}: {self.sparsity:.1%} of all blocks are skipped"
-        why_not = {(name, reason) for layer in self.layers for name, reason in layer.why_not.items()}
+        why_not = {
+            (name, reason) for layer in self.layers for name, reason in layer.why_not.items()
+        }
         notes = [f"not {name}: {reason}" for name, reason in sorted(why_not)]
-        return "\n".join([summary, *text_table.lines(rows), *self._honesty(), *self.labels, *map(str, self.left), *notes])
+        return "\n".join(
+            [
+                summary,
+                *text_table.lines(rows),
+                *self._honesty(),
+                *self.labels,
+                *map(str, self.left),
+                *notes,
+            ]
+        )
 
     def _honesty(self) -> list[str]:
         """What is not worth doing, and from where on it is."""
@@ -119,7 +144,8 @@ class ModelReport:
         lines += [f"of dense time: attention alone, expected on {self.machine}"] if sparse else []
         if any(layer.break_even is None for layer in sparse):
             lines.append(
-                "sparsity pays at no number of tokens in layers " + _names(sparse, lambda x: x.break_even is None)
+                "sparsity pays at no number of tokens in layers "
+                + _names(sparse, lambda x: x.break_even is None)
             )
         known = [layer.break_even for layer in sparse if layer.break_even is not None]
         if known:
@@ -145,7 +171,11 @@ def probe_problem(layer: Layer, masks: HeadMasks, like: Tensor) -> Problem:
         return one.expand(1, layer.spec.heads, tokens, width)
 
     tokens, keys = (1 if x is None else x.num_tokens for x in (masks.layout, masks.kv_layout))
-    q, k, dim = probe(tokens, layer.spec.head_dim), probe(keys, layer.spec.head_dim), layer.spec.head_dim
+    q, k, dim = (
+        probe(tokens, layer.spec.head_dim),
+        probe(keys, layer.spec.head_dim),
+        layer.spec.head_dim,
+    )
     rel_pos = None
     if layer.spec.rel_pos:
         sides = (1, 1) if masks.kv_layout is None else masks.kv_layout.grid
@@ -153,7 +183,9 @@ def probe_problem(layer: Layer, masks: HeadMasks, like: Tensor) -> Problem:
     return Problem(q, k, k, masks, scale=dim**-0.5, rel_pos=rel_pos)
 
 
-def report_layer(layer: Layer, grid: tuple[int, int], like: Tensor, latency: Latency, cost: ModelCost) -> LayerReport:
+def report_layer(
+    layer: Layer, grid: tuple[int, int], like: Tensor, latency: Latency, cost: ModelCost
+) -> LayerReport:
     """The report of one layer at `grid`, for tensors of the device and dtype of `like`, one image per call."""
     spec, plan = layer.spec, layer.tower.plan
     grid = layer.grid_of(grid)
@@ -180,8 +212,11 @@ def report_layer(layer: Layer, grid: tuple[int, int], like: Tensor, latency: Lat
         patterns=plan.layers[spec.key],
         sparsity=sparsity,
         head_sparsity=tuple(sparse),
-        expected=latency.of_masks(masks, tokens, keys=keys) / latency.dense(spec.heads, tokens, keys=keys),
-        break_even=latency.break_even(spec.heads, 1 - sparsity, masks.block_size, keys=keys / tokens)
+        expected=latency.of_masks(masks, tokens, keys=keys)
+        / latency.dense(spec.heads, tokens, keys=keys),
+        break_even=latency.break_even(
+            spec.heads, 1 - sparsity, masks.block_size, keys=keys / tokens
+        )
         if is_sparse
         else 0,
         better_dense=better_dense(masks, tokens, latency, keys=keys),

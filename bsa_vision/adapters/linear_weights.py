@@ -14,7 +14,9 @@ def block_weights(block: nn.Module, attention: nn.Module) -> dict[str, int]:
     return {"attention_weights": inside, "mlp_weights": everywhere - inside}
 
 
-def outside_weights(encoder: nn.Module, blocks: Iterable[nn.Module], embeddings: nn.Module) -> dict[str, float]:
+def outside_weights(
+    encoder: nn.Module, blocks: Iterable[nn.Module], embeddings: nn.Module
+) -> dict[str, float]:
     """Elements of the layers of an encoder that lie in none of its blocks: the two fields of a `ModelSpec`.
 
     What `embeddings` holds makes the patches. Convolutions after it work on all of them, strides make the grid coarser; linear layers after
@@ -47,7 +49,13 @@ def convolution(embedding: Any) -> nn.Conv2d:
 
 def convolution_weights(module: nn.Conv2d) -> int:
     """Count the elements of a convolution's weight, from its sizes: FSDP, quantisers and offloading take the weight itself away."""
-    return module.out_channels * module.in_channels // module.groups * module.kernel_size[0] * module.kernel_size[1]
+    return (
+        module.out_channels
+        * module.in_channels
+        // module.groups
+        * module.kernel_size[0]
+        * module.kernel_size[1]
+    )
 
 
 def linear_weights(module: nn.Module) -> int:

@@ -73,16 +73,25 @@ def left_dense(
         if not _is_attention(module) or module in known:
             continue
         # A wrapper that holds attention is none itself.
-        if layer_of(module) is None and not any(_is_attention(x) for x in module.modules() if x is not module):
+        if layer_of(module) is None and not any(
+            _is_attention(x) for x in module.modules() if x is not module
+        ):
             own = own_class(type(module))
             kind, reason = own.__name__, _reason(own.__module__, own.__name__)
-            names.setdefault((kind, served if reason == UNKNOWN and serves(module) else reason), []).append(name)
-    return tuple(LeftDense(common_path(where), kind, len(where), reason) for (kind, reason), where in names.items())
+            names.setdefault(
+                (kind, served if reason == UNKNOWN and serves(module) else reason), []
+            ).append(name)
+    return tuple(
+        LeftDense(common_path(where), kind, len(where), reason)
+        for (kind, reason), where in names.items()
+    )
 
 
 def _is_attention(module: nn.Module) -> bool:
     library, kind = type(module).__module__, type(module).__name__
-    return _reason(library, kind) != UNKNOWN or ("attention" in kind.lower() and "block" not in kind.lower())
+    return _reason(library, kind) != UNKNOWN or (
+        "attention" in kind.lower() and "block" not in kind.lower()
+    )
 
 
 def _reason(library: str, kind: str) -> str:
@@ -95,4 +104,6 @@ def _reason(library: str, kind: str) -> str:
 def common_path(names: list[str]) -> str:
     """The module path that all `names` lie in."""
     first, last = min(names).split("."), max(names).split(".")
-    return ".".join(part for part, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last)))
+    return ".".join(
+        part for part, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last))
+    )

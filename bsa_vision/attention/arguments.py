@@ -13,7 +13,9 @@ BLOCK = 128  # of the kernel, and so of masks that come as bare tensors
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor, dims: int, expected: str, num_heads: int | None = None) -> None:
+def check_tensors(
+    q: Tensor, k: Tensor, v: Tensor, dims: int, expected: str, num_heads: int | None = None
+) -> None:
     """Raise unless q, k and v are floating tensors of `dims` axes that fit each other; `expected` is how users know them.
 
     num_heads  of the masks: where the axis of tokens has that size, and that of heads another, the two are swapped
@@ -23,7 +25,9 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, dims: int, expected: str, num
             given = isinstance(x, Tensor)
             got = str(x.dtype) if given else f"a {type(x).__name__}"
             how = "with .float()" if given else "with torch.as_tensor"
-            raise TypeError(f"{name} is {got}: expected a floating point tensor {expected}; convert it, e.g. {how}.")
+            raise TypeError(
+                f"{name} is {got}: expected a floating point tensor {expected}; convert it, e.g. {how}."
+            )
         if x.is_nested:
             raise TypeError(
                 f"{name} is a nested tensor: expected {expected}; give images of different sizes as lists, "
@@ -41,7 +45,11 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, dims: int, expected: str, num
             f"{shapes}: expected {expected}, and these have the {num_heads} heads of the masks where tokens belong; swap the "
             f"two axes of each, x.{swap}."
         )
-    if q.shape[-1] != k.shape[-1] or k.shape[heads] != v.shape[heads] or k.shape[tokens] != v.shape[tokens]:
+    if (
+        q.shape[-1] != k.shape[-1]
+        or k.shape[heads] != v.shape[heads]
+        or k.shape[tokens] != v.shape[tokens]
+    ):
         raise ValueError(
             f"{shapes}: q and k need one head dim, k and v the same heads and tokens; correct the one that differs."
         )
@@ -78,7 +86,9 @@ def check_fit(q: Tensor, k: Tensor, masks: HeadMasks, rel_pos: RelPos | None) ->
                 f"{name} has {tokens} tokens, the layout of the HeadMasks {layout.num_tokens} ({layout.start} special + "
                 f"{layout.grid[0]} x {layout.grid[1]} patches + {layout.end} special): make the masks for this grid."
             )
-        if masks.num_blocks is not None and masks.num_blocks[axis] != -(-tokens // masks.block_size):
+        if masks.num_blocks is not None and masks.num_blocks[axis] != -(
+            -tokens // masks.block_size
+        ):
             fits = what_fits(masks.num_blocks, masks.block_size, lengths, "HeadMasks")
             raise ValueError(
                 f"{name} has {tokens} tokens in {-(-tokens // masks.block_size)} blocks of {masks.block_size}, base_blockmask "
@@ -108,7 +118,11 @@ def _check_rel_pos(q: Tensor, masks: HeadMasks, rel_pos: RelPos) -> None:
 
 
 def check_numbers(dropout: float, scale: float | None) -> None:
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
+    if (
+        isinstance(dropout, bool)
+        or not isinstance(dropout, (int, float))
+        or not 0.0 <= dropout < 1.0
+    ):
         raise ValueError(
             f"dropout {dropout!r}: expected a probability from 0 up to, but not including, 1; pass 0.0 for none."
         )
@@ -125,7 +139,12 @@ def check_head_masks(head_masks: object, q: object) -> None:
     if wrong is None and all(isinstance(masks, HeadMasks) for masks in several):
         return
     how = instead_of_masks(head_masks if isinstance(wrong, Tensor) else wrong)
-    if isinstance(wrong, Tensor) and isinstance(q, Tensor) and wrong.dim() >= 2 and wrong.shape[-2] == q.shape[-2]:
+    if (
+        isinstance(wrong, Tensor)
+        and isinstance(q, Tensor)
+        and wrong.dim() >= 2
+        and wrong.shape[-2] == q.shape[-2]
+    ):
         how = (
             "this is a mask of tokens, for torch's scaled_dot_product_attention; a mask of blocks is made from a pattern "
             "with bsa.HeadMasks.from_patterns"

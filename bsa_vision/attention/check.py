@@ -131,7 +131,9 @@ def _longest(name: str, x: Tensor, bounds: Tensor | None, longest: int | None) -
             "would see every other; pass the cumulative sequence lengths with a 0 in front."
         )
     if bounds.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens_{name} is {bounds.dtype}: expected torch.int32; use .to(torch.int32).")
+        raise TypeError(
+            f"cu_seqlens_{name} is {bounds.dtype}: expected torch.int32; use .to(torch.int32)."
+        )
     most = int(bounds.diff().max()) if longest is None else longest
     check_bounds(name, bounds, x.shape[0], most)
     return most
@@ -157,7 +159,9 @@ def _device_findings(q: Tensor) -> Iterator[Finding]:
 def _order_findings(masks: HeadMasks, packed: bool) -> Iterator[Finding]:
     """Whether tokens are taken in the order that the masks were made for, as far as that is known."""
     base, known = masks.base_blockmask, masks.made_for
-    given = None if masks.layout is None or masks.kv_layout is None else (masks.layout, masks.kv_layout)
+    given = (
+        None if masks.layout is None or masks.kv_layout is None else (masks.layout, masks.kv_layout)
+    )
     if base is None or bool(base.all()):
         return  # whatever the order, every token sees every other
     if packed:  # layouts do not count here
@@ -192,10 +196,16 @@ def _same_places(made_for: TokenLayout, taken: TokenLayout | None) -> bool:
     return all(map(torch.equal, made_for.coordinates, taken.coordinates))
 
 
-def _gain_findings(masks: HeadMasks, longest: tuple[int | None, int | None], right: bool) -> Iterator[Finding]:
+def _gain_findings(
+    masks: HeadMasks, longest: tuple[int | None, int | None], right: bool
+) -> Iterator[Finding]:
     base, tokens = masks.base_blockmask, max((n for n in longest if n is not None), default=0)
     if base is not None:
-        full = [head for head, kind in enumerate(masks.slices) if kind > 0 and bool(base[:, kind - 1].all())]
+        full = [
+            head
+            for head, kind in enumerate(masks.slices)
+            if kind > 0 and bool(base[:, kind - 1].all())
+        ]
         if full:
             yield Finding(
                 "slow",

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from bsa_vision.attention.arguments import check_fit, check_head_masks, check_numbers, check_tensors, check_varlen
+from bsa_vision.attention.arguments import (
+    check_fit,
+    check_head_masks,
+    check_numbers,
+    check_tensors,
+    check_varlen,
+)
 from bsa_vision.attention.backends.problem import Problem, Result
 from bsa_vision.attention.backends.select import choose
 from bsa_vision.attention.carried_masks import carried, is_recording, plain_sizes
@@ -56,9 +62,13 @@ def sparse_attention(
         q, k, v = cast(Tensor, q), cast(Tensor, k), cast(Tensor, v)
         check_tensors(q, k, v, 4, "(B, H, N, D)", head_masks.num_heads)
         check_fit(q, k, head_masks, rel_pos)
-        return attend_masks(head_masks, q, k, v, rel_pos=rel_pos, scale=scale, dropout_p=dropout_p, backend=backend)
+        return attend_masks(
+            head_masks, q, k, v, rel_pos=rel_pos, scale=scale, dropout_p=dropout_p, backend=backend
+        )
     if rel_pos is not None:
-        raise ValueError("rel_pos with a list of images: relative position needs one grid; call once per image size.")
+        raise ValueError(
+            "rel_pos with a list of images: relative position needs one grid; call once per image size."
+        )
     return _ragged_attention(list(q), list(k), list(v), list(head_masks), scale, dropout_p, backend)
 
 
@@ -110,7 +120,17 @@ def attend_masks(
     backend: str = "auto",
 ) -> Tensor:
     """`sparse_attention` for masks found by `source.masks_for(grid, number of keys)`, unchecked; (B, H, N, D) -> (B, H, N, Dv)."""
-    return _run(source, q, k, v, grid=grid, rel_pos=rel_pos, scale=scale, dropout_p=dropout_p, backend=backend).out
+    return _run(
+        source,
+        q,
+        k,
+        v,
+        grid=grid,
+        rel_pos=rel_pos,
+        scale=scale,
+        dropout_p=dropout_p,
+        backend=backend,
+    ).out
 
 
 def _run(
@@ -188,7 +208,9 @@ def _run(
     else:
         handle = source.dynamic_handle
     numbers = (handle, *grid, *longest, scale, is_causal, exact_streaming, dropout_p, return_lse)
-    out, lse = attention_op(q, k, v, rel_h, rel_w, *cu_seqlens, *raw, stored, seed, *numbers, backend)
+    out, lse = attention_op(
+        q, k, v, rel_h, rel_w, *cu_seqlens, *raw, stored, seed, *numbers, backend
+    )
     return Result(out, lse)
 
 
@@ -196,7 +218,9 @@ def _refuse_forward_mode(backend: str, *tensors: Tensor) -> None:
     """Forward-mode differentiation would take the operator for a constant, without a word."""
     if backend in ("reference", "sdpa"):  # torch's own operations
         return
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
         raise RuntimeError(
             f"forward-mode differentiation (jvp) does not reach through {backend!r}: use reverse mode, or backend='reference' or 'sdpa', "
             "which torch differentiates either way."
@@ -206,12 +230,18 @@ def _refuse_forward_mode(backend: str, *tensors: Tensor) -> None:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as torch's own attention would take them: in autocast's dtype where that is on."""
     device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+    if (
+        device == "meta"
+        or not torch.is_autocast_enabled(device)
+        or tensors[0].dtype == torch.float64
+    ):
         return tensors
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
-def _masks(source: Handled | tuple[Tensor | None, ...], grid: tuple[int, int], num_keys: int) -> HeadMasks:
+def _masks(
+    source: Handled | tuple[Tensor | None, ...], grid: tuple[int, int], num_keys: int
+) -> HeadMasks:
     if isinstance(source, tuple):
         head_mask_type, streaming_info, base_blockmask = source
         return HeadMasks(base_blockmask, head_mask_type, streaming_info, allow_empty_rows=True)
@@ -368,4 +398,8 @@ def _varlen(
     if not return_attn_probs:
         return out
     assert result.lse is not None
-    return out, result.lse.detach().float(), q.new_empty(0) if result.probs is None else result.probs.detach()
+    return (
+        out,
+        result.lse.detach().float(),
+        q.new_empty(0) if result.probs is None else result.probs.detach(),
+    )

@@ -39,7 +39,11 @@ class Handled:
         _by_handle[self.handle] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("handle", "dynamic_handle")}
+        return {
+            key: value
+            for key, value in self.__dict__.items()
+            if key not in ("handle", "dynamic_handle")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -92,15 +96,21 @@ class HeadMasks(Handled):
         allow_empty_rows: bool = False,
     ) -> None:
         # What is remembered follows from the masks, so later writes to the caller's tensor must not count.
-        self.base_blockmask = None if base_blockmask is None else check_blockmask(base_blockmask).detach().clone()
+        self.base_blockmask = (
+            None if base_blockmask is None else check_blockmask(base_blockmask).detach().clone()
+        )
         # The layouts the masks were made for, where that is known; `check` compares them with those given.
         self.made_for = None if base_blockmask is None else layouts_of(base_blockmask)
         # Per head: 0 dense, -1 streaming, otherwise its 1-based slice of base_blockmask.
         self.slices = resolve_slices(head_mask_type, self.base_blockmask)
         self._given_types = (
-            (1,) * len(self.slices) if head_mask_type is None else as_ints("head_mask_type", head_mask_type)
+            (1,) * len(self.slices)
+            if head_mask_type is None
+            else as_ints("head_mask_type", head_mask_type)
         )
-        self.streaming = _resolve_streaming(streaming_info, self.slices)  # (sink, local) per head, or nothing
+        self.streaming = _resolve_streaming(
+            streaming_info, self.slices
+        )  # (sink, local) per head, or nothing
         for name, given in (("layout", layout), ("kv_layout", kv_layout)):
             if given is not None:
                 check_layout(name, given)
@@ -197,7 +207,11 @@ class HeadMasks(Handled):
     @property
     def num_blocks(self) -> tuple[int, int] | None:
         """(R, C), or None when there is no block-sparse head."""
-        return None if self.base_blockmask is None else (self.base_blockmask.shape[2], self.base_blockmask.shape[3])
+        return (
+            None
+            if self.base_blockmask is None
+            else (self.base_blockmask.shape[2], self.base_blockmask.shape[3])
+        )
 
     @property
     def head_sparsity(self) -> tuple[float, ...]:
@@ -205,7 +219,11 @@ class HeadMasks(Handled):
         if self.num_blocks is None and -1 not in self.slices:
             return (0.0,) * self.num_heads
         rows, columns = self.num_blocks or self._layout_blocks()
-        kept = self.block_mask(rows * self.block_size, columns * self.block_size).float().mean((0, 2, 3))
+        kept = (
+            self.block_mask(rows * self.block_size, columns * self.block_size)
+            .float()
+            .mean((0, 2, 3))
+        )
         return tuple((1 - kept).tolist())
 
     @property
@@ -222,7 +240,9 @@ class HeadMasks(Handled):
         key = ("block_mask", num_q, num_k, causal)
         return self._cache.get(key, lambda: self._expand(num_q, num_k, causal))
 
-    def block_rows(self, num_q: int, num_k: int, *, causal: bool = False) -> list[list[list[BlockRow]]]:
+    def block_rows(
+        self, num_q: int, num_k: int, *, causal: bool = False
+    ) -> list[list[list[BlockRow]]]:
         """What there is to compute, as key runs: [mask image][head][query block]."""
         key = ("block_rows", num_q, num_k, causal)
         mask = self.block_mask(num_q, num_k, causal=causal)
@@ -242,10 +262,14 @@ class HeadMasks(Handled):
         """Query-key pairs each head computes, ragged last blocks counted as they are; the mean over mask images."""
         size, mask = self.block_size, self.block_mask(num_q, num_k)
         rows, columns = (
-            torch.full((count,), size, device="cpu").clamp(max=total - torch.arange(count, device="cpu") * size)
+            torch.full((count,), size, device="cpu").clamp(
+                max=total - torch.arange(count, device="cpu") * size
+            )
             for count, total in zip(mask.shape[2:], (num_q, num_k), strict=True)
         )
-        pairs = torch.einsum("bhrc,r,c->h", mask.double(), rows.double(), columns.double()) / len(mask)
+        pairs = torch.einsum("bhrc,r,c->h", mask.double(), rows.double(), columns.double()) / len(
+            mask
+        )
         return tuple(round(count) for count in pairs.tolist())
 
     def masks_for(self, grid: tuple[int, int], num_keys: int) -> HeadMasks:
@@ -254,11 +278,13 @@ class HeadMasks(Handled):
 
     def __repr__(self) -> str:
         dense, streaming = self.slices.count(DENSE), self.slices.count(STREAMING)
-        shape = "no block mask" if self.base_blockmask is None else f"base_blockmask {tuple(self.base_blockmask.shape)}"
-        kinds = f"{dense} dense, {self.num_heads - dense - streaming} block-sparse, {streaming} streaming"
-        return (
-            f"HeadMasks({self.num_heads} heads: {kinds}; {shape}, block_size={self.block_size}, layout={self.layout})"
+        shape = (
+            "no block mask"
+            if self.base_blockmask is None
+            else f"base_blockmask {tuple(self.base_blockmask.shape)}"
         )
+        kinds = f"{dense} dense, {self.num_heads - dense - streaming} block-sparse, {streaming} streaming"
+        return f"HeadMasks({self.num_heads} heads: {kinds}; {shape}, block_size={self.block_size}, layout={self.layout})"
 
     # How they are spelled out
 
@@ -285,7 +311,11 @@ class HeadMasks(Handled):
             return ((columns < sink) | (columns >= columns.shape[1] - local)).expand(len(rows), -1)
         start_row = max((num_q - num_k) // size, 0)
         reach = -(-max(num_k - num_q, 0) // size) + 1 + rows - start_row
-        return ((columns < sink) | (columns >= reach - local)) & (columns < reach) & (rows >= start_row)
+        return (
+            ((columns < sink) | (columns >= reach - local))
+            & (columns < reach)
+            & (rows >= start_row)
+        )
 
     # Checks
 
@@ -348,7 +378,9 @@ DENSE, STREAMING = 0, -1
 def check_blockmask(mask: object) -> Tensor:
     """`mask` if it is a (B or 1, S, R, C) bool tensor; TypeError or ValueError otherwise."""
     if not isinstance(mask, Tensor):
-        raise TypeError(f"base_blockmask is a {type(mask).__name__}: expected a bool tensor; {instead_of_masks(mask)}.")
+        raise TypeError(
+            f"base_blockmask is a {type(mask).__name__}: expected a bool tensor; {instead_of_masks(mask)}."
+        )
     if mask.dtype != torch.bool:
         raise TypeError(
             f"base_blockmask has dtype {mask.dtype}: expected torch.bool, True = compute; use mask.bool() for ones and "
@@ -380,18 +412,26 @@ def instead_of_masks(given: object) -> str:
     return "convert an array with torch.as_tensor, or make masks of patterns with bsa.HeadMasks.from_patterns"
 
 
-def other_block_size(num_blocks: tuple[int, int], block_size: int, tokens: tuple[int, int]) -> int | None:
+def other_block_size(
+    num_blocks: tuple[int, int], block_size: int, tokens: tuple[int, int]
+) -> int | None:
     """The block size that explains masks of `num_blocks` for so many tokens, among the usual ones; 1 = a mask of tokens."""
     sizes = (size for size in (1, 16, 32, 64, 128, 256) if size != block_size)
-    return next((size for size in sizes if num_blocks == tuple(-(-count // size) for count in tokens)), None)
+    return next(
+        (size for size in sizes if num_blocks == tuple(-(-count // size) for count in tokens)), None
+    )
 
 
-def what_fits(num_blocks: tuple[int, int], block_size: int, tokens: tuple[int, int], where: str) -> str:
+def what_fits(
+    num_blocks: tuple[int, int], block_size: int, tokens: tuple[int, int], where: str
+) -> str:
     """The end of a message about masks of the wrong size: what to do. `where` takes the block size."""
     size = other_block_size(num_blocks, block_size, tokens)
     if size == 1:
         return "this is a mask of tokens, and one entry per pair of blocks is needed; make it from a pattern"
-    wanted = f"make the mask for this many tokens (special tokens included) in blocks of {block_size}"
+    wanted = (
+        f"make the mask for this many tokens (special tokens included) in blocks of {block_size}"
+    )
     return (
         wanted
         if size is None
@@ -399,7 +439,9 @@ def what_fits(num_blocks: tuple[int, int], block_size: int, tokens: tuple[int, i
     )
 
 
-def resolve_slices(head_mask_type: Tensor | Sequence[int] | None, mask: Tensor | None) -> tuple[int, ...]:
+def resolve_slices(
+    head_mask_type: Tensor | Sequence[int] | None, mask: Tensor | None
+) -> tuple[int, ...]:
     """Per head: 0 dense, -1 streaming, otherwise its 1-based slice. `HeadMasks` states the two conventions."""
     num_slices = 0 if mask is None else mask.shape[1]
     if head_mask_type is None:
@@ -435,7 +477,9 @@ def resolve_slices(head_mask_type: Tensor | Sequence[int] | None, mask: Tensor |
     return tuple(types)
 
 
-def _resolve_streaming(info: Tensor | Sequence[int] | None, slices: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+def _resolve_streaming(
+    info: Tensor | Sequence[int] | None, slices: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
     if info is None:
         if STREAMING in slices:
             raise ValueError(

@@ -36,12 +36,19 @@ def per_head(patterns: HeadPattern | Sequence[HeadPattern], heads: int | None) -
             "['dense', masks.Pattern('local_window', radius=8)]."
         )
     if heads is not None and heads != len(patterns):
-        raise ValueError(f"{len(patterns)} patterns for heads={heads}: give one per head, or one pattern for all.")
+        raise ValueError(
+            f"{len(patterns)} patterns for heads={heads}: give one per head, or one pattern for all."
+        )
     return list(patterns)
 
 
 def blocks_of(
-    pattern: HeadPattern, head: int, layout: TokenLayout, keys: TokenLayout | None, boxes: Images | None, stream: int
+    pattern: HeadPattern,
+    head: int,
+    layout: TokenLayout,
+    keys: TokenLayout | None,
+    boxes: Images | None,
+    stream: int,
 ) -> Tensor | None:
     """(images, R, C) bool on the CPU for one head, None for "dense"."""
     if isinstance(pattern, str):
@@ -57,7 +64,9 @@ def blocks_of(
         return torch.stack([pattern(layout, stream, one, keys) for one in _checked_boxes(boxes)])
     if isinstance(pattern, Tensor):
         images = pattern if pattern.dim() == 3 else pattern[None]
-        return torch.stack([check_blocks(one, f"the mask of head {head} is", layout, keys) for one in images])
+        return torch.stack(
+            [check_blocks(one, f"the mask of head {head} is", layout, keys) for one in images]
+        )
     if not callable(pattern):
         raise TypeError(
             f"the pattern of head {head} is a {type(pattern).__name__}: expected 'dense', a name ({', '.join(PATTERNS)}), "
@@ -77,7 +86,11 @@ def check_blocks(mask: Any, said: str, layout: TokenLayout, keys: TokenLayout | 
     """`mask` on the CPU; ValueError unless it is a block mask for these layouts. `said` begins the message."""
     expected = (layout.num_blocks, (keys or layout).num_blocks)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != expected:
-        got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        got = (
+            f"{mask.dtype} of shape {tuple(mask.shape)}"
+            if isinstance(mask, Tensor)
+            else type(mask).__name__
+        )
         raise ValueError(
             f"{said} {got}: expected torch.bool of shape {expected}, one entry per pair of blocks of {layout}; give such "
             "a tensor."
@@ -89,7 +102,9 @@ def _checked_boxes(boxes: Images | None) -> Images:
     if boxes is None:
         return ((),)
     for one in boxes:
-        if not isinstance(one, Sequence) or not all(isinstance(box, Sequence) and len(box) == 4 for box in one):
+        if not isinstance(one, Sequence) or not all(
+            isinstance(box, Sequence) and len(box) == 4 for box in one
+        ):
             raise ValueError(
                 f"boxes={boxes!r}: expected one list of (top, left, bottom, right) boxes per image; give e.g. "
                 "[[(3, 4, 3, 4)]] for a click in one image."

@@ -30,7 +30,13 @@ def is_exporting_onnx() -> bool:
 
 
 def masked_dense(
-    source: Handled, grid: tuple[int, int], q: Tensor, k: Tensor, v: Tensor, rel_pos: RelPos | None, scale: float
+    source: Handled,
+    grid: tuple[int, int],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_pos: RelPos | None,
+    scale: float,
 ) -> Tensor:
     """Return the attention of (B, H, N, D) tensors in model order, computed as N x N logits under the block mask.
 
@@ -52,8 +58,12 @@ def masked_dense(
         )
         places = None
         if rel_pos is not None and masks.kv_layout is not None:
-            places = tuple(x.clone() for x in key_places(masks.kv_layout, False, torch.device("cpu")))
-    mask = blocks.to(q.device)[:, :, row_of.to(q.device)][:, :, :, column_of.to(q.device)]  # (B or 1, H, N, M)
+            places = tuple(
+                x.clone() for x in key_places(masks.kv_layout, False, torch.device("cpu"))
+            )
+    mask = blocks.to(q.device)[:, :, row_of.to(q.device)][
+        :, :, :, column_of.to(q.device)
+    ]  # (B or 1, H, N, M)
     group = q.shape[1] // k.shape[1]
     if group > 1:
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))

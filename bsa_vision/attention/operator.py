@@ -57,7 +57,9 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, problem: Problem, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
         out, lse, _ = attend(problem, "gather")
         ctx.save_for_backward(*tensors, out)
-        ctx.problem = _with_tensors(problem, *(x.new_empty(0) for x in tensors))  # these are saved above
+        ctx.problem = _with_tensors(
+            problem, *(x.new_empty(0) for x in tensors)
+        )  # these are saved above
         if lse is not None:
             ctx.mark_non_differentiable(lse)
         return out, lse
@@ -68,7 +70,9 @@ class _Gather(torch.autograd.Function):
         problem = _with_tensors(ctx.problem, *tensors)
         with torch.no_grad(), _without_autocast(out.device):
             gradients = _gradients(problem, out, grad_out)
-        return None, *once("gather", grad_out, problem.q, tuple(x for x in gradients if x is not None))
+        return None, *once(
+            "gather", grad_out, problem.q, tuple(x for x in gradients if x is not None)
+        )
 
 
 def _with_tensors(problem: Problem, q: Tensor, k: Tensor, v: Tensor, *rel_pos: Tensor) -> Problem:
@@ -108,7 +112,9 @@ def _layouts(problem: Problem) -> tuple[TokenLayout | None, TokenLayout | None]:
     masks = problem.masks
     if masks.all_dense:
         return None, None
-    layout, kv_layout = (x if x is not None and not x.is_identity else None for x in (masks.layout, masks.kv_layout))
+    layout, kv_layout = (
+        x if x is not None and not x.is_identity else None for x in (masks.layout, masks.kv_layout)
+    )
     return layout, kv_layout
 
 
@@ -117,7 +123,9 @@ def _with_order(problem: Problem) -> Problem:
     device = problem.q.device
     order_q, order_k = (None if x is None else token_index(x, device) for x in _layouts(problem))
     key_row, key_column = _key_places(problem, ordered=False)
-    return replace(problem, order_q=order_q, order_k=order_k, key_row=key_row, key_column=key_column)
+    return replace(
+        problem, order_q=order_q, order_k=order_k, key_row=key_row, key_column=key_column
+    )
 
 
 def _ordered(problem: Problem, rel_pos: bool = True) -> Problem:
@@ -131,7 +139,16 @@ def _ordered(problem: Problem, rel_pos: bool = True) -> Problem:
     q = order_tokens(problem.q, layout)
     k, v = (order_tokens(x, kv_layout) for x in (problem.k, problem.v))
     key_row, key_column = _key_places(problem, ordered=kv_layout is not None)
-    return replace(problem, q=q, k=k, v=v, rel_pos=terms, order_q=order_q, key_row=key_row, key_column=key_column)
+    return replace(
+        problem,
+        q=q,
+        k=k,
+        v=v,
+        rel_pos=terms,
+        order_q=order_q,
+        key_row=key_row,
+        key_column=key_column,
+    )
 
 
 def _key_places(problem: Problem, ordered: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -140,7 +157,9 @@ def _key_places(problem: Problem, ordered: bool) -> tuple[Tensor | None, Tensor 
     if problem.rel_pos is None:
         return None, None
     if layout is None:
-        raise ValueError("rel_pos with masks that have no layout: it says which patch each key is; make them for one.")
+        raise ValueError(
+            "rel_pos with masks that have no layout: it says which patch each key is; make them for one."
+        )
     return key_places(layout, ordered, problem.k.device)
 
 
@@ -242,15 +261,21 @@ def attention_op(
     backend = choose(problem, backend)
     with _as_outside() if backend == "flex" else nullcontext():
         out, lse, _ = attend(problem, backend)
-    return out, q.new_empty(0, dtype=problem.compute_dtype) if lse is None or not return_lse else lse
+    return out, q.new_empty(
+        0, dtype=problem.compute_dtype
+    ) if lse is None or not return_lse else lse
 
 
 @attention_op.register_fake
 def _(*flat: Any) -> tuple[Tensor, Tensor]:
     given = OpArgs(*flat)
     q, bounds = given.q, given.cu_seqlens_q
-    images, longest = (q.shape[0], q.shape[2]) if bounds is None else (bounds.shape[0] - 1, given.max_q)
-    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], given.v.shape[-1]).transpose(1, 2)  # (B, H, N, Dv)
+    images, longest = (
+        (q.shape[0], q.shape[2]) if bounds is None else (bounds.shape[0] - 1, given.max_q)
+    )
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], given.v.shape[-1]).transpose(
+        1, 2
+    )  # (B, H, N, Dv)
     lse_shape = (images, q.shape[1], longest) if given.return_lse else (0,)
     lse = q.new_empty(lse_shape, dtype=torch.promote_types(q.dtype, torch.float32))
     return out, lse
@@ -335,11 +360,16 @@ def gradient_op(
 @contextmanager
 def _as_outside() -> Iterator[None]:
     """Inside of an operator: with autograd and vmap, which FlexAttention compiles with, as a caller has them."""
-    autograd, vmap = ("AutogradFunctionality", "ADInplaceOrView"), ("FuncTorchBatched", "FuncTorchGradWrapper")
+    autograd, vmap = (
+        ("AutogradFunctionality", "ADInplaceOrView"),
+        ("FuncTorchBatched", "FuncTorchGradWrapper"),
+    )
     layers = ("FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode")
     with ExitStack() as stack:
         for key in (*autograd, *vmap, *layers):
-            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(getattr(torch._C.DispatchKey, key), False))
+            stack.enter_context(
+                torch._C._SetExcludeDispatchKeyGuard(getattr(torch._C.DispatchKey, key), False)
+            )
         yield
 
 
@@ -349,9 +379,14 @@ BRING_GRADIENTS = ("kernel", "cudnn", "flex")
 def _differentiated(problem: Problem, backend: str, grad_out: Tensor) -> tuple[Tensor, ...] | None:
     """The gradients by the backend that would run this call where gradients are asked for; None where that is none of `BRING_GRADIENTS`."""
     with torch.enable_grad(), _as_outside():
-        leaves = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v, *(problem.rel_pos or ()))]
+        leaves = [
+            x.detach().requires_grad_()
+            for x in (problem.q, problem.k, problem.v, *(problem.rel_pos or ()))
+        ]
         q, k, v, *terms = leaves
-        asked = replace(problem, q=q, k=k, v=v, rel_pos=RelPos(*terms) if terms else None, return_lse=False)
+        asked = replace(
+            problem, q=q, k=k, v=v, rel_pos=RelPos(*terms) if terms else None, return_lse=False
+        )
         if backend != "auto" and why_not(backend, asked) is not None:
             backend = "auto"  # which ran forward and has no gradient for this call
         name = choose(asked, backend)
@@ -367,7 +402,9 @@ def _gradients(problem: Problem, out: Tensor, grad_out: Tensor) -> tuple[Tensor 
     out, grad_out = (order_tokens(x, layout) for x in (out, grad_out))
     grads = gather.gradients(_ordered(problem), out, grad_out)
     layouts = (layout, kv_layout, kv_layout, layout, layout)
-    return tuple(None if x is None else restore_tokens(x, to) for x, to in zip(grads, layouts, strict=True))
+    return tuple(
+        None if x is None else restore_tokens(x, to) for x, to in zip(grads, layouts, strict=True)
+    )
 
 
 @gradient_op.register_fake
@@ -394,7 +431,9 @@ def _problem(given: OpArgs) -> Problem:
         dropout_p=given.dropout_p,
         seed=0 if given.seed is None else int(given.seed),
         return_lse=given.return_lse,
-        rel_pos=None if given.rel_h is None or given.rel_w is None else RelPos(given.rel_h, given.rel_w),
+        rel_pos=None
+        if given.rel_h is None or given.rel_w is None
+        else RelPos(given.rel_h, given.rel_w),
     )
 
 
@@ -407,7 +446,9 @@ def _masks(given: OpArgs) -> HeadMasks:
         return masks
     if given.handle:
         return from_handle(given.handle).masks_for(grid, num_keys)
-    return HeadMasks(given.base_blockmask, given.head_mask_type, given.streaming_info, allow_empty_rows=True)
+    return HeadMasks(
+        given.base_blockmask, given.head_mask_type, given.streaming_info, allow_empty_rows=True
+    )
 
 
 def _check_carried(given: OpArgs, masks: HeadMasks) -> None:
@@ -425,7 +466,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(*given.tensors, output[0])
     ctx.numbers = given.numbers
     # The masks must live until backward. Under a compiler the handle may be symbolic; there the graph's owner keeps them.
-    ctx.masks = from_handle(given.handle) if isinstance(given.handle, int) and given.handle else None
+    ctx.masks = (
+        from_handle(given.handle) if isinstance(given.handle, int) and given.handle else None
+    )
 
 
 def _gradient(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:

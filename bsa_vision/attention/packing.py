@@ -66,7 +66,9 @@ class Packed:
     uniform: bool
 
 
-def pack(x: Tensor | Sequence[Tensor], layouts: TokenLayout | Sequence[TokenLayout | None] | None = None) -> Packed:
+def pack(
+    x: Tensor | Sequence[Tensor], layouts: TokenLayout | Sequence[TokenLayout | None] | None = None
+) -> Packed:
     """(B, H, N, D), or a list of (H, n, D) images of different sizes -> `Packed`.
 
     layouts  one for all images, or one per image; tokens come in model order and leave in packed order
@@ -77,7 +79,9 @@ def pack(x: Tensor | Sequence[Tensor], layouts: TokenLayout | Sequence[TokenLayo
     """
     images = list(x)
     if not images or any(
-        not isinstance(image, Tensor) or image.dim() != 3 or image.shape[::2] != images[0].shape[::2]
+        not isinstance(image, Tensor)
+        or image.dim() != 3
+        or image.shape[::2] != images[0].shape[::2]
         for image in images
     ):
         raise ValueError(
@@ -110,7 +114,9 @@ def pack(x: Tensor | Sequence[Tensor], layouts: TokenLayout | Sequence[TokenLayo
     ]
     return Packed(
         tokens=torch.cat(ordered),  # (T, H, D)
-        cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=images[0].device),
+        cu_seqlens=torch.tensor(
+            [0, *accumulate(lengths)], dtype=torch.int32, device=images[0].device
+        ),
         max_seqlen=max(lengths),
         layouts=tuple(per_image),
         uniform=isinstance(x, Tensor),
@@ -139,10 +145,16 @@ def pack_head_masks(images: Sequence[HeadMasks]) -> HeadMasks:
     has no layout: packed tokens are in order already.
     """
     if not images or not all(isinstance(masks, HeadMasks) for masks in images):
-        raise TypeError(f"pack_head_masks got {images!r}: expected a list of HeadMasks, one per image.")
+        raise TypeError(
+            f"pack_head_masks got {images!r}: expected a list of HeadMasks, one per image."
+        )
     first = images[0]
     for position, masks in enumerate(images):
-        if (masks.slices, masks.streaming, masks.block_size) != (first.slices, first.streaming, first.block_size):
+        if (masks.slices, masks.streaming, masks.block_size) != (
+            first.slices,
+            first.streaming,
+            first.block_size,
+        ):
             raise ValueError(
                 f"image {position} has head types {masks.slices} in blocks of {masks.block_size}, image 0 {first.slices} in "
                 f"blocks of {first.block_size}: one call has one set of head types; build all masks with the same heads."
@@ -158,7 +170,12 @@ def pack_head_masks(images: Sequence[HeadMasks]) -> HeadMasks:
     if slices:
         rows, columns = max(s.shape[2] for s in slices), max(s.shape[3] for s in slices)
         base = torch.cat(
-            [torch.nn.functional.pad(s, (0, columns - s.shape[3], 0, rows - s.shape[2])) for s in slices]
+            [
+                torch.nn.functional.pad(s, (0, columns - s.shape[3], 0, rows - s.shape[2]))
+                for s in slices
+            ]
         )  # (B, S, R, C)
     # Rows past the end of a short image are empty by construction; the images' own rows were checked when they were made.
-    return HeadMasks(base, first.slices, streaming, block_size=first.block_size, allow_empty_rows=True)
+    return HeadMasks(
+        base, first.slices, streaming, block_size=first.block_size, allow_empty_rows=True
+    )

@@ -34,10 +34,27 @@ LIBRARIES = {
 # import name -> modules, and classes of transformers, that models are made of: the top package may import without them
 PARTS = {
     "transformers": (
-        *("ViTModel", "Dinov2Model", "Dinov2WithRegistersModel", "DINOv3ViTModel", "CLIPVisionModel"),
-        *("SiglipVisionModel", "Siglip2VisionModel", "SamVisionModel", "Sam2VisionModel", "Sam3ViTModel"),
+        *(
+            "ViTModel",
+            "Dinov2Model",
+            "Dinov2WithRegistersModel",
+            "DINOv3ViTModel",
+            "CLIPVisionModel",
+        ),
+        *(
+            "SiglipVisionModel",
+            "Siglip2VisionModel",
+            "SamVisionModel",
+            "Sam2VisionModel",
+            "Sam3ViTModel",
+        ),
     ),
-    "timm": ("models.vision_transformer", "models.eva", "models.vision_transformer_sam", "models.hieradet_sam2"),
+    "timm": (
+        "models.vision_transformer",
+        "models.eva",
+        "models.vision_transformer_sam",
+        "models.hieradet_sam2",
+    ),
     "torchvision": ("models.vision_transformer",),
     "segment_anything": ("modeling",),
     "sam2": ("modeling.backbones.hieradet", "modeling.memory_attention"),
@@ -100,7 +117,11 @@ def _machine() -> list[Finding]:
         Finding("machine", "CPU", OK, f"{here.hardware}, {here.cores} cores ({here.system})"),
     ]
     if not torch.cuda.is_available():
-        built = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
+        built = (
+            "this torch is built without CUDA"
+            if torch.version.cuda is None
+            else "torch sees no CUDA device"
+        )
         return [*found, Finding("machine", "GPU", NOT_HERE, built)]
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
@@ -115,10 +136,17 @@ def _backends() -> list[Finding]:
     q = torch.zeros(1, 2, 256, 64, device=device, dtype=torch.bfloat16)
     mask = torch.eye(2, dtype=torch.bool).expand(1, 2, 2, 2)
     why = reasons(Problem(q, q, q, HeadMasks(mask), scale=1.0))
-    found = [Finding("backend", name, NOT_HERE if why[name] else OK, why[name] or f"on {device}") for name in BACKENDS]
+    found = [
+        Finding("backend", name, NOT_HERE if why[name] else OK, why[name] or f"on {device}")
+        for name in BACKENDS
+    ]
     reason = loop.why_not()
     capability = torch.backends.cpu.get_cpu_capability()
-    found.append(Finding("backend", "gather's compiled loop", NOT_HERE if reason else OK, reason or capability))
+    found.append(
+        Finding(
+            "backend", "gather's compiled loop", NOT_HERE if reason else OK, reason or capability
+        )
+    )
     return found
 
 
@@ -137,7 +165,9 @@ def _library(name: str) -> Finding:
         return Finding("library", name, OK, number or "version unknown")
     if isinstance(error, ModuleNotFoundError) and error.name == name:
         return Finding("library", name, ABSENT, f"for {purpose}")
-    while error.__cause__ or error.__context__:  # transformers says that something failed, its cause what
+    while (
+        error.__cause__ or error.__context__
+    ):  # transformers says that something failed, its cause what
         error = error.__cause__ or error.__context__ or error
     what = f"{number or 'version unknown'}{part and ', ' + part}"
     return Finding("library", name, BROKEN, f"{what}: {first_line(error)}")

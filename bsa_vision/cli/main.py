@@ -10,7 +10,10 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run one command line (None = the process's own) and leave with its exit code."""
     given = sys.argv[1:] if args is None else list(args)
     if any(word == "" or (word.startswith("--") and word.endswith("=")) for word in given):
-        print(f"bsa-vision: an argument is empty in {given}: expected a value for each; leave it out.", file=sys.stderr)
+        print(
+            f"bsa-vision: an argument is empty in {given}: expected a value for each; leave it out.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     try:
         import rich  # noqa: F401
@@ -27,7 +30,12 @@ def main(args: Sequence[str] | None = None) -> None:
     from bsa_vision.cli.tune import tune_model
 
     # A bug should look like one: Python's own traceback, without the values of local variables.
-    app = typer.Typer(name="bsa-vision", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+    app = typer.Typer(
+        name="bsa-vision",
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+    )
 
     @app.callback()
     def about() -> None:

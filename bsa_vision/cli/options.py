@@ -23,7 +23,9 @@ ModelName = Annotated[str, typer.Argument(help=FORMS)]
 Random = Annotated[bool, typer.Option("--random", help="Fresh weights, none are downloaded.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Of segment_anything, for sam:...")]
 ImageSize = Annotated[int | None, typer.Option(help="Pixels per side. [the model's own]")]
-PatternName = Annotated[str | None, typer.Option(help="Sparse heads in all global layers: local:8, window:14:shift=7.")]
+PatternName = Annotated[
+    str | None, typer.Option(help="Sparse heads in all global layers: local:8, window:14:shift=7.")
+]
 DenseHeads = Annotated[int, typer.Option(help="So many first heads of each layer stay dense.")]
 PlanFile = Annotated[Path | None, typer.Option(help="A plan file instead of a pattern.")]
 
@@ -37,14 +39,27 @@ def read_images(
     like = like_of(model, model)
     images, unreadable = image_files.read_all(files, size, how)
     if unreadable and not int(os.environ.get("RANK", 0)):
-        print(f"{len(unreadable)} of {len(files)} images are left out:", *unreadable, sep="\n  ", file=sys.stderr)
+        print(
+            f"{len(unreadable)} of {len(files)} images are left out:",
+            *unreadable,
+            sep="\n  ",
+            file=sys.stderr,
+        )
     return {file: image.to(like.device, like.dtype) for file, image in images.items()}, size, how
 
 
-def chosen_plan(model: nn.Module, pattern: str | None, dense_heads: int, file: Path | None) -> SparsityPlan | None:
+def chosen_plan(
+    model: nn.Module, pattern: str | None, dense_heads: int, file: Path | None
+) -> SparsityPlan | None:
     """What --pattern and --plan say; None where neither does."""
     if pattern is not None and file is not None:
-        raise ValueError("--pattern and --plan: one of the two says what heads do; leave the other out.")
+        raise ValueError(
+            "--pattern and --plan: one of the two says what heads do; leave the other out."
+        )
     if file is not None:
         return SparsityPlan.load(file)
-    return None if pattern is None else uniform_plan(model, parse.pattern(pattern), dense_heads=dense_heads)
+    return (
+        None
+        if pattern is None
+        else uniform_plan(model, parse.pattern(pattern), dense_heads=dense_heads)
+    )

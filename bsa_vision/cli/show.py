@@ -44,10 +44,14 @@ def show_doctor(as_json: JsonFlag = False) -> None:
         print(json.dumps([asdict(finding) for finding in found], indent=2))
     else:
         console = Console()
-        table = Table("kind", "name", "state", "details", title="bsa-vision doctor", title_justify="left")
+        table = Table(
+            "kind", "name", "state", "details", title="bsa-vision doctor", title_justify="left"
+        )
         for finding in found:
             style = {OK: "green", BROKEN: "bold red"}.get(finding.state, "")
-            table.add_row(finding.kind, finding.name, Text(finding.state, style), Text(finding.detail))
+            table.add_row(
+                finding.kind, finding.name, Text(finding.state, style), Text(finding.detail)
+            )
         console.print(table)
         for text in dict.fromkeys(advice(finding) for finding in found if finding.is_wrong):
             console.print(text, markup=False)
@@ -57,7 +61,10 @@ def show_doctor(as_json: JsonFlag = False) -> None:
 
 def show_masks(
     pattern: Annotated[
-        str, typer.Argument(help="A name of masks.PATTERNS with parameters: local:8, window:14:shift=7.")
+        str,
+        typer.Argument(
+            help="A name of masks.PATTERNS with parameters: local:8, window:14:shift=7."
+        ),
     ],
     grid: Annotated[str, typer.Option(help="Patches: 64x64, or 4096 for a square.")] = "64x64",
     start: Annotated[int, typer.Option(help="Special tokens before the patches.")] = 0,
@@ -65,8 +72,12 @@ def show_masks(
     order: Annotated[str, typer.Option(help="tile or raster.")] = "tile",
     tile: Annotated[str, typer.Option(help="Patches of a tile, rows x columns.")] = "8x16",
     block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 128,
-    png: Annotated[Path | None, typer.Option(help="Also a picture: what one block of queries sees.")] = None,
-    query: Annotated[str | None, typer.Option(help="Patch whose block that is, row x column. [the middle]")] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Also a picture: what one block of queries sees.")
+    ] = None,
+    query: Annotated[
+        str | None, typer.Option(help="Patch whose block that is, row x column. [the middle]")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Draw a pattern on a grid: which blocks of queries (rows) compute which blocks of keys (columns)."""
@@ -129,7 +140,12 @@ def show_model(
         print(f"bsa-vision describe: {error}", file=sys.stderr)
         raise typer.Exit(WRONG_USAGE) from None
     if as_json:
-        data = {**asdict(report), "gain": report.gain, "sparsity": report.sparsity, "ceiling": report.cost.ceiling()}
+        data = {
+            **asdict(report),
+            "gain": report.gain,
+            "sparsity": report.sparsity,
+            "ceiling": report.cost.ceiling(),
+        }
         print(json.dumps(data, indent=2))
     else:
         print(report)
@@ -144,7 +160,9 @@ def show_comparison(
     pattern: PatternName = None,
     dense_heads: DenseHeads = 0,
     plan: PlanFile = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds, dense and sparse alternating.")] = 3,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Timed rounds, dense and sparse alternating.")
+    ] = 3,
     as_json: JsonFlag = False,
 ) -> None:
     """A model with sparse heads against itself without, on your images: error layer by layer, time, memory."""
@@ -153,7 +171,9 @@ def show_comparison(
         loaded = load(model, random=random, checkpoint=checkpoint, image_size=image_size)
         chosen = chosen_plan(loaded, pattern, dense_heads, plan)
         if chosen is None:
-            raise ValueError("neither --plan nor --pattern: one of the two says what heads do; give one.")
+            raise ValueError(
+                "neither --plan nor --pattern: one of the two says what heads do; give one."
+            )
         read, size, how = read_images(loaded, files, image_size)
         sparsify_(loaded, chosen)
         with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -162,17 +182,26 @@ def show_comparison(
     except (ValueError, OSError) as error:
         print(f"bsa-vision compare: {error}", file=sys.stderr)
         raise typer.Exit(WRONG_USAGE) from None
-    about = {"images": [str(file) for file in read], "size": size, "normalisation": how, "random_weights": random}
+    about = {
+        "images": [str(file) for file in read],
+        "size": size,
+        "normalisation": how,
+        "random_weights": random,
+    }
     if as_json:
         print(json.dumps({**about, **found.to_json()}, indent=2))
         return
     print(found)
-    print(f"images cut to {size[0]} x {size[1]} pixels, normalised with mean {how[0]} and standard deviation {how[1]}")
+    print(
+        f"images cut to {size[0]} x {size[1]} pixels, normalised with mean {how[0]} and standard deviation {how[1]}"
+    )
     if random:
         print("RANDOM WEIGHTS: these errors say nothing about a trained model.")
 
 
-def _picture(path: Path, title: str, layout: TokenLayout, mask: object, place: tuple[int, ...]) -> None:
+def _picture(
+    path: Path, title: str, layout: TokenLayout, mask: object, place: tuple[int, ...]
+) -> None:
     import numpy as np
 
     from bsa_vision.viz import View, block_at, plot_views

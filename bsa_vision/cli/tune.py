@@ -15,7 +15,14 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from bsa_vision.cli import parse
 from bsa_vision.cli.options import (
@@ -39,24 +46,38 @@ from bsa_vision.tuning import report, tune
 def tune_model(
     ctx: typer.Context,
     model: ModelName,
-    images: Annotated[list[str], typer.Argument(help="Photographs, or folders of them: 24 or more are good.")],
+    images: Annotated[
+        list[str], typer.Argument(help="Photographs, or folders of them: 24 or more are good.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan is written.")],
     sparsity: Annotated[float | None, typer.Option(help="Fraction of the blocks to skip.")] = None,
-    max_error: Annotated[float | None, typer.Option(help="Relative error of the features, mean over images.")] = None,
-    speedup: Annotated[float | None, typer.Option(help="Of the model, as measured here: 1.3.")] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Relative error of the features, mean over images.")
+    ] = None,
+    speedup: Annotated[
+        float | None, typer.Option(help="Of the model, as measured here: 1.3.")
+    ] = None,
     random: Random = False,
     checkpoint: Checkpoint = None,
     image_size: ImageSize = None,
-    order: Annotated[str, typer.Option(help="tile, raster, or auto: whichever loses least.")] = "auto",
+    order: Annotated[
+        str, typer.Option(help="tile, raster, or auto: whichever loses least.")
+    ] = "auto",
     tile: Annotated[str, typer.Option(help="Patches of a tile, rows x columns.")] = "8x16",
     block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 128,
     seed: Annotated[int, typer.Option(help="Of which images are kept back.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. [cuda where there is one]")] = None,
-    statistics: Annotated[Path | None, typer.Option(help="What was measured. [beside the plan]")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1. [cuda where there is one]")
+    ] = None,
+    statistics: Annotated[
+        Path | None, typer.Option(help="What was measured. [beside the plan]")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from those; another budget needs no new pass.")
     ] = False,
-    page: Annotated[Path | None, typer.Option("--report", help="The page about the plan. [beside the plan]")] = None,
+    page: Annotated[
+        Path | None, typer.Option("--report", help="The page about the plan. [beside the plan]")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """A plan for a model: which head uses which pattern, chosen on your images and checked on those that were kept back."""
@@ -66,7 +87,9 @@ def tune_model(
         statistics, page = _paths(output, statistics, page)
         with _processes(device) as (rank, where):
             files = image_files.find(images)
-            loaded = load(model, random=random, checkpoint=checkpoint, image_size=image_size).to(where)
+            loaded = load(model, random=random, checkpoint=checkpoint, image_size=image_size).to(
+                where
+            )
             read = list(read_images(loaded, files, image_size)[0].values())
             layout = dict(order=order, tile=parse.grid(tile, "--tile"), block_size=block_size)
             meter = Meter(where)
@@ -83,7 +106,11 @@ def tune_model(
     except KeyboardInterrupt as interruption:
         _say_how_to_resume(ctx, str(interruption), Path(statistics or output))
         raise typer.Exit(INTERRUPTED) from None
-    took = {"seconds": time.monotonic() - start, "peak_bytes": meter.peak(), "random_weights": random}
+    took = {
+        "seconds": time.monotonic() - start,
+        "peak_bytes": meter.peak(),
+        "random_weights": random,
+    }
     files_made = {"plan": str(output), "report": str(page), "statistics": str(statistics)}
     if as_json:
         print(json.dumps({**plan.report, **took, **files_made}, indent=2))
@@ -95,7 +122,10 @@ def _say_how_to_resume(ctx: typer.Context, text: str, statistics: Path) -> None:
     if int(os.environ.get("RANK", 0)):
         return
     given = [word for word in ctx.obj or [] if word != "--resume"]
-    print(f"bsa-vision tune: {text.partition(';')[0] or 'interrupted before anything was measured'}.", file=sys.stderr)
+    print(
+        f"bsa-vision tune: {text.partition(';')[0] or 'interrupted before anything was measured'}.",
+        file=sys.stderr,
+    )
     if statistics.is_file():
         print(f"Go on with: {shlex.join(['bsa-vision', *given, '--resume'])}", file=sys.stderr)
 
@@ -114,7 +144,9 @@ def _show(plan: SparsityPlan, took: dict[str, Any], files_made: dict[str, str]) 
     )
     if found["speedup"] is not None:
         print(f"{found['speedup']:.2f} times as fast as dense, measured here")
-    print(f"{took['seconds']:.0f} s, {took['peak_bytes'] / 2**20:.0f} MiB over what the model and the images take")
+    print(
+        f"{took['seconds']:.0f} s, {took['peak_bytes'] / 2**20:.0f} MiB over what the model and the images take"
+    )
     if took["random_weights"]:
         print("RANDOM WEIGHTS: this error says nothing about a trained model.")
     for what, path in files_made.items():
@@ -126,7 +158,9 @@ def _check_installed() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"the report needs matplotlib ({error}): pip install 'bsa-vision[tune]'.") from None
+        raise ImportError(
+            f"the report needs matplotlib ({error}): pip install 'bsa-vision[tune]'."
+        ) from None
 
 
 def _paths(output: Path, statistics: Path | None, page: Path | None) -> tuple[Path, Path]:
@@ -155,8 +189,12 @@ def _processes(device: str | None) -> Iterator[tuple[int, torch.device]]:
     try:
         where = torch.device(device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
-        raise ValueError(f"--device {device}: allowed are cpu, cuda and cuda:1 and so on; give one of them.") from None
-    if where.type not in ("cpu", "cuda") or (where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(
+            f"--device {device}: allowed are cpu, cuda and cuda:1 and so on; give one of them."
+        ) from None
+    if where.type not in ("cpu", "cuda") or (
+        where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count()
+    ):
         raise ValueError(
             f"--device {device}: this machine has cpu and {torch.cuda.device_count()} GPUs; give one of these."
         )
@@ -179,9 +217,16 @@ def _processes(device: str | None) -> Iterator[tuple[int, torch.device]]:
 @contextmanager
 def _bars(shown: bool) -> Iterator[Any]:
     """One bar for each thing that is done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as progress:
+    with Progress(
+        *columns, console=Console(stderr=True), transient=True, disable=not shown
+    ) as progress:
 
         def on_step(what: str, done: int, of: int) -> None:
             if what not in tasks:

@@ -11,7 +11,9 @@ SHADES = " ░▒▓█"
 def draw(mask: Tensor, max_size: int = 32) -> str:
     """An (R, C) bool block mask as lines of text, full = all kept; larger masks are averaged down to `max_size`."""
     if mask.dim() != 2:
-        raise ValueError(f"mask of shape {tuple(mask.shape)}: expected (R, C); pick one head of one image, mask[b, s].")
+        raise ValueError(
+            f"mask of shape {tuple(mask.shape)}: expected (R, C); pick one head of one image, mask[b, s]."
+        )
     rows, columns = (min(n, max_size) for n in mask.shape)
     if 0 in (rows, columns):
         return ""

@@ -34,8 +34,12 @@ def whole_number(name: str, value: Any, minimum: int) -> int:
 def whole_pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
     """`value` as (rows, columns), or a ValueError that names the argument."""
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
-        raise ValueError(f"{name}={value!r}: expected a pair (rows, columns); give two ints, rows first.")
-    return whole_number(f"{name}[0]", value[0], minimum), whole_number(f"{name}[1]", value[1], minimum)
+        raise ValueError(
+            f"{name}={value!r}: expected a pair (rows, columns); give two ints, rows first."
+        )
+    return whole_number(f"{name}[0]", value[0], minimum), whole_number(
+        f"{name}[1]", value[1], minimum
+    )
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,9 @@ class TokenLayout:
         for name, minimum in (("start", 0), ("end", 0), ("block_size", 1), ("frames", 1)):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), minimum))
         if self.order not in ORDERS:
-            raise ValueError(f"order={self.order!r}: allowed are {', '.join(map(repr, ORDERS))}; choose one of them.")
+            raise ValueError(
+                f"order={self.order!r}: allowed are {', '.join(map(repr, ORDERS))}; choose one of them."
+            )
 
     @property
     def num_patches(self) -> int:
@@ -132,7 +138,9 @@ class TokenLayout:
         row, column = whole_number("row", row, 0), whole_number("column", column, 0)
         return self.distance_to_box(row, column, row, column, metric)
 
-    def distance_to_box(self, top: int, left: int, bottom: int, right: int, metric: str = "l1") -> Tensor:
+    def distance_to_box(
+        self, top: int, left: int, bottom: int, right: int, metric: str = "l1"
+    ) -> Tensor:
         """(R,) int64: the smallest distance from any patch of rows top to bottom, columns left to right, both included, to each block."""
         check_metric(metric)
         names = ("top", "left", "bottom", "right")
@@ -149,7 +157,9 @@ class TokenLayout:
             raise ValueError(
                 f"box of patches ({top}, {left}) to ({bottom}, {right}) is empty: top <= bottom and left <= right are needed; swap them."
             )
-        box = Rectangles(*(torch.tensor([value], device="cpu") for value in (0, top, bottom, left, right)))
+        box = Rectangles(
+            *(torch.tensor([value], device="cpu") for value in (0, top, bottom, left, right))
+        )
         rectangles = _rectangles(self)
         return _smallest(_gap(box, rectangles, metric), rectangles.block, self)[0]
 
@@ -157,7 +167,9 @@ class TokenLayout:
 def check_metric(metric: str) -> str:
     """`metric`, or a ValueError that names the allowed ones."""
     if metric not in METRICS:
-        raise ValueError(f"metric={metric!r}: allowed are {', '.join(map(repr, METRICS))}; choose one of them.")
+        raise ValueError(
+            f"metric={metric!r}: allowed are {', '.join(map(repr, METRICS))}; choose one of them."
+        )
     return metric
 
 
@@ -216,7 +228,9 @@ def _coordinates(layout: TokenLayout) -> tuple[Tensor, Tensor]:
     patch = layout.permutation - layout.start
     special = (patch < 0) | (patch >= layout.num_patches)
     height, width = layout.grid
-    return (patch // width % height).masked_fill(special, -1), (patch % width).masked_fill(special, -1)
+    return (patch // width % height).masked_fill(special, -1), (patch % width).masked_fill(
+        special, -1
+    )
 
 
 @lru_cache(maxsize=64)
@@ -239,7 +253,12 @@ def _rectangles(layout: TokenLayout) -> Rectangles:
     last = torch.cat([first[1:] - 1, first.new_tensor([len(row) - 1])])
     block, top, left, right = block[first], row[first], column[first], column[last]
     # ... and runs of the same columns in successive rows form a rectangle.
-    first = _starts(block[1:] != block[:-1], top[1:] != top[:-1] + 1, left[1:] != left[:-1], right[1:] != right[:-1])
+    first = _starts(
+        block[1:] != block[:-1],
+        top[1:] != top[:-1] + 1,
+        left[1:] != left[:-1],
+        right[1:] != right[:-1],
+    )
     last = torch.cat([first[1:] - 1, first.new_tensor([len(top) - 1])])
     return Rectangles(block[first], top[first], top[last], left[first], right[first])
 
@@ -252,8 +271,12 @@ def _starts(*breaks: Tensor) -> Tensor:
 
 def _gap(a: Rectangles, b: Rectangles, metric: str) -> Tensor:
     """(len(a), len(b)) smallest distances between rectangles: the gap of an axis does not depend on the other axis."""
-    rows = torch.maximum(b.top[None] - a.bottom[:, None], a.top[:, None] - b.bottom[None]).clamp_(min=0)
-    columns = torch.maximum(b.left[None] - a.right[:, None], a.left[:, None] - b.right[None]).clamp_(min=0)
+    rows = torch.maximum(b.top[None] - a.bottom[:, None], a.top[:, None] - b.bottom[None]).clamp_(
+        min=0
+    )
+    columns = torch.maximum(
+        b.left[None] - a.right[:, None], a.left[:, None] - b.right[None]
+    ).clamp_(min=0)
     if metric == "l1":
         return rows + columns
     return torch.maximum(rows, columns) if metric == "chebyshev" else torch.minimum(rows, columns)
@@ -273,7 +296,11 @@ def _block_distance(layout: TokenLayout, metric: str, keys: TokenLayout) -> Tens
     step = max(1, 500_000 // len(rectangles.block))
     to_blocks = torch.cat(
         [
-            _smallest(_gap(Rectangles(*(x[i : i + step] for x in queries)), rectangles, metric), rectangles.block, keys)
+            _smallest(
+                _gap(Rectangles(*(x[i : i + step] for x in queries)), rectangles, metric),
+                rectangles.block,
+                keys,
+            )
             for i in range(0, len(queries.block), step)
         ]
     )  # (M, C)

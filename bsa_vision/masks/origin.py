@@ -37,7 +37,9 @@ def remember(mask: Tensor, layouts: Layouts | None) -> Tensor:
 def check_layout(name: str, layout: object) -> None:
     """Raise TypeError unless `layout` is a TokenLayout."""
     if not isinstance(layout, TokenLayout):
-        raise TypeError(f"{name} is a {type(layout).__name__}: expected a TokenLayout; use masks.TokenLayout(grid).")
+        raise TypeError(
+            f"{name} is a {type(layout).__name__}: expected a TokenLayout; use masks.TokenLayout(grid)."
+        )
 
 
 def laid_out(function: Function) -> Function:
@@ -48,7 +50,9 @@ def laid_out(function: Function) -> Function:
         if not args and "layout" not in params:
             return function(**params)  # Python says what is missing
         layout = args[0] if args else params["layout"]
-        keys = params.get("keys", next((one for one in args[1:] if isinstance(one, TokenLayout)), None))
+        keys = params.get(
+            "keys", next((one for one in args[1:] if isinstance(one, TokenLayout)), None)
+        )
         check_layout("layout", layout)
         if keys is not None:
             check_layout("keys", keys)

@@ -39,7 +39,9 @@ def _keep_special(layout: TokenLayout, mask: Tensor, keys: TokenLayout | None = 
 @laid_out
 def dense(layout: TokenLayout, keys: TokenLayout | None = None) -> Tensor:
     """Every block sees every block."""
-    return torch.ones(layout.num_blocks, (keys or layout).num_blocks, dtype=torch.bool, device="cpu")
+    return torch.ones(
+        layout.num_blocks, (keys or layout).num_blocks, dtype=torch.bool, device="cpu"
+    )
 
 
 @laid_out
@@ -54,13 +56,17 @@ def local_window(
         ▓█▓░░░      ▓ holds at least one pair close enough
         ░▓█▓░░
     """
-    return _keep_special(layout, layout.block_distance(metric, keys) <= whole_number("radius", radius, 0), keys)
+    return _keep_special(
+        layout, layout.block_distance(metric, keys) <= whole_number("radius", radius, 0), keys
+    )
 
 
 @laid_out
 def axial(layout: TokenLayout, width: int = 0, keys: TokenLayout | None = None) -> Tensor:
     """Blocks with at least one pair of patches whose rows, or whose columns, differ by at most `width` (any-rule)."""
-    return _keep_special(layout, layout.block_distance("axis", keys) <= whole_number("width", width, 0), keys)
+    return _keep_special(
+        layout, layout.block_distance("axis", keys) <= whole_number("width", width, 0), keys
+    )
 
 
 @laid_out
@@ -69,10 +75,15 @@ def nearest(layout: TokenLayout, sparsity: float = 0.5, metric: str = "chebyshev
 
     Sorted by `block_distance`, ties by the distance of centroids, then by the lower index.
     """
-    return _keep_special(layout, nearest_among(layout, torch.arange(layout.num_blocks, device="cpu"), sparsity, metric))
+    return _keep_special(
+        layout,
+        nearest_among(layout, torch.arange(layout.num_blocks, device="cpu"), sparsity, metric),
+    )
 
 
-def nearest_among(layout: TokenLayout, blocks: Tensor, sparsity: float, metric: str = "chebyshev") -> Tensor:
+def nearest_among(
+    layout: TokenLayout, blocks: Tensor, sparsity: float, metric: str = "chebyshev"
+) -> Tensor:
     """(R, C) bool: each of `blocks` (M,) keeps the k nearest of `blocks`, k from M alone; other rows are empty."""
     distance = layout.block_distance(metric)[blocks][:, blocks]
     by_centroid = layout.centroid_distance()[blocks][:, blocks].sort(dim=1, stable=True).indices
@@ -91,12 +102,16 @@ def strided(layout: TokenLayout, stride: int = 2) -> Tensor:
 
 
 @laid_out
-def random_blocks(layout: TokenLayout, sparsity: float = 0.5, seed: int = 0, stream: int = 0) -> Tensor:
+def random_blocks(
+    layout: TokenLayout, sparsity: float = 0.5, seed: int = 0, stream: int = 0
+) -> Tensor:
     """k random blocks in each row, its own among them; k as in `nearest`.
 
     seed, stream  together choose the draw: streams of one seed are independent (a plan gives every head its own).
     """
-    generator = torch.Generator(device="cpu").manual_seed((whole_number("seed", seed, 0) * 1_000_003 + stream) % 2**63)
+    generator = torch.Generator(device="cpu").manual_seed(
+        (whole_number("seed", seed, 0) * 1_000_003 + stream) % 2**63
+    )
     shape = (layout.num_blocks, layout.num_blocks)
     score = torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32)
     score.fill_diagonal_(2.0)
@@ -104,7 +119,9 @@ def random_blocks(layout: TokenLayout, sparsity: float = 0.5, seed: int = 0, str
 
 
 @laid_out
-def region(layout: TokenLayout, centers: Sequence[tuple[int, int]], radius: int = 8, metric: str = "l1") -> Tensor:
+def region(
+    layout: TokenLayout, centers: Sequence[tuple[int, int]], radius: int = 8, metric: str = "l1"
+) -> Tensor:
     """Patches within `radius` of any of `centers` (row, column) see each other (any-rule); no other pair does."""
     radius = whole_number("radius", radius, 0)
     focus = torch.zeros(layout.num_blocks, dtype=torch.bool, device="cpu")
@@ -125,7 +142,9 @@ Box = tuple[int, int, int, int]
 
 
 @laid_out
-def prompt_region(layout: TokenLayout, radius: int = 8, near: int = 2, boxes: Sequence[Box] = ()) -> Tensor:
+def prompt_region(
+    layout: TokenLayout, radius: int = 8, near: int = 2, boxes: Sequence[Box] = ()
+) -> Tensor:
     """Patches within `radius` of a prompt see each other; beyond that, every patch sees those within `near` (both L1, any-rule).
 
     boxes  (top, left, bottom, right) in patches, both ends included: where the prompts are; a click is a box of one patch
@@ -167,7 +186,9 @@ def _windows_of_blocks(layout: TokenLayout, size: int, shift: int) -> Tensor:
     row, column = layout.coordinates
     patches = row >= 0
     across = (layout.grid[1] + size - 1 + shift) // size + 1
-    index = ((row[patches] + size - shift % size) // size) * across + (column[patches] + size - shift % size) // size
+    index = ((row[patches] + size - shift % size) // size) * across + (
+        column[patches] + size - shift % size
+    ) // size
     holds = torch.zeros(layout.num_blocks, int(index.max()) + 1, device="cpu", dtype=torch.float32)
     holds[layout.block_of[patches], index] = 1
     return holds
@@ -186,13 +207,18 @@ PATTERNS: dict[str, Callable[..., Tensor]] = {
     "window": window,
 }
 # Those that may keep blocks of keys that are other tokens than the queries.
-AMONG_OTHERS = tuple(name for name, function in PATTERNS.items() if "keys" in inspect.signature(function).parameters)
+AMONG_OTHERS = tuple(
+    name for name, function in PATTERNS.items() if "keys" in inspect.signature(function).parameters
+)
 # What a pattern gets when it is laid out; everything else are its parameters.
 GIVEN = ("layout", "stream", "boxes", "keys")
 
 # What the values of parameters must be, whatever the pattern; checked before a grid is known.
 CHECKS: dict[str, Callable[[Any], Any]] = {
-    **{name: partial(whole_number, name, minimum=0) for name in ("radius", "near", "width", "shift", "seed")},
+    **{
+        name: partial(whole_number, name, minimum=0)
+        for name in ("radius", "near", "width", "shift", "seed")
+    },
     **{name: partial(whole_number, name, minimum=1) for name in ("stride", "size")},
     "metric": check_metric,
     "sparsity": lambda value: check_sparsity(value),
@@ -227,8 +253,12 @@ class Pattern:
                 )
         self._name = name
         if "centers" in allowed and "centers" not in params:
-            raise ValueError(f"pattern {name!r} has no centers: give it (row, column) pairs, e.g. centers=[(10, 20)].")
-        self._params = {param: _plain(name, param, params[param]) for param in allowed if param in params}
+            raise ValueError(
+                f"pattern {name!r} has no centers: give it (row, column) pairs, e.g. centers=[(10, 20)]."
+            )
+        self._params = {
+            param: _plain(name, param, params[param]) for param in allowed if param in params
+        }
         self._parts: tuple[Pattern, ...] = ()
         for param, value in self._params.items():
             CHECKS[param](value)
@@ -247,7 +277,10 @@ class Pattern:
                 if set(spec) == {joint} and isinstance(spec[joint], (list, tuple)) and spec[joint]:
                     return cls._join(joint, [cls.from_spec(part) for part in spec[joint]])
             if "pattern" in spec and not set(spec) & set(JOINTS):
-                return cls(spec["pattern"], **{key: value for key, value in spec.items() if key != "pattern"})
+                return cls(
+                    spec["pattern"],
+                    **{key: value for key, value in spec.items() if key != "pattern"},
+                )
         raise ValueError(
             f"pattern spec {spec!r}: allowed are {{'pattern': name, **parameters}}, {{'any': [specs]}} and {{'all': [specs]}}; "
             "write it as one of them."
@@ -261,7 +294,11 @@ class Pattern:
         return {"pattern": self._name, **copy.deepcopy(self._params)}
 
     def __call__(
-        self, layout: TokenLayout, stream: int = 0, boxes: Sequence[Box] = (), keys: TokenLayout | None = None
+        self,
+        layout: TokenLayout,
+        stream: int = 0,
+        boxes: Sequence[Box] = (),
+        keys: TokenLayout | None = None,
     ) -> Tensor:
         """The (R, C) bool block mask on `layout`.
 
@@ -270,9 +307,14 @@ class Pattern:
         """
         check_layout("layout", layout)
         if self._parts:
-            joined = reduce(JOINTS[self._name], (part(layout, stream, boxes, keys) for part in self._parts))
+            joined = reduce(
+                JOINTS[self._name], (part(layout, stream, boxes, keys) for part in self._parts)
+            )
             return remember(joined, (layout, keys or layout))
-        given: dict[str, dict[str, Any]] = {"random_blocks": {"stream": stream}, "prompt_region": {"boxes": boxes}}
+        given: dict[str, dict[str, Any]] = {
+            "random_blocks": {"stream": stream},
+            "prompt_region": {"boxes": boxes},
+        }
         others = dict(given.get(self._name, {}))
         if keys is not None:
             if self._name not in AMONG_OTHERS:
@@ -286,7 +328,9 @@ class Pattern:
     def labels(self, layout: TokenLayout) -> list[str]:
         """What to know of this pattern on `layout`, in words: that it follows prompts; whether its windows hold exactly, or as a cover."""
         if self._name == "prompt_region":
-            return [f"{self!r} follows the prompts of `bsa.context`: features made this way belong to their prompts"]
+            return [
+                f"{self!r} follows the prompts of `bsa.context`: features made this way belong to their prompts"
+            ]
         if self._parts:
             return [label for part in self._parts for label in part.labels(layout)]
         if self._name != "window":
@@ -326,7 +370,9 @@ class Pattern:
     def __repr__(self) -> str:
         if self._parts:
             return "(" + {"any": " | ", "all": " & "}[self._name].join(map(repr, self._parts)) + ")"
-        return f"{self._name}({', '.join(f'{key}={value!r}' for key, value in self._params.items())})"
+        return (
+            f"{self._name}({', '.join(f'{key}={value!r}' for key, value in self._params.items())})"
+        )
 
 
 def parameters(name: str) -> list[str]:
@@ -378,7 +424,9 @@ def check_sparsity(sparsity: Any) -> float:
     if not number or not 0.0 <= sparsity <= 1.0:
         percent = number and 1 < sparsity <= 100
         example = f"{float(sparsity) / 100:g} for {sparsity:g} %" if percent else "such a number"
-        raise ValueError(f"sparsity={sparsity!r}: expected the fraction of blocks to skip, 0 to 1; give {example}.")
+        raise ValueError(
+            f"sparsity={sparsity!r}: expected the fraction of blocks to skip, 0 to 1; give {example}."
+        )
     return float(sparsity)
 
 
@@ -400,13 +448,17 @@ def keep_highest(score: Tensor, sparsity: float) -> Tensor:
     return torch.zeros(score.shape, dtype=torch.bool, device=score.device).scatter_(-1, kept, True)
 
 
-def stack_heads(masks: Iterable[Tensor], batch_size: int, device: torch.device | str | None = None) -> Tensor:
+def stack_heads(
+    masks: Iterable[Tensor], batch_size: int, device: torch.device | str | None = None
+) -> Tensor:
     """One (R, C) mask per head -> base_blockmask (B, S, R, C), equal across the batch, contiguous.
 
     device  None is torch's default device.
     """
     given = list(masks)
-    shapes = {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__ for mask in given}
+    shapes = {
+        tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__ for mask in given
+    }
     if len(shapes) != 1 or not isinstance(given[0], Tensor):
         raise ValueError(
             f"stack_heads got masks of shapes {sorted(map(str, shapes))}: expected one (R, C) tensor per head, all of one "
@@ -414,6 +466,8 @@ def stack_heads(masks: Iterable[Tensor], batch_size: int, device: torch.device |
         )
     heads = torch.stack(given)  # (S, R, C)
     device = torch.get_default_device() if device is None else device
-    stacked = heads.repeat(whole_number("batch_size", batch_size, 1), 1, 1, 1).to(device)  # (B, S, R, C)
+    stacked = heads.repeat(whole_number("batch_size", batch_size, 1), 1, 1, 1).to(
+        device
+    )  # (B, S, R, C)
     known = {layouts for mask in given if (layouts := layouts_of(mask)) is not None}
     return remember(stacked, known.pop() if len(known) == 1 else None)

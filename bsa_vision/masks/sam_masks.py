@@ -17,13 +17,23 @@ from torch import Tensor
 
 from bsa_vision.masks.layout import TokenLayout, whole_number, whole_pair
 from bsa_vision.masks.origin import remember
-from bsa_vision.masks.patterns import dense, keep_highest, local_window, nearest_among, region, special, stack_heads
+from bsa_vision.masks.patterns import (
+    dense,
+    keep_highest,
+    local_window,
+    nearest_among,
+    region,
+    special,
+    stack_heads,
+)
 from bsa_vision.masks.vit_masks import Device, hybrid, show
 
 Grid = tuple[int, int] | None
 
 
-def _sam_layout(num_image_tokens: int, num_prompt_tokens: int, block_size: int, grid: Grid) -> TokenLayout:
+def _sam_layout(
+    num_image_tokens: int, num_prompt_tokens: int, block_size: int, grid: Grid
+) -> TokenLayout:
     num_image_tokens = whole_number("num_image_tokens", num_image_tokens, 1)
     if grid is None:
         side = isqrt(num_image_tokens)
@@ -40,7 +50,9 @@ def _sam_layout(num_image_tokens: int, num_prompt_tokens: int, block_size: int, 
             "correct one of them."
         )
     return TokenLayout(
-        (height, width), end=whole_number("num_prompt_tokens", num_prompt_tokens, 0), block_size=block_size
+        (height, width),
+        end=whole_number("num_prompt_tokens", num_prompt_tokens, 0),
+        block_size=block_size,
     )
 
 
@@ -67,7 +79,9 @@ def generate_sam_image_to_prompt_mask(
     if sparse_image_to_image:
         image_blocks = (~layout.special_blocks).nonzero().squeeze(1)
         prompts = layout.special_blocks
-        mask = nearest_among(layout, image_blocks, image_sparsity) | prompts[:, None] | prompts[None]
+        mask = (
+            nearest_among(layout, image_blocks, image_sparsity) | prompts[:, None] | prompts[None]
+        )
         remember(mask, (layout, layout))
     return stack_heads([mask] * whole_number("num_heads", num_heads, 1), batch_size, device)
 
@@ -88,7 +102,9 @@ def generate_sam_hierarchical_mask(
     layout = _sam_layout(num_image_tokens, num_prompt_tokens, block_size, grid)
     g, num_heads = max(layout.grid), whole_number("num_heads", num_heads, 1)
     return stack_heads(
-        [local_window(layout, 1 + i * g // num_heads, "l1") for i in range(num_heads)], batch_size, device
+        [local_window(layout, 1 + i * g // num_heads, "l1") for i in range(num_heads)],
+        batch_size,
+        device,
     )
 
 
@@ -115,7 +131,9 @@ def generate_sam_region_focused_mask(
     num_heads, local = whole_number("num_heads", num_heads, 1), local_window(layout, 2, "l1")
     images = [
         stack_heads([local | region(layout, positions, focus_radius)] * num_heads, 1, device)
-        for positions in _positions_per_image(prompt_positions, whole_number("batch_size", batch_size, 1))
+        for positions in _positions_per_image(
+            prompt_positions, whole_number("batch_size", batch_size, 1)
+        )
     ]
     return remember(torch.cat(images), (layout, layout))
 
@@ -123,12 +141,16 @@ def generate_sam_region_focused_mask(
 def _positions_per_image(positions: Any, batch_size: int) -> list[list[tuple[int, int]]]:
     if hasattr(positions, "tolist"):  # tensors and arrays
         positions = positions.tolist()
-    if not isinstance(positions, Sequence) or not all(isinstance(entry, Sequence) for entry in positions):
+    if not isinstance(positions, Sequence) or not all(
+        isinstance(entry, Sequence) for entry in positions
+    ):
         raise ValueError(
             f"prompt_positions={positions!r}: expected (row, column) pairs, or one list of pairs per image; wrap a single "
             "position as [(row, column)]."
         )
-    if all(len(entry) == 2 and all(isinstance(value, Real) for value in entry) for entry in positions):
+    if all(
+        len(entry) == 2 and all(isinstance(value, Real) for value in entry) for entry in positions
+    ):
         return [list(positions)] * batch_size
     if len(positions) != batch_size:
         raise ValueError(
@@ -154,7 +176,9 @@ def generate_sam_hybrid_encoder_mask(
     Returns (base_blockmask (B, num_heads - num_dense_heads, R, R) bool, head_mask_type (num_heads,) int32).
     """
     layout = _sam_layout(num_image_tokens, 0, block_size, grid)
-    return hybrid(layout, batch_size, num_heads, "num_dense_heads", num_dense_heads, sparsity, device)
+    return hybrid(
+        layout, batch_size, num_heads, "num_dense_heads", num_dense_heads, sparsity, device
+    )
 
 
 def generate_sam_cross_attention_mask(
@@ -173,11 +197,16 @@ def generate_sam_cross_attention_mask(
     Drawn on the CPU from `seed`, anew for every head; torch's global generators are left alone.
     Returns (B, num_heads, R, C) bool, R blocks of decoder tokens by C blocks of encoder tokens.
     """
-    block_size, num_heads = whole_number("block_size", block_size, 1), whole_number("num_heads", num_heads, 1)
+    block_size, num_heads = (
+        whole_number("block_size", block_size, 1),
+        whole_number("num_heads", num_heads, 1),
+    )
     rows = -(-whole_number("num_decoder_tokens", num_decoder_tokens, 1) // block_size)
     columns = -(-whole_number("num_encoder_tokens", num_encoder_tokens, 1) // block_size)
     generator = torch.Generator(device="cpu").manual_seed(whole_number("seed", seed, 0) % 2**63)
-    score = torch.rand(num_heads, rows, columns, generator=generator, device="cpu", dtype=torch.float32)
+    score = torch.rand(
+        num_heads, rows, columns, generator=generator, device="cpu", dtype=torch.float32
+    )
     return stack_heads(keep_highest(score, encoder_sparsity), batch_size, device)
 
 
@@ -186,7 +215,10 @@ def main() -> None:
     base, head_mask_type = generate_sam_hybrid_encoder_mask(1024, 128, 1, 4, num_dense_heads=1)
     show("image to prompt", generate_sam_image_to_prompt_mask(*image))
     show("hierarchical", generate_sam_hierarchical_mask(*image)[:, :2])
-    show("region focused, click at (8, 8)", generate_sam_region_focused_mask(1024, 5, [(8, 8)], 128, 1, 4, 4))
+    show(
+        "region focused, click at (8, 8)",
+        generate_sam_region_focused_mask(1024, 5, [(8, 8)], 128, 1, 4, 4),
+    )
     show(f"hybrid encoder, head_mask_type {head_mask_type.tolist()}", base)
     show("cross attention", generate_sam_cross_attention_mask(300, 4096, 128, 1, 4))
     show("special tokens only, for comparison", special(TokenLayout((32, 32), end=5))[None, None])

@@ -16,17 +16,28 @@ from torch import Tensor
 from bsa_vision.masks.drawing import draw
 from bsa_vision.masks.layout import TokenLayout, whole_number, whole_pair
 from bsa_vision.masks.origin import remember
-from bsa_vision.masks.patterns import dense, local_window, nearest, random_blocks, stack_heads, strided
+from bsa_vision.masks.patterns import (
+    dense,
+    local_window,
+    nearest,
+    random_blocks,
+    stack_heads,
+    strided,
+)
 
 Size = int | Sequence[int]
 Device = torch.device | str | None
 
 
-def _vit_layout(img_size: Size, patch_size: int, block_size: int, include_cls_token: bool) -> TokenLayout:
+def _vit_layout(
+    img_size: Size, patch_size: int, block_size: int, include_cls_token: bool
+) -> TokenLayout:
     square = isinstance(img_size, Integral)
     height, width = whole_pair("img_size", (img_size, img_size) if square else img_size, 1)
     if not isinstance(include_cls_token, bool):
-        raise ValueError(f"include_cls_token={include_cls_token!r}: allowed are True and False; pass one of them.")
+        raise ValueError(
+            f"include_cls_token={include_cls_token!r}: allowed are True and False; pass one of them."
+        )
     patch_size = whole_number("patch_size", patch_size, 1)
     if height % patch_size or width % patch_size:
         raise ValueError(
@@ -74,7 +85,9 @@ def generate_vit_random_sparse_mask(
     """
     layout = _vit_layout(img_size, patch_size, block_size, include_cls_token)
     heads = range(whole_number("num_heads", num_heads, 1))
-    return stack_heads([random_blocks(layout, sparsity, seed, head) for head in heads], batch_size, device)
+    return stack_heads(
+        [random_blocks(layout, sparsity, seed, head) for head in heads], batch_size, device
+    )
 
 
 def generate_vit_strided_mask(
@@ -109,7 +122,9 @@ def generate_vit_hybrid_mask(
     head_mask_type (num_heads,) int32: the dense heads first, 0, then 1).
     """
     layout = _vit_layout(img_size, patch_size, block_size, include_cls_token)
-    return hybrid(layout, batch_size, num_heads, "num_global_heads", num_global_heads, sparsity, device)
+    return hybrid(
+        layout, batch_size, num_heads, "num_global_heads", num_global_heads, sparsity, device
+    )
 
 
 def hybrid(
@@ -122,7 +137,10 @@ def hybrid(
     device: Device,
 ) -> tuple[Tensor, Tensor]:
     """(base_blockmask, head_mask_type) of `num_dense` dense heads followed by nearest-block heads."""
-    num_heads, num_dense = whole_number("num_heads", num_heads, 1), whole_number(dense_name, num_dense, 0)
+    num_heads, num_dense = (
+        whole_number("num_heads", num_heads, 1),
+        whole_number(dense_name, num_dense, 0),
+    )
     if num_dense > num_heads:
         raise ValueError(
             f"{dense_name}={num_dense} is more than num_heads={num_heads}: allowed are 0 to {num_heads}; lower {dense_name}."
@@ -130,7 +148,9 @@ def hybrid(
     mask = nearest(layout, sparsity)
     base = stack_heads([mask] * num_heads, batch_size, device)[:, num_dense:].contiguous()
     remember(base, (layout, layout))
-    return base, torch.tensor([0] * num_dense + [1] * (num_heads - num_dense), dtype=torch.int32, device=base.device)
+    return base, torch.tensor(
+        [0] * num_dense + [1] * (num_heads - num_dense), dtype=torch.int32, device=base.device
+    )
 
 
 def generate_vit_multiscale_mask(
@@ -149,7 +169,11 @@ def generate_vit_multiscale_mask(
     """
     layout = _vit_layout(img_size, patch_size, block_size, include_cls_token)
     g, num_heads = max(layout.grid), whole_number("num_heads", num_heads, 1)
-    radii = [2 * g] if num_heads == 1 else [2 * (1 + i * (g - 1) // (num_heads - 1)) for i in range(num_heads)]
+    radii = (
+        [2 * g]
+        if num_heads == 1
+        else [2 * (1 + i * (g - 1) // (num_heads - 1)) for i in range(num_heads)]
+    )
     return stack_heads([local_window(layout, radius, "l1") for radius in radii], batch_size, device)
 
 

@@ -61,7 +61,9 @@ class Latency:
         beside = self.sparse_pair if self.dense_in_loop else self.dense_pair
         return tuple(
             beside * pairs if kind == DENSE else self.sparse_row * rows + self.sparse_pair * pairs
-            for kind, pairs in zip(masks.slices, masks.kept_pairs(tokens, keys or tokens), strict=True)
+            for kind, pairs in zip(
+                masks.slices, masks.kept_pairs(tokens, keys or tokens), strict=True
+            )
         )
 
     def of_masks(self, masks: HeadMasks, tokens: int, images: int = 1, keys: int = 0) -> float:
@@ -76,7 +78,10 @@ class Latency:
         """Tokens from which heads of this realised density are faster than dense ones, with so many keys per token; None = never."""
 
         def pays(tokens: int) -> bool:
-            head = self.sparse_row * -(-tokens // block_size) + self.sparse_pair * density * keys * tokens**2
+            head = (
+                self.sparse_row * -(-tokens // block_size)
+                + self.sparse_pair * density * keys * tokens**2
+            )
             dense = self.dense_call + self.dense_pair * images * heads * keys * tokens**2
             return self.sparse_call + images * heads * head < dense
 
@@ -105,7 +110,9 @@ def measure(
         sparse_call=sparse.call,
         sparse_row=sparse.row,
         sparse_pair=sparse.pair,
-        dense_in_loop=device.type == "cpu" and dtype != torch.float64 and cpu_kernel.why_not() is None,
+        dense_in_loop=device.type == "cpu"
+        and dtype != torch.float64
+        and cpu_kernel.why_not() is None,
     )
 
 
@@ -117,11 +124,16 @@ def _masks() -> HeadMasks:
 
 def _seconds(head_dim: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Medians of the calls the constants are read from, measured in alternation."""
-    generator = torch.Generator(device).manual_seed(0)  # of its own: a caller's random numbers stay what they are
+    generator = torch.Generator(device).manual_seed(
+        0
+    )  # of its own: a caller's random numbers stay what they are
     shape = (1, HEADS, MANY, head_dim)
     many = tuple(torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(3))
     few = tuple(x[:, :, :FEW].contiguous() for x in many)
-    some, every = _masks(), HeadMasks(torch.ones(1, HEADS, MANY // 128, MANY // 128, dtype=torch.bool))
+    some, every = (
+        _masks(),
+        HeadMasks(torch.ones(1, HEADS, MANY // 128, MANY // 128, dtype=torch.bool)),
+    )
     one_block = HeadMasks(torch.ones(1, HEADS, 1, 1, dtype=torch.bool))
 
     def dense(tensors: tuple[Tensor, ...]) -> Callable[[], object]:
@@ -141,12 +153,17 @@ def _seconds(head_dim: int, dtype: torch.dtype, device: torch.device) -> dict[st
     }
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         calls |= _other_dense(many, device)
-        found = {name: timing.median for name, timing in paired(calls, rounds=7, warmup=2, device=device).items()}
+        found = {
+            name: timing.median
+            for name, timing in paired(calls, rounds=7, warmup=2, device=device).items()
+        }
     found["dense"] = min(seconds for name, seconds in found.items() if name.startswith("dense"))
     return found
 
 
-def _other_dense(tensors: tuple[Tensor, ...], device: torch.device) -> dict[str, Callable[[], object]]:
+def _other_dense(
+    tensors: tuple[Tensor, ...], device: torch.device
+) -> dict[str, Callable[[], object]]:
     """On a GPU: each of torch's kernels by itself, those that take these tensors. What torch prefers is not always the fastest."""
     q, k, v = tensors
 
@@ -155,7 +172,11 @@ def _other_dense(tensors: tuple[Tensor, ...], device: torch.device) -> dict[str,
             return F.scaled_dot_product_attention(q, k, v)
 
     found: dict[str, Callable[[], object]] = {}
-    for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+    for kind in (
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+    ):
         if device.type == "cuda":
             try:
                 run(kind)
@@ -178,7 +199,11 @@ FILE = "latency.json"
 
 
 def latency(
-    head_dim: int = 64, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", *, anew: bool = False
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    *,
+    anew: bool = False,
 ) -> Latency:
     """What attention costs on this machine: as remembered, or (`anew`: in any case) measured now and remembered.
 
@@ -187,7 +212,9 @@ def latency(
     """
     device = torch.device(device)
     if device.type == "meta":
-        raise ValueError("device='meta': nothing is computed there; give a device that computes, 'cpu' or 'cuda'.")
+        raise ValueError(
+            "device='meta': nothing is computed there; give a device that computes, 'cpu' or 'cuda'."
+        )
     what = describe(head_dim, dtype, device)
     known = _known.get(what) or _read().get(what)
     if device.type == "cuda" and (
@@ -199,7 +226,8 @@ def latency(
         known = measure(head_dim, dtype, device)
         kept = {one.what: asdict(one) for one in (*_read().values(), replace(known, what=what))}
         machine_cache.write(
-            FILE, {name: {k: x for k, x in entry.items() if k != "what"} for name, entry in kept.items()}
+            FILE,
+            {name: {k: x for k, x in entry.items() if k != "what"} for name, entry in kept.items()},
         )
     _known[what] = known
     return known
@@ -210,7 +238,11 @@ _known: dict[str, Latency] = {}
 
 def _read() -> dict[str, Latency]:
     """What the file holds; without entries that are not ours or of another version."""
-    return {what: Latency(what=what, **entry) for what, entry in machine_cache.read(FILE).items() if _is_latency(entry)}
+    return {
+        what: Latency(what=what, **entry)
+        for what, entry in machine_cache.read(FILE).items()
+        if _is_latency(entry)
+    }
 
 
 def _is_latency(entry: object) -> bool:
@@ -220,7 +252,12 @@ def _is_latency(entry: object) -> bool:
         return False
     seconds = [entry[name] for name in numbers]
     possible = all(type(x) is float and 0 <= x < 1e6 for x in seconds)  # NaN is in no range
-    return possible and entry["dense_pair"] > 0 and entry["sparse_pair"] > 0 and type(entry["dense_in_loop"]) is bool
+    return (
+        possible
+        and entry["dense_pair"] > 0
+        and entry["sparse_pair"] > 0
+        and type(entry["dense_in_loop"]) is bool
+    )
 
 
 # Backend by backend
@@ -242,9 +279,13 @@ def measure_backends(
 
 
 @torch.no_grad()
-def _costs(head_dim: int, dtype: torch.dtype, device: torch.device, with_rel_pos: bool) -> dict[str, Cost]:
+def _costs(
+    head_dim: int, dtype: torch.dtype, device: torch.device, with_rel_pos: bool
+) -> dict[str, Cost]:
     """Three calls of each backend, all in alternation: one block, many blocks of which some are kept, and all of them."""
-    few, some, every = (_square(side, density) for side, density in ((SMALL, 1.0), (LARGE, DENSITY), (LARGE, 1.0)))
+    few, some, every = (
+        _square(side, density) for side, density in ((SMALL, 1.0), (LARGE, DENSITY), (LARGE, 1.0))
+    )
     calls: dict[str, Callable[[], object]] = {}
     for size, masks in (("few", few), ("some", some), ("every", every)):
         assert masks.layout is not None
@@ -257,7 +298,9 @@ def _costs(head_dim: int, dtype: torch.dtype, device: torch.device, with_rel_pos
                 call()
             except BackendUnavailable:
                 continue
-            except Exception as error:  # of a package or a compiler: the others are measured all the same
+            except (
+                Exception
+            ) as error:  # of a package or a compiler: the others are measured all the same
                 warnings.warn(
                     f"backend {name!r} failed while it was measured, and is left out: {type(error).__name__}: {str(error).strip()[:200]}",
                     RuntimeWarning,
@@ -269,15 +312,25 @@ def _costs(head_dim: int, dtype: torch.dtype, device: torch.device, with_rel_pos
     names = [name for name in BACKENDS if all(f"{name} {size}" in calls for size in sizes)]
     wanted = {f"{name} {size}": calls[f"{name} {size}"] for name in names for size in sizes}
     with torch.autocast(device.type, enabled=False):
-        times = {name: timing.median for name, timing in paired(wanted, rounds=7, warmup=2, device=device).items()}
-    return {name: _cost(times[f"{name} few"], times[f"{name} some"], times[f"{name} every"], some) for name in names}
+        times = {
+            name: timing.median
+            for name, timing in paired(wanted, rounds=7, warmup=2, device=device).items()
+        }
+    return {
+        name: _cost(times[f"{name} few"], times[f"{name} some"], times[f"{name} every"], some)
+        for name in names
+    }
 
 
 def _cost(few: float, some: float, every: float, masks: HeadMasks) -> Cost:
     """From seconds of calls of one block, of `masks`, and of all blocks."""
     assert masks.layout is not None
     tokens = masks.layout.num_tokens
-    rows, kept, pairs = HEADS * tokens // 128, sum(masks.kept_pairs(tokens, tokens)), HEADS * tokens**2
+    rows, kept, pairs = (
+        HEADS * tokens // 128,
+        sum(masks.kept_pairs(tokens, tokens)),
+        HEADS * tokens**2,
+    )
     pair = max((every - some) / (pairs - kept), 0.0)
     return Cost(few, max(some - few - pair * kept, 0.0) / rows, pair)
 
@@ -298,7 +351,9 @@ def _tensors(
     generator = torch.Generator(device).manual_seed(0)
 
     def random(width: int) -> Tensor:
-        return torch.randn(1, HEADS, layout.num_tokens, width, generator=generator, device=device).to(dtype)
+        return torch.randn(
+            1, HEADS, layout.num_tokens, width, generator=generator, device=device
+        ).to(dtype)
 
     tensors = (random(head_dim), random(head_dim), random(head_dim))
     return tensors, RelPos(random(layout.grid[0]), random(layout.grid[1])) if with_rel_pos else None

@@ -26,7 +26,9 @@ class Meter:
             return
         _give_back()
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew
+            Path("/proc/self/clear_refs").write_text(
+                "5"
+            )  # the kernel's high-water mark starts anew
             self.method, self.baseline = "VmHWM, reset", _status("VmRSS")
         except OSError:
             # Without that the mark of before counts as the baseline, and a peak below it cannot be seen.
@@ -37,13 +39,17 @@ class Meter:
         if self.cuda:
             torch.cuda.synchronize(self.device)
             return torch.cuda.max_memory_allocated(self.device) - self.baseline
-        return max(0, (_status("VmHWM") if self.method.startswith("VmHWM") else _max_rss()) - self.baseline)
+        return max(
+            0, (_status("VmHWM") if self.method.startswith("VmHWM") else _max_rss()) - self.baseline
+        )
 
 
 def _give_back() -> None:
     """Freed memory back to the system: the C library keeps it otherwise, and what the work then takes of it would not show."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc's
+    trim = (
+        getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    )  # glibc's
     if trim is not None:
         trim(0)
 

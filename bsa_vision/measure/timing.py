@@ -47,17 +47,24 @@ def paired(
     device    a GPU: its own time counts, by events, from a cache in which nothing is left of the round before; otherwise the clock on the wall
     """
     if not candidates or rounds < 1:
-        raise ValueError(f"{len(candidates)} candidates, {rounds} rounds: at least one of each is needed.")
+        raise ValueError(
+            f"{len(candidates)} candidates, {rounds} rounds: at least one of each is needed."
+        )
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(warmup + rounds):
         for name, run in candidates.items():
-            elapsed = _seconds(run) if device is None or device.type != "cuda" else _seconds_on(device, run)
+            elapsed = (
+                _seconds(run)
+                if device is None or device.type != "cuda"
+                else _seconds_on(device, run)
+            )
             if number >= warmup:
                 seconds[name].append(elapsed)
         on_round()
     first = next(iter(seconds.values()))
     return {
-        name: Timing(tuple(own), tuple(a / b for a, b in zip(own, first, strict=True))) for name, own in seconds.items()
+        name: Timing(tuple(own), tuple(a / b for a, b in zip(own, first, strict=True)))
+        for name, own in seconds.items()
     }
 
 

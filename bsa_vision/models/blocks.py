@@ -42,11 +42,15 @@ class PatchEmbed(nn.Module):
 class Block(nn.Module):
     """One transformer block: attention, within windows or across the image, and an MLP, each with a norm before and a shortcut."""
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float, window_size: int, grid: Grid, rel_pos: bool) -> None:
+    def __init__(
+        self, dim: int, heads: int, mlp_ratio: float, window_size: int, grid: Grid, rel_pos: bool
+    ) -> None:
         super().__init__()
         self.window_size = window_size
         self.norm1 = LayerNorm(dim)
-        self.attn = Attention(dim, heads, (window_size, window_size) if window_size else grid, rel_pos)
+        self.attn = Attention(
+            dim, heads, (window_size, window_size) if window_size else grid, rel_pos
+        )
         self.norm2 = LayerNorm(dim)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
@@ -88,7 +92,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid, rotation: Rotation | None = None) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        q, k, v = rearrange(
+            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
+        )
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         rel_pos = None
@@ -143,7 +149,10 @@ class LayerNorm2d(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.weight, self.bias = (
+            nn.Parameter(torch.ones(channels)),
+            nn.Parameter(torch.zeros(channels)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, eps=1e-6)
@@ -164,7 +173,9 @@ def resize_positions(positions: Tensor, grid: Grid) -> Tensor:
     """(1, h, w, C) -> (1, *grid, C), bicubic and antialiased as timm and DeepSeek-OCR do it; itself where it fits."""
     if tuple(positions.shape[1:3]) == grid:
         return positions
-    resized = F.interpolate(positions.permute(0, 3, 1, 2).float(), grid, mode="bicubic", antialias=True)
+    resized = F.interpolate(
+        positions.permute(0, 3, 1, 2).float(), grid, mode="bicubic", antialias=True
+    )
     return resized.permute(0, 2, 3, 1).to(positions.dtype)
 
 
@@ -181,7 +192,9 @@ def rotary_angles(
     shortest, longest = periods
     share = torch.arange(quarter, device=device, dtype=torch.float32) / quarter
     period = shortest * (longest / shortest) ** share  # (D/4,)
-    rows, columns = (((torch.arange(n, device=device, dtype=torch.float32) + 0.5) / n * 2 - 1) for n in grid)
+    rows, columns = (
+        ((torch.arange(n, device=device, dtype=torch.float32) + 0.5) / n * 2 - 1) for n in grid
+    )
     down = (2 * math.pi * rows[:, None] / period)[:, None].expand(*grid, quarter)
     across = (2 * math.pi * columns[:, None] / period)[None].expand(*grid, quarter)
     angles = torch.cat([down, across], dim=-1).flatten(0, 1).repeat(1, 2)  # (h * w, D)

@@ -20,7 +20,11 @@ FORMS = "timm:NAME, transformers:NAME-OR-FOLDER, sam:vit_b | vit_l | vit_h, pack
 
 
 def load(
-    text: str, *, random: bool = False, checkpoint: str | Path | None = None, image_size: int | None = None
+    text: str,
+    *,
+    random: bool = False,
+    checkpoint: str | Path | None = None,
+    image_size: int | None = None,
 ) -> nn.Module:
     """The model, in eval mode.
 
@@ -35,7 +39,9 @@ def load(
     if not library or not name:
         raise ValueError(f"model {text!r}: allowed are {FORMS}; write one of these.")
     if checkpoint is not None and library != "sam":
-        raise ValueError(f"checkpoint={str(checkpoint)!r} with model {text!r}: it belongs to sam:...; leave it out.")
+        raise ValueError(
+            f"checkpoint={str(checkpoint)!r} with model {text!r}: it belongs to sam:...; leave it out."
+        )
     readers = {"timm": _timm, "transformers": _transformers, "sam": _sam}
     if library not in readers:
         return from_factory(text).eval()
@@ -83,13 +89,19 @@ def _transformers(name: str, random: bool, checkpoint: Any, image_size: int | No
     try:
         if random and name in CONFIGS and not Path(name).is_dir():
             kind, config = CONFIGS[name]
-            return transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **copy.deepcopy(config)))
+            return transformers.AutoModel.from_config(
+                transformers.AutoConfig.for_model(kind, **copy.deepcopy(config))
+            )
         if random:
             return transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(name))
         return transformers.AutoModel.from_pretrained(name)
     except Exception as error:
         near = nearest(name, CONFIGS) if random else ""
-        needs = "its configuration, which is not built in, must be fetched" if random else "its weights must be fetched"
+        needs = (
+            "its configuration, which is not built in, must be fetched"
+            if random
+            else "its weights must be fetched"
+        )
         raise ValueError(
             f"model 'transformers:{name}' gave {first_line(error)}; {needs}: check the name and the network, or give a folder that holds "
             f"{'a config.json' if random else 'the model'}{near}."

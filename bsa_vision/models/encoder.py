@@ -24,7 +24,15 @@ from bsa_vision.attention.carried_masks import plain_sizes
 from bsa_vision.attention.rel_pos import resize_table
 from bsa_vision.errors import PlanError
 from bsa_vision.masks.layout import whole_number, whole_pair
-from bsa_vision.models.blocks import Block, Grid, PatchEmbed, Rotation, neck, resize_positions, rotary_angles
+from bsa_vision.models.blocks import (
+    Block,
+    Grid,
+    PatchEmbed,
+    Rotation,
+    neck,
+    resize_positions,
+    rotary_angles,
+)
 from bsa_vision.plans.plan import PatternLike, SparsityPlan
 
 # The three published sizes of Segment Anything: `create_encoder(**SAM["vit_b"])`.
@@ -70,13 +78,25 @@ def create_encoder(
 
     Raises ValueError for sizes that do not fit together, PlanError for patterns that do not fit the encoder.
     """
-    depth, dim, heads = whole_number("depth", depth, 1), whole_number("dim", dim, 1), whole_number("heads", heads, 1)
-    patch_size, in_channels = whole_number("patch_size", patch_size, 1), whole_number("in_channels", in_channels, 1)
-    window_size, num_special = whole_number("window_size", window_size, 0), whole_number("num_special", num_special, 0)
+    depth, dim, heads = (
+        whole_number("depth", depth, 1),
+        whole_number("dim", dim, 1),
+        whole_number("heads", heads, 1),
+    )
+    patch_size, in_channels = (
+        whole_number("patch_size", patch_size, 1),
+        whole_number("in_channels", in_channels, 1),
+    )
+    window_size, num_special = (
+        whole_number("window_size", window_size, 0),
+        whole_number("num_special", num_special, 0),
+    )
     if out_channels is not None:
         out_channels = whole_number("out_channels", out_channels, 1)
     if int(dim * mlp_ratio) < 1:
-        raise ValueError(f"mlp_ratio={mlp_ratio} with dim={dim}: the MLP needs at least 1 channel; give e.g. 4.")
+        raise ValueError(
+            f"mlp_ratio={mlp_ratio} with dim={dim}: the MLP needs at least 1 channel; give e.g. 4."
+        )
     pixels = image_size if isinstance(image_size, Sequence) else (image_size, image_size)
     encoder = ImageEncoder(
         depth,
@@ -150,15 +170,28 @@ class ImageEncoder(nn.Module):
                 "global_attn_indexes out, and choose dim and heads to fit, or rope=False."
             )
         self.rope = rope
-        self.img_size, self.patch_size, self.num_special = tuple(image_size), patch_size, num_special
+        self.img_size, self.patch_size, self.num_special = (
+            tuple(image_size),
+            patch_size,
+            num_special,
+        )
         self.gradient_checkpointing = gradient_checkpointing
         self.family = "sam" if rel_pos else "vit"  # what plans call it
         grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.patch_embed = PatchEmbed(in_channels, dim, patch_size)
         self.pos_embed = None if rope else nn.Parameter(torch.zeros(1, *grid, dim))
-        self.special_tokens = nn.Parameter(torch.zeros(1, num_special, dim)) if num_special else None
+        self.special_tokens = (
+            nn.Parameter(torch.zeros(1, num_special, dim)) if num_special else None
+        )
         self.blocks = nn.ModuleList(
-            Block(dim, heads, mlp_ratio, 0 if index in global_attn_indexes else window_size, grid, rel_pos)
+            Block(
+                dim,
+                heads,
+                mlp_ratio,
+                0 if index in global_attn_indexes else window_size,
+                grid,
+                rel_pos,
+            )
             for index in range(depth)
         )
         self.neck = None if out_channels is None else neck(dim, out_channels)
@@ -174,7 +207,9 @@ class ImageEncoder(nn.Module):
 
         H and W may be any multiples of the patch size: position embeddings and tables are interpolated where they differ.
         """
-        if pixels.dim() != 4 or any(side < 1 or side % self.patch_size for side in pixels.shape[-2:]):
+        if pixels.dim() != 4 or any(
+            side < 1 or side % self.patch_size for side in pixels.shape[-2:]
+        ):
             raise ValueError(
                 f"pixels have shape {tuple(pixels.shape)}: expected (B, channels, H, W) with H and W whole numbers of "
                 f"{self.patch_size} pixel patches; resize or pad the images."
@@ -214,10 +249,16 @@ class ImageEncoder(nn.Module):
             return None
         attention: Any = self.blocks[0].attn
         return rotary_angles(
-            grid, attention.qkv.in_features // attention.num_heads, self.rope, self.num_special, device
+            grid,
+            attention.qkv.in_features // attention.num_heads,
+            self.rope,
+            self.num_special,
+            device,
         )
 
-    def load_checkpoint(self, source: str | Path | Mapping[str, Tensor], resize: bool = False) -> ImageEncoder:
+    def load_checkpoint(
+        self, source: str | Path | Mapping[str, Tensor], resize: bool = False
+    ) -> ImageEncoder:
         """Take the encoder's weights from a checkpoint of segment_anything (or of this encoder); returns the encoder.
 
         source  a file (.pth read with weights_only=True, .safetensors), or its state dict. Of a whole SAM, the `image_encoder.` part is taken
@@ -231,7 +272,11 @@ class ImageEncoder(nn.Module):
         state = dict(source) if isinstance(source, Mapping) else _read(Path(source))
         prefix = "image_encoder."
         if any(str(key).startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): x for key, x in state.items() if str(key).startswith(prefix)}
+            state = {
+                key.removeprefix(prefix): x
+                for key, x in state.items()
+                if str(key).startswith(prefix)
+            }
         own = self.state_dict()
         strange = [str(key) for key, value in state.items() if not _is_plain(value)]
         if strange:
@@ -251,7 +296,9 @@ class ImageEncoder(nn.Module):
             ],
         }
         if any(wrong.values()):
-            said = "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in wrong.items() if keys)
+            said = "; ".join(
+                f"{len(keys)} {what}: {_some(keys)}" for what, keys in wrong.items() if keys
+            )
             raise ValueError(
                 f"this checkpoint does not fit the encoder ({said}): every parameter must be there in its shape, and no other; create the "
                 "encoder with the sizes the checkpoint was trained with (`SAM` has the published ones; other image sizes work at call "
@@ -272,7 +319,9 @@ def _check_sizes(
 ) -> None:
     if dim % heads:
         fits = max(count for count in range(1, heads + 1) if dim % count == 0)
-        raise ValueError(f"dim={dim} with heads={heads}: dim must be a multiple of heads; choose e.g. heads={fits}.")
+        raise ValueError(
+            f"dim={dim} with heads={heads}: dim must be a multiple of heads; choose e.g. heads={fits}."
+        )
     if len(set(global_attn_indexes)) < depth and window_size < 1:
         raise ValueError(
             f"window_size={window_size} with windowed layers: expected at least 1 patch; give one, or make all layers global."
@@ -286,7 +335,11 @@ def _check_sizes(
 def _periods(rope: bool | tuple[float, float]) -> tuple[float, float] | None:
     if isinstance(rope, bool):
         return (1.0, 100.0) if rope else None
-    numbers = isinstance(rope, Sequence) and len(rope) == 2 and all(isinstance(x, (int, float)) for x in rope)
+    numbers = (
+        isinstance(rope, Sequence)
+        and len(rope) == 2
+        and all(isinstance(x, (int, float)) for x in rope)
+    )
     if not numbers or not 0 < rope[0] < rope[1]:
         raise ValueError(
             f"rope={rope!r}: expected True, False or (shortest, longest) period, above 0 and growing; the image is 2 wide, give e.g. (1, 100)."
@@ -298,10 +351,14 @@ def _indexes(given: Iterable[int] | None, depth: int) -> tuple[int, ...]:
     if given is None:
         return tuple(range(depth))
     if not isinstance(given, Iterable) or isinstance(given, str):
-        raise ValueError(f"global_attn_indexes={given!r}: expected layer indices; give a list, [{given}] for one.")
+        raise ValueError(
+            f"global_attn_indexes={given!r}: expected layer indices; give a list, [{given}] for one."
+        )
     indexes = tuple(whole_number("global_attn_indexes", index, 0) for index in given)
     if any(index >= depth for index in indexes):
-        raise ValueError(f"global_attn_indexes={indexes}: the encoder has layers 0 to {depth - 1}; choose among them.")
+        raise ValueError(
+            f"global_attn_indexes={indexes}: the encoder has layers 0 to {depth - 1}; choose among them."
+        )
     return indexes
 
 

@@ -27,7 +27,10 @@ def features(model: nn.Module, pixels: Tensor) -> Tensor:
     try:
         out = forward(pixels, **_options(tower, pixels))
     except (RuntimeError, ValueError, AssertionError) as error:
-        channels = next((module.in_channels for module in tower.modules() if isinstance(module, nn.Conv2d)), None)
+        channels = next(
+            (module.in_channels for module in tower.modules() if isinstance(module, nn.Conv2d)),
+            None,
+        )
         if channels is None or pixels.dim() != 4 or pixels.shape[1] == channels:
             raise
         how = "use image.permute(0, 3, 1, 2)" if pixels.shape[-1] == channels else "convert them"
@@ -43,9 +46,15 @@ def features(model: nn.Module, pixels: Tensor) -> Tensor:
 
 def check_pixels(images: object) -> list[Tensor]:
     """The images as a list, each of them what `features` takes; TypeError or ValueError says what else they are, and what to do."""
-    if isinstance(images, (str, bytes, PathLike)) or not isinstance(images, Iterable) or hasattr(images, "convert"):
+    if (
+        isinstance(images, (str, bytes, PathLike))
+        or not isinstance(images, Iterable)
+        or hasattr(images, "convert")
+    ):
         said = repr(images) if isinstance(images, (str, PathLike)) else f"a {type(images).__name__}"
-        raise TypeError(f"images is {said}: expected a list of tensors (B, 3, h, w); {_how_to_read(images)}.")
+        raise TypeError(
+            f"images is {said}: expected a list of tensors (B, 3, h, w); {_how_to_read(images)}."
+        )
     if isinstance(images, Tensor) and images.dim() == 4:
         raise ValueError(
             f"images hold Tensor {tuple(images.shape[1:])}: expected a list of tensors (B, 3, h, w); split the batch, "
@@ -55,7 +64,10 @@ def check_pixels(images: object) -> list[Tensor]:
     wrong = [image for image in given if not isinstance(image, Tensor) or image.dim() != 4]
     if wrong:
         found = sorted(
-            {f"{type(image).__name__} {tuple(getattr(image, 'shape', ()))}".removesuffix(" ()") for image in wrong}
+            {
+                f"{type(image).__name__} {tuple(getattr(image, 'shape', ()))}".removesuffix(" ()")
+                for image in wrong
+            }
         )
         raise ValueError(
             f"images hold {', '.join(found)}: expected a list of tensors (B, 3, h, w); {_how_to_read(wrong[0])}, or pass a "
@@ -73,9 +85,7 @@ def check_pixels(images: object) -> list[Tensor]:
 def _how_to_read(image: object) -> str:
     """What to do with what is no (B, 3, h, w) tensor."""
     if isinstance(image, (str, bytes, PathLike)):
-        return (
-            "read files with bsa_vision.models.image_files.read(path, (h, w)), as `bsa-vision tune MODEL FOLDER` does"
-        )
+        return "read files with bsa_vision.models.image_files.read(path, (h, w)), as `bsa-vision tune MODEL FOLDER` does"
     if hasattr(image, "convert"):
         return "make normalised tensors of Pillow's images, as the transforms of the model or its processor do"
     if isinstance(image, Mapping):
@@ -84,7 +94,11 @@ def _how_to_read(image: object) -> str:
         return "take the tensors out, [image for image, label in images]"
     if isinstance(image, Tensor) and image.dim() == 3:
         last = image.shape[-1] in (1, 3, 4) and image.shape[0] not in (1, 3, 4)
-        return "use image.permute(2, 0, 1)[None]" if last else "give each an axis of images, image[None]"
+        return (
+            "use image.permute(2, 0, 1)[None]"
+            if last
+            else "give each an axis of images, image[None]"
+        )
     if hasattr(image, "__array_interface__"):
         return "convert them with torch.as_tensor, channels first"
     return "stack them so"

@@ -33,8 +33,12 @@ _DINOV3: dict[str, dict[str, Any]] = {
     "vitl16-pretrain-lvd1689m": _mlp(*LARGE),
     "vitl16-pretrain-sat493m": _mlp(*LARGE),
     "vith16plus-pretrain-lvd1689m": _mlp(1280, 32, 20, **_GATED),
-    "vit7b16-pretrain-lvd1689m": _mlp(4096, 40, 32, 8192, query_bias=False, value_bias=False, **_GATED),
-    "vit7b16-pretrain-sat493m": _mlp(4096, 40, 32, 8192, query_bias=False, value_bias=False, **_GATED),
+    "vit7b16-pretrain-lvd1689m": _mlp(
+        4096, 40, 32, 8192, query_bias=False, value_bias=False, **_GATED
+    ),
+    "vit7b16-pretrain-sat493m": _mlp(
+        4096, 40, 32, 8192, query_bias=False, value_bias=False, **_GATED
+    ),
 }
 _VIT: dict[str, dict[str, Any]] = {
     "base-patch16-224": _mlp(*BASE, image_size=224, patch_size=16),
@@ -61,7 +65,9 @@ _CLIP: dict[str, dict[str, Any]] = {
 }
 
 
-def _siglip(size: tuple[int, int, int], image_size: int, patch_size: int, hidden: int = 0) -> dict[str, Any]:
+def _siglip(
+    size: tuple[int, int, int], image_size: int, patch_size: int, hidden: int = 0
+) -> dict[str, Any]:
     vision = _mlp(*size, hidden, image_size=image_size, patch_size=patch_size)
     return {"vision_config": vision, "text_config": _mlp(*size, hidden)}
 
@@ -80,7 +86,10 @@ _SAM: dict[str, dict[str, Any]] = {
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"facebook/dinov2-{name}": ("dinov2", config) for name, config in _DINOV2.items()},
     **{
-        f"facebook/dinov2-with-registers-{name}": ("dinov2_with_registers", {**config, "num_register_tokens": 4})
+        f"facebook/dinov2-with-registers-{name}": (
+            "dinov2_with_registers",
+            {**config, "num_register_tokens": 4},
+        )
         for name, config in _DINOV2.items()
     },
     **{

@@ -27,7 +27,9 @@ def find(paths: Iterable[str | Path]) -> list[Path]:
     """
     paths = list(paths)
     if not all(map(str, paths)):
-        raise ValueError("an image path is empty: expected image files, or a folder of them; give '.' for this folder.")
+        raise ValueError(
+            "an image path is empty: expected image files, or a folder of them; give '.' for this folder."
+        )
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -35,7 +37,9 @@ def find(paths: Iterable[str | Path]) -> list[Path]:
         elif path.is_file():
             found.append(path)
         else:
-            raise ValueError(f"image {str(path)!r}: no such file or folder; give image files, or a folder of them.")
+            raise ValueError(
+                f"image {str(path)!r}: no such file or folder; give image files, or a folder of them."
+            )
     if not found:
         raise ValueError(
             f"no images in {', '.join(map(str, paths)) or 'nothing'}: files that end with {', '.join(SUFFIXES)} are looked for; give others."
@@ -61,7 +65,9 @@ def read_all(
         except ValueError as error:
             unreadable.append(str(error))
     if not images:
-        raise ValueError(f"none of {len(unreadable)} images can be read; the first: {unreadable[0]}")
+        raise ValueError(
+            f"none of {len(unreadable)} images can be read; the first: {unreadable[0]}"
+        )
     return images, unreadable
 
 
@@ -80,11 +86,22 @@ def read(path: Path, size: tuple[int, int], how: Normalisation = IMAGENET) -> Te
                     f"image {str(path)!r} has mode {image.mode}, more than 8 bits per channel: what is white in it is not known; save it as an "
                     "8-bit image."
                 )
-            fitted = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), size[::-1], Image.Resampling.BICUBIC)
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:  # broken PNGs are SyntaxErrors
+            fitted = ImageOps.fit(
+                ImageOps.exif_transpose(image).convert("RGB"), size[::-1], Image.Resampling.BICUBIC
+            )
+    except (
+        OSError,
+        SyntaxError,
+        EOFError,
+        Image.DecompressionBombError,
+    ) as error:  # broken PNGs are SyntaxErrors
         raise ValueError(
             f"image {str(path)!r} cannot be read ({error}): give a photograph in a common format."
         ) from None
-    values = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8).reshape(*size, 3).permute(2, 0, 1)
+    values = (
+        torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
+        .reshape(*size, 3)
+        .permute(2, 0, 1)
+    )
     mean, std = (torch.tensor(channel)[:, None, None] for channel in how)
     return ((values.float() / 255 - mean) / std)[None]

@@ -64,7 +64,11 @@ class ModelCost:
 
     def share(self, layers: Iterable[str] | None = None) -> float:
         """The share of all FLOPs that sparsity could skip in these layers (keys; None = the global ones), 0 to 1."""
-        wanted = {layer.key for layer in self.layers if layer.is_global} if layers is None else set(layers)
+        wanted = (
+            {layer.key for layer in self.layers if layer.is_global}
+            if layers is None
+            else set(layers)
+        )
         return sum(layer.products for layer in self.layers if layer.key in wanted) / self.flops
 
     def ceiling(self, layers: Iterable[str] | None = None) -> float:
@@ -76,12 +80,18 @@ class ModelCost:
 
     def gain(self, sparsity: Mapping[str, float]) -> float:
         """How many times fewer FLOPs with this sparsity, 0 to 1, by layer key."""
-        return self.flops / (self.flops - sum(x.products * sparsity.get(x.key, 0.0) for x in self.layers))
+        return self.flops / (
+            self.flops - sum(x.products * sparsity.get(x.key, 0.0) for x in self.layers)
+        )
 
     @property
     def sentence(self) -> str:
         """The ceiling in words."""
-        where = "sparsity in the global layers" if any(not layer.is_global for layer in self.layers) else "sparsity"
+        where = (
+            "sparsity in the global layers"
+            if any(not layer.is_global for layer in self.layers)
+            else "sparsity"
+        )
         return (
             f"{self.family} at {self.pixels[0]} x {self.pixels[1]} px: {where} can gain at most {self.ceiling():.2f}x over exact "
             f"attention, {self.share():.0%} of {self.flops / 1e9:.0f} GFLOP"
@@ -89,13 +99,31 @@ class ModelCost:
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [
-            ("layer", "tokens", "windows", "products", "rel. position", "linear", "of all", "N x N matrix")
+            (
+                "layer",
+                "tokens",
+                "windows",
+                "products",
+                "rel. position",
+                "linear",
+                "of all",
+                "N x N matrix",
+            )
         ]
         for layer in self.layers:
-            flops = [f"{value / 1e9:.2f} GFLOP" for value in (layer.products, layer.rel_pos, layer.linear)]
+            flops = [
+                f"{value / 1e9:.2f} GFLOP"
+                for value in (layer.products, layer.rel_pos, layer.linear)
+            ]
             of_all, matrix = f"{layer.products / self.flops:.1%}", f"{layer.matrix / 2**20:.0f} MiB"
             rows.append((layer.name, str(layer.tokens), str(layer.windows), *flops, of_all, matrix))
-        return "\n".join([*text_table.lines(rows), f"outside of the layers: {self.outside / 1e9:.2f} GFLOP", self.sentence])
+        return "\n".join(
+            [
+                *text_table.lines(rows),
+                f"outside of the layers: {self.outside / 1e9:.2f} GFLOP",
+                self.sentence,
+            ]
+        )
 
 
 def cost(spec: ModelSpec, *, element_size: int = 4) -> ModelCost:
@@ -107,7 +135,9 @@ def cost(spec: ModelSpec, *, element_size: int = 4) -> ModelCost:
         >>> print(bsa.cost(bsa.inspect(model)).sentence)
     """
     if not isinstance(spec, ModelSpec):
-        raise TypeError(f"spec is a {type(spec).__name__}: expected a ModelSpec; pass bsa.inspect(model).")
+        raise TypeError(
+            f"spec is a {type(spec).__name__}: expected a ModelSpec; pass bsa.inspect(model)."
+        )
     if not all(layer.attention_weights for layer in spec.layers):
         raise ValueError(
             "this spec does not say how many weights its layers have: without them shares and ceilings mean nothing; take it from "
@@ -140,7 +170,11 @@ def _layer(layer: LayerSpec, spec: ModelSpec, element_size: int) -> LayerCost:
         products=4 * vectors * keys * layer.head_dim,
         rel_pos=2 * vectors * (rows + columns) * layer.head_dim if layer.rel_pos else 0,
         linear=2
-        * (layer.attention_weights * windows * tokens + layer.mlp_weights * image_tokens + layer.key_weights * keys),
+        * (
+            layer.attention_weights * windows * tokens
+            + layer.mlp_weights * image_tokens
+            + layer.key_weights * keys
+        ),
         moved=2 * windows * layer.heads * (tokens + keys) * layer.head_dim * element_size,
         matrix=vectors * keys * element_size,
     )
@@ -155,4 +189,6 @@ def _other(block: OtherBlock, spec: ModelSpec) -> int:
     unpadded = (height // block.q_stride) * (width // block.q_stride)
     products = 2 * windows * block.heads * queries * keys * block.head_dim
     linear = windows * (block.qkv_weights * keys + block.proj_weights * queries)
-    return 2 * (products + linear + block.mlp_weights * unpadded + block.shortcut_weights * height * width)
+    return 2 * (
+        products + linear + block.mlp_weights * unpadded + block.shortcut_weights * height * width
+    )

@@ -59,7 +59,9 @@ _open: ContextVar[tuple[Entry, ...]] = ContextVar("bsa_vision_prompts", default=
 class LayerMasks(Handled):
     """The masks of one layer of one model under a plan, for whatever grid the model is given, and for its prompts."""
 
-    def __init__(self, plan: SparsityPlan, spec: ModelSpec, layer: LayerSpec, context: Context) -> None:
+    def __init__(
+        self, plan: SparsityPlan, spec: ModelSpec, layer: LayerSpec, context: Context
+    ) -> None:
         self.plan, self.spec, self.layer, self.context = plan, spec, layer, context
         self.is_dynamic = plan.is_dynamic(layer.key)
         self._new_handle()
@@ -85,14 +87,18 @@ class LayerMasks(Handled):
                 "`with bsa.context(model, prompts=...)`, or inside `with bsa.dense(model)`."
             )
         boxes = [one.on_patches(layout.grid, self.spec.patch_size) for one in entry.prompts]
-        return entry.masks.get((self, layout, keys), lambda: self.plan.compile(key, layout, boxes, keys))
+        return entry.masks.get(
+            (self, layout, keys), lambda: self.plan.compile(key, layout, boxes, keys)
+        )
 
     def without_prompts(self, grid: tuple[int, int]) -> HeadMasks:
         """As `masks_for`, with those of the moment if there are any, else of an image without: for trying and for reports."""
         if not self.is_dynamic or self.context.entry is not None:
             return self.masks_for(grid)
         layout = self.plan.layout(self.spec, (grid[0], grid[1]))
-        return self.plan.compile(self.layer.key, layout, keys=self.plan.key_layout(self.layer, layout))
+        return self.plan.compile(
+            self.layer.key, layout, keys=self.plan.key_layout(self.layer, layout)
+        )
 
 
 @carry.register

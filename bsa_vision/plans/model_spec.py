@@ -91,7 +91,12 @@ class ModelSpec:
     def fingerprint(self) -> dict[str, Any]:
         """What must agree between a plan and a model; depth counts blocks that are no layers as well."""
         first, depth = self.layers[0], len(self.layers) + len(self.others)
-        return {"family": self.family, "depth": depth, "heads": first.heads, "head_dim": first.head_dim}
+        return {
+            "family": self.family,
+            "depth": depth,
+            "heads": first.heads,
+            "head_dim": first.head_dim,
+        }
 
     def find(self, name: str) -> LayerSpec:
         """The layer with this key or module path."""

@@ -52,12 +52,18 @@ class SparsityPlan:
     block_size: int = 128
     scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
-    _masks: Cache[HeadMasks] = field(default_factory=lambda: Cache(512), init=False, repr=False, compare=False)
+    _masks: Cache[HeadMasks] = field(
+        default_factory=lambda: Cache(512), init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
-        layout = TokenLayout((1, 1), order=self.order, tile=self.tile, block_size=self.block_size)  # checks the three
+        layout = TokenLayout(
+            (1, 1), order=self.order, tile=self.tile, block_size=self.block_size
+        )  # checks the three
         object.__setattr__(self, "tile", layout.tile)
-        object.__setattr__(self, "layers", {key: tuple(names) for key, names in self.layers.items()})
+        object.__setattr__(
+            self, "layers", {key: tuple(names) for key, names in self.layers.items()}
+        )
         missing = [key for key in ("family", "depth", "heads", "head_dim") if key not in self.model]
         if missing or not self.layers:
             raise PlanError(
@@ -73,7 +79,10 @@ class SparsityPlan:
         for key, names in self.layers.items():
             role, _, index = key.rpartition(".")
             known = (
-                index.isascii() and index.isdecimal() and str(int(index)) == index and int(index) < self.model["depth"]
+                index.isascii()
+                and index.isdecimal()
+                and str(int(index)) == index
+                and int(index) < self.model["depth"]
             )
             if not role or not known:
                 raise PlanError(
@@ -114,7 +123,9 @@ class SparsityPlan:
         _check_options(pattern, params, ("dense_heads", "layers", "order", "tile", "block_size"))
         if layers is not None:
             wanted = _listed("layers", layers)
-            layers = [spec.find(x).key if isinstance(x, str) and not x.isdecimal() else x for x in wanted]
+            layers = [
+                spec.find(x).key if isinstance(x, str) and not x.isdecimal() else x for x in wanted
+            ]
         dense = {layer.key: ("dense",) * layer.heads for layer in spec.layers}
         plan = cls(spec.fingerprint, {}, dense, order, tile, block_size)
         heads = spec.layers[0].heads
@@ -131,7 +142,9 @@ class SparsityPlan:
                     f"all {len(spec.layers)} layers of this model attend within windows, which stay dense: a pattern needs a layer that "
                     "attends to the whole image; this model has nothing to make sparse."
                 )
-        plan = plan.replace(layers=layers, heads=range(dense_heads, heads), pattern=pattern, **params)
+        plan = plan.replace(
+            layers=layers, heads=range(dense_heads, heads), pattern=pattern, **params
+        )
         plan.check(spec)
         return plan
 
@@ -148,7 +161,9 @@ class SparsityPlan:
                 f"head_masks is a {type(head_masks).__name__}: expected {{layer name: HeadMasks}}; name the layer each is for."
             )
         if not head_masks:
-            raise PlanError("from_head_masks got no masks: give at least one, {layer name: HeadMasks}.")
+            raise PlanError(
+                "from_head_masks got no masks: give at least one, {layer name: HeadMasks}."
+            )
         patterns: dict[str, PatternLike] = {}
         layers = {layer.key: ("dense",) * layer.heads for layer in spec.layers}
         layouts = {}
@@ -158,8 +173,14 @@ class SparsityPlan:
                 raise TypeError(
                     f"layer {name!r} has a {type(masks).__name__}: expected HeadMasks; {instead_of_masks(masks)}."
                 )
-            layout = masks.layout or TokenLayout(spec.grid, start=spec.start, end=spec.end, block_size=masks.block_size)
-            if masks.layout is None and masks.made_for is not None and not masks.made_for[0].is_identity:
+            layout = masks.layout or TokenLayout(
+                spec.grid, start=spec.start, end=spec.end, block_size=masks.block_size
+            )
+            if (
+                masks.layout is None
+                and masks.made_for is not None
+                and not masks.made_for[0].is_identity
+            ):
                 raise PlanError(
                     f"layer {layer.name!r}: its masks were made for {masks.made_for[0]}, its HeadMasks has no layout; pass layout= to "
                     "HeadMasks, or make them with HeadMasks.from_patterns."
@@ -170,7 +191,11 @@ class SparsityPlan:
             layouts[layer.name] = layout
         first = next(iter(layouts.values()))
         for name, layout in layouts.items():
-            if (layout.order, layout.tile, layout.block_size) != (first.order, first.tile, first.block_size):
+            if (layout.order, layout.tile, layout.block_size) != (
+                first.order,
+                first.tile,
+                first.block_size,
+            ):
                 raise PlanError(
                     f"layer {name!r} has {layout}, others {first}: one plan has one order and block size; rebuild one."
                 )
@@ -199,12 +224,18 @@ class SparsityPlan:
                 f"heads={list(wanted)} match no head: the model has heads 0 to {self.model['heads'] - 1}; choose among them."
             )
         changed = {
-            key: tuple(name if head in wanted else old for head, old in enumerate(names)) if key in keys else names
+            key: tuple(name if head in wanted else old for head, old in enumerate(names))
+            if key in keys
+            else names
             for key, names in self.layers.items()
         }
         patterns = {**self.patterns, name: chosen} if chosen is not None else dict(self.patterns)
         used = {used for names in changed.values() for used in names}
-        return replace(self, patterns={key: value for key, value in patterns.items() if key in used}, layers=changed)
+        return replace(
+            self,
+            patterns={key: value for key, value in patterns.items() if key in used},
+            layers=changed,
+        )
 
     def freeze(self, layout: TokenLayout) -> SparsityPlan:
         """This plan with every pattern laid out for `layout`: what was a Python function can then be saved."""
@@ -222,10 +253,14 @@ class SparsityPlan:
             masks = self.compile(key, layout)
             blocks = masks.block_mask(layout.num_tokens, layout.num_tokens)[0]
             layers[key] = tuple(
-                "dense" if kind == DENSE else named.setdefault(Static(blocks[head], layout), f"{key}/{head}")
+                "dense"
+                if kind == DENSE
+                else named.setdefault(Static(blocks[head], layout), f"{key}/{head}")
                 for head, kind in enumerate(masks.slices)
             )
-        return replace(self, patterns={name: static for static, name in named.items()}, layers=layers)
+        return replace(
+            self, patterns={name: static for static, name in named.items()}, layers=layers
+        )
 
     def prune(
         self,
@@ -250,12 +285,16 @@ class SparsityPlan:
 
         return prune(self, spec, latency or here(self.model["head_dim"]), grid, images, min_gain)
 
-    def _named(self, pattern: str | PatternLike, params: Mapping[str, Any]) -> tuple[str, PatternLike | None]:
+    def _named(
+        self, pattern: str | PatternLike, params: Mapping[str, Any]
+    ) -> tuple[str, PatternLike | None]:
         """The name to write into the layers, and the pattern to declare under it (None: declared already)."""
         if isinstance(pattern, str):
             if pattern == "dense" or (pattern in self.patterns and not params):
                 if params:
-                    raise PlanError(f"pattern 'dense' has no parameters, got {', '.join(params)}; remove them.")
+                    raise PlanError(
+                        f"pattern 'dense' has no parameters, got {', '.join(params)}; remove them."
+                    )
                 return pattern, None
             try:
                 pattern = Pattern(pattern, **params)
@@ -263,9 +302,15 @@ class SparsityPlan:
                 raise PlanError(str(error)) from None
             return repr(pattern), pattern
         if params:
-            raise PlanError(f"{pattern!r} takes no further parameters, got {', '.join(params)}; remove them.")
+            raise PlanError(
+                f"{pattern!r} takes no further parameters, got {', '.join(params)}; remove them."
+            )
         if not callable(pattern):
-            given = f"is a {type(pattern).__name__}" if isinstance(pattern, (Tensor, HeadMasks)) else f"={pattern!r}"
+            given = (
+                f"is a {type(pattern).__name__}"
+                if isinstance(pattern, (Tensor, HeadMasks))
+                else f"={pattern!r}"
+            )
             raise PlanError(
                 f"pattern{' ' if given.startswith('is') else ''}{given}: expected a name, a Pattern, or a function layout -> (R, C) bool; "
                 f"pass one{_instead_of_pattern(pattern)}."
@@ -286,9 +331,16 @@ class SparsityPlan:
         if layers is None:
             return set(self.layers)
         wanted = _listed("layers", layers)
-        keys = {key for key in self.layers for layer in wanted if key == layer or key.rpartition(".")[2] == str(layer)}
+        keys = {
+            key
+            for key in self.layers
+            for layer in wanted
+            if key == layer or key.rpartition(".")[2] == str(layer)
+        }
         missing = [
-            layer for layer in wanted if not any(key == layer or key.rpartition(".")[2] == str(layer) for key in keys)
+            layer
+            for layer in wanted
+            if not any(key == layer or key.rpartition(".")[2] == str(layer) for key in keys)
         ]
         if missing or not wanted:
             raise PlanError(
@@ -316,7 +368,9 @@ class SparsityPlan:
             block_size=self.block_size,
         )
 
-    def key_layout(self, layer: LayerSpec, layout: TokenLayout, num_keys: int | None = None) -> TokenLayout | None:
+    def key_layout(
+        self, layer: LayerSpec, layout: TokenLayout, num_keys: int | None = None
+    ) -> TokenLayout | None:
         """The layout of the keys of a layer that attends to remembered frames, each in the order of `layout`; None for other layers.
 
         num_keys  what is remembered at the moment, pointer tokens last; None = `layer.frames` and `layer.pointers`, a full memory
@@ -324,7 +378,9 @@ class SparsityPlan:
         if not layer.frames:
             return None
         frames, pointers = (
-            (layer.frames, layer.pointers) if num_keys is None else divmod(num_keys, layout.grid[0] * layout.grid[1])
+            (layer.frames, layer.pointers)
+            if num_keys is None
+            else divmod(num_keys, layout.grid[0] * layout.grid[1])
         )
         return replace(layout, start=0, frames=frames, end=pointers)
 
@@ -345,10 +401,14 @@ class SparsityPlan:
         """
         check_layout("layout", layout)
         if layer not in self.layers:
-            raise PlanError(f"no layer {layer!r} in this plan: it has {', '.join(self.layers)}; use one of these keys.")
+            raise PlanError(
+                f"no layer {layer!r} in this plan: it has {', '.join(self.layers)}; use one of these keys."
+            )
         if self.is_dynamic(layer):
             return self._compile(layer, layout, prompts, keys)
-        return self._masks.get((layer, layout, keys), lambda: self._compile(layer, layout, ((),), keys))
+        return self._masks.get(
+            (layer, layout, keys), lambda: self._compile(layer, layout, ((),), keys)
+        )
 
     def is_dynamic(self, layer: str) -> bool:
         """Whether a head of this layer (its key) has a pattern that follows prompts."""
@@ -360,7 +420,9 @@ class SparsityPlan:
         check_layout("layout", layout)
         one_frame = replace(layout, start=0, end=0)
         per_layer = [
-            self.compile(key, layout, keys=one_frame if key.startswith("mem_cross.") else None).sparsity
+            self.compile(
+                key, layout, keys=one_frame if key.startswith("mem_cross.") else None
+            ).sparsity
             for key in self.layers
         ]
         return sum(per_layer) / self.model["depth"]
@@ -375,17 +437,23 @@ class SparsityPlan:
         """Raise PlanError unless this plan is for models like `spec`."""
         _check_spec(spec)
         wrong = {
-            key: (self.model.get(key), value) for key, value in spec.fingerprint.items() if self.model.get(key) != value
+            key: (self.model.get(key), value)
+            for key, value in spec.fingerprint.items()
+            if self.model.get(key) != value
         }
         if wrong:
-            said = "; ".join(f"{key}: plan {plan!r}, model {model!r}" for key, (plan, model) in wrong.items())
+            said = "; ".join(
+                f"{key}: plan {plan!r}, model {model!r}" for key, (plan, model) in wrong.items()
+            )
             raise PlanError(
                 f"this plan is for another model ({said}): all of these must agree; make a plan for this model."
             )
         keys = {layer.key for layer in spec.layers}
         unknown = [key for key in self.layers if key not in keys]
         if unknown:
-            raise PlanError(f"the plan names layers {unknown}, the model has {sorted(keys)}: remove or rename them.")
+            raise PlanError(
+                f"the plan names layers {unknown}, the model has {sorted(keys)}: remove or rename them."
+            )
         for layer in spec.layers:
             sparse = sorted({name for name in self.layers.get(layer.key, ()) if name != "dense"})
             if layer.window and sparse:
@@ -409,7 +477,11 @@ class SparsityPlan:
         return load(path)
 
     def _compile(
-        self, layer: str, layout: TokenLayout, prompts: Sequence[Sequence[Box]], keys: TokenLayout | None
+        self,
+        layer: str,
+        layout: TokenLayout,
+        prompts: Sequence[Sequence[Box]],
+        keys: TokenLayout | None,
     ) -> HeadMasks:
         heads = [
             name
@@ -423,7 +495,12 @@ class SparsityPlan:
             raise PlanError(f"layer {layer!r} of the plan: {error}") from None
 
     def _lay_out(
-        self, layer: str, head: int, layout: TokenLayout, boxes: Sequence[Box], keys: TokenLayout | None
+        self,
+        layer: str,
+        head: int,
+        layout: TokenLayout,
+        boxes: Sequence[Box],
+        keys: TokenLayout | None,
     ) -> Tensor:
         name = self.layers[layer][head]
         pattern = self.patterns[name]
@@ -436,7 +513,9 @@ class SparsityPlan:
             return pattern(layout)
         try:
             if isinstance(pattern, Pattern):
-                return pattern(layout, int(layer.rpartition(".")[2]) * self.model["heads"] + head, boxes, keys)
+                return pattern(
+                    layout, int(layer.rpartition(".")[2]) * self.model["heads"] + head, boxes, keys
+                )
             mask = pattern(layout) if keys is None else pattern(layout, keys)
         except PlanError:
             raise
@@ -445,7 +524,9 @@ class SparsityPlan:
                 f"layer {layer!r}, head {head}, pattern {name!r}: {type(error).__name__}: {error}"
             ) from error
         try:
-            return with_special(check_blocks(mask, f"pattern {name!r} returned", layout, keys), layout, keys)
+            return with_special(
+                check_blocks(mask, f"pattern {name!r} returned", layout, keys), layout, keys
+            )
         except ValueError as error:
             raise PlanError(str(error)) from None
 
@@ -455,7 +536,9 @@ class SparsityPlan:
         ]
         for key, names in self.layers.items():
             counts = {name: names.count(name) for name in dict.fromkeys(names)}
-            lines.append(f"  {key:<9}" + ", ".join(f"{count} x {name}" for name, count in counts.items()))
+            lines.append(
+                f"  {key:<9}" + ", ".join(f"{count} x {name}" for name, count in counts.items())
+            )
         return "\n".join(lines)
 
 
@@ -465,7 +548,11 @@ def as_plan(plan: object) -> SparsityPlan:
         return plan
     if isinstance(plan, (str, os.PathLike)):
         if not os.path.exists(plan):
-            hint = f"; for a pattern use bsa.uniform_plan(model, {plan!r})" if is_pattern_name(plan) else ""
+            hint = (
+                f"; for a pattern use bsa.uniform_plan(model, {plan!r})"
+                if is_pattern_name(plan)
+                else ""
+            )
             raise FileNotFoundError(
                 f"plan={os.fspath(plan)!r}: no such file; pass a SparsityPlan or the path of one that was saved{hint}."
             )
@@ -478,7 +565,9 @@ def as_plan(plan: object) -> SparsityPlan:
         how = "the model comes first"
     elif isinstance(plan, Pattern):
         how = "make one with bsa.uniform_plan(model, pattern)"
-    raise TypeError(f"plan is a {type(plan).__name__}: expected a SparsityPlan or the path of one; {how}.")
+    raise TypeError(
+        f"plan is a {type(plan).__name__}: expected a SparsityPlan or the path of one; {how}."
+    )
 
 
 def _instead_of_pattern(given: object) -> str:
@@ -492,7 +581,9 @@ def _instead_of_pattern(given: object) -> str:
 
 def _check_spec(spec: object) -> None:
     if not isinstance(spec, ModelSpec):
-        raise TypeError(f"spec is a {type(spec).__name__}: expected a ModelSpec; pass bsa.inspect(model).")
+        raise TypeError(
+            f"spec is a {type(spec).__name__}: expected a ModelSpec; pass bsa.inspect(model)."
+        )
 
 
 def _check_options(pattern: Any, params: Mapping[str, Any], options: Sequence[str]) -> None:
@@ -511,5 +602,7 @@ def _listed(name: str, given: Any) -> list[Any]:
     if isinstance(given, (int, str)):
         return [given]
     if not isinstance(given, Iterable):
-        raise PlanError(f"{name}={given!r}: expected indices{' or names' * (name == 'layers')}; give one, or a list.")
+        raise PlanError(
+            f"{name}={given!r}: expected indices{' or names' * (name == 'layers')}; give one, or a list."
+        )
     return list(given)

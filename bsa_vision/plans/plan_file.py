@@ -88,7 +88,8 @@ def _dumps(plan: SparsityPlan) -> str:
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     for section, entries in sections.items():
         inner = ",\n".join(
-            f"    {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in entries.items()
+            f"    {json.dumps(key)}: {json.dumps(value, allow_nan=False)}"
+            for key, value in entries.items()
         )
         lines.append(f"  {json.dumps(section)}: " + ("{\n" + inner + "\n  }" if inner else "{}"))
     return "{\n" + ",\n".join(lines) + "\n}\n"
@@ -98,16 +99,23 @@ def loads(text: str | bytes) -> SparsityPlan:
     """The plan in JSON text, or in its UTF-8 bytes."""
     try:
         text = text.decode() if isinstance(text, bytes) else text
-        data = json.loads(text, object_pairs_hook=_without_repeated_keys, parse_constant=_no_constant)
+        data = json.loads(
+            text, object_pairs_hook=_without_repeated_keys, parse_constant=_no_constant
+        )
         _check_depth(data)
     except PlanError:
         raise
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, numbers of thousands of digits
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # not UTF-8, not JSON, numbers of thousands of digits
         raise PlanError(
             f"not JSON ({error}): the file is damaged or not a plan; restore it or save the plan again."
         ) from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise PlanError(f"no 'format': {FORMAT!r}: this is not a plan of bsa-vision; load a file written by plan.save.")
+        raise PlanError(
+            f"no 'format': {FORMAT!r}: this is not a plan of bsa-vision; load a file written by plan.save."
+        )
     if data.get("version") != VERSION or isinstance(data["version"], bool):
         raise PlanError(
             f"version {data.get('version')!r}: this bsa-vision reads version {VERSION}; update it or save again."
@@ -118,13 +126,17 @@ def loads(text: str | bytes) -> SparsityPlan:
     for section in ("patterns", "layers", "scores", "notes"):
         _check_types(section, data.setdefault(section, {}), None)
     for key, values in data["scores"].items():
-        if not isinstance(values, list) or not all(isinstance(value, (int, float)) for value in values):
+        if not isinstance(values, list) or not all(
+            isinstance(value, (int, float)) for value in values
+        ):
             raise PlanError(
                 f"scores of layer {key!r} are {values!r}: expected a list of numbers, one per head; correct it."
             )
     for key, names in data["layers"].items():
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise PlanError(f"layer {key!r} is {names!r}: expected a list of pattern names, one per head; correct it.")
+            raise PlanError(
+                f"layer {key!r} is {names!r}: expected a list of pattern names, one per head; correct it."
+            )
     layout = data["layout"]
     try:
         return SparsityPlan(
@@ -140,14 +152,18 @@ def loads(text: str | bytes) -> SparsityPlan:
     except PlanError:
         raise
     except (ValueError, TypeError, OverflowError) as error:
-        raise PlanError(f"{error} The file is damaged or was edited wrongly; correct that entry.") from None
+        raise PlanError(
+            f"{error} The file is damaged or was edited wrongly; correct that entry."
+        ) from None
 
 
 def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise PlanError(f"the key {key!r} is written twice: which one counts cannot be told; remove one of them.")
+            raise PlanError(
+                f"the key {key!r} is written twice: which one counts cannot be told; remove one of them."
+            )
         found[key] = value
     return found
 
@@ -168,7 +184,9 @@ def _check_depth(data: Any) -> None:
                 f"lists or objects lie more than {DEPTH} deep in each other: the file is damaged; restore it."
             )
         if any(isinstance(x, float) and not math.isfinite(x) for x in level):
-            raise PlanError("a number is too large for a float: expected a finite number; correct it.")
+            raise PlanError(
+                "a number is too large for a float: expected a finite number; correct it."
+            )
         level = [
             x
             for held in level
@@ -183,7 +201,10 @@ def _pattern_spec(name: str, pattern: PatternLike) -> dict[str, Any]:
         return pattern.spec
     if isinstance(pattern, Static):
         bits = np.packbits(pattern.mask.numpy().reshape(-1))
-        return {"static": base64.b64encode(bits.tobytes()).decode(), "layout": _layout_spec(pattern.layout)}
+        return {
+            "static": base64.b64encode(bits.tobytes()).decode(),
+            "layout": _layout_spec(pattern.layout),
+        }
     raise PlanError(
         f"pattern {name!r} is a Python function, which a plan file cannot hold: files carry named patterns and block masks; "
         "call plan.freeze(plan.layout(bsa.inspect(model))) first to turn it into a block mask."
@@ -203,13 +224,19 @@ def _pattern(name: str, spec: Any) -> PatternLike:
     _check_keys(f"pattern {name!r}", spec, ("static", "layout"))
     try:
         layout = TokenLayout(
-            **{**spec["layout"], "grid": tuple(spec["layout"]["grid"]), "tile": tuple(spec["layout"]["tile"])}
+            **{
+                **spec["layout"],
+                "grid": tuple(spec["layout"]["grid"]),
+                "tile": tuple(spec["layout"]["tile"]),
+            }
         )
         bits = np.frombuffer(base64.b64decode(spec["static"], validate=True), np.uint8)
         size = layout.num_blocks**2
         if len(bits) != -(-size // 8):
             raise ValueError(f"{len(bits)} bytes of mask, {layout} needs {-(-size // 8)}")
-        mask = torch.from_numpy(np.unpackbits(bits, count=size).astype(bool)).reshape(layout.num_blocks, -1)
+        mask = torch.from_numpy(np.unpackbits(bits, count=size).astype(bool)).reshape(
+            layout.num_blocks, -1
+        )
         return Static(mask, layout)
     except (ValueError, TypeError, KeyError, OverflowError, binascii.Error) as error:
         raise PlanError(
@@ -228,7 +255,9 @@ def _layout_spec(layout: TokenLayout) -> dict[str, Any]:
     }
 
 
-def _check_keys(where: str, data: Mapping[str, Any], allowed: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+def _check_keys(
+    where: str, data: Mapping[str, Any], allowed: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> None:
     unknown = [key for key in data if key not in allowed]
     missing = [key for key in allowed if key not in data and key not in optional]
     if unknown or missing:
@@ -246,4 +275,6 @@ def _check_types(where: str, data: Any, expected: Mapping[str, type] | None) -> 
     _check_keys(repr(where), data, tuple(expected))
     for key, kind in expected.items():
         if not isinstance(data[key], kind) or isinstance(data[key], bool):
-            raise PlanError(f"{where}.{key} is {data[key]!r}: expected {kind.__name__}; correct it.")
+            raise PlanError(
+                f"{where}.{key} is {data[key]!r}: expected {kind.__name__}; correct it."
+            )

@@ -34,7 +34,9 @@ class Prompts:
         object.__setattr__(self, "points", _numbers("points", self.points, 2, "(x, y)"))
         object.__setattr__(self, "boxes", _numbers("boxes", self.boxes, 4, "(x0, y0, x1, y1)"))
         if not self.points and not self.boxes:
-            raise ValueError("Prompts without points and boxes: at least one is needed; give points=[(x, y)].")
+            raise ValueError(
+                "Prompts without points and boxes: at least one is needed; give points=[(x, y)]."
+            )
         for box in self.boxes:
             if box[0] >= box[2] or box[1] >= box[3]:
                 raise ValueError(
@@ -86,7 +88,10 @@ def resized_to_fit(image_size: tuple[int, int], input_size: tuple[int, int]) -> 
 
 def _patches(first: float, last: float, patch: int, count: int) -> tuple[int, int]:
     """The first and last patch, of `count`, that pixels `first` to `last` touch; a border alone is not touched."""
-    first, last = round(first, 6), round(last, 6)  # scaling leaves borders a rounding error beside them
+    first, last = (
+        round(first, 6),
+        round(last, 6),
+    )  # scaling leaves borders a rounding error beside them
     start = min(floor(first / patch), count - 1)
     return start, min(max(start, ceil(last / patch) - 1), count - 1)
 
@@ -97,8 +102,12 @@ def _numbers(name: str, values: Any, length: int, shape: str) -> tuple[tuple[flo
         entries = tuple(tuple(entry) for entry in values)
     except TypeError:
         entries = None
-    if entries is None or any(len(e) != length or not all(isinstance(v, Real) for v in e) for e in entries):
-        raise ValueError(f"{name}={values!r}: expected a list of {shape} in pixels; wrap a single one in a list.")
+    if entries is None or any(
+        len(e) != length or not all(isinstance(v, Real) for v in e) for e in entries
+    ):
+        raise ValueError(
+            f"{name}={values!r}: expected a list of {shape} in pixels; wrap a single one in a list."
+        )
     return entries
 
 

@@ -32,7 +32,11 @@ class Static:
         return self.mask
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Static) and self.layout == other.layout and torch.equal(self.mask, other.mask)
+        return (
+            isinstance(other, Static)
+            and self.layout == other.layout
+            and torch.equal(self.mask, other.mask)
+        )
 
     def __hash__(self) -> int:
         return hash((self.layout, self.mask.numpy().tobytes()))
@@ -41,7 +45,9 @@ class Static:
         return f"static({1 - self.mask.float().mean().item():.0%} sparse, {self.layout})"
 
 
-def static_heads(layer: LayerSpec, masks: HeadMasks, layout: TokenLayout) -> list[tuple[str, Static | None]]:
+def static_heads(
+    layer: LayerSpec, masks: HeadMasks, layout: TokenLayout
+) -> list[tuple[str, Static | None]]:
     """(pattern name, static mask or None = dense) of each head."""
     if masks.num_heads != layer.heads:
         raise PlanError(
@@ -53,7 +59,11 @@ def static_heads(layer: LayerSpec, masks: HeadMasks, layout: TokenLayout) -> lis
         )
     if masks.num_blocks is not None and masks.num_blocks != (layout.num_blocks,) * 2:
         size = other_block_size(masks.num_blocks, layout.block_size, (layout.num_tokens,) * 2)
-        other = f"if their blocks are of {size} tokens, pass block_size={size} to HeadMasks; else " if size else ""
+        other = (
+            f"if their blocks are of {size} tokens, pass block_size={size} to HeadMasks; else "
+            if size
+            else ""
+        )
         raise PlanError(
             f"layer {layer.name!r}: its HeadMasks have {masks.num_blocks} blocks, {layout} has {layout.num_blocks}: {other}make "
             "them for this image size and its special tokens, or pass inspect(model, image_size=...)."
@@ -64,6 +74,8 @@ def static_heads(layer: LayerSpec, masks: HeadMasks, layout: TokenLayout) -> lis
             f"layer {layer.name!r}: its masks differ across the batch, a plan has one mask per head; index one image."
         )
     return [
-        ("dense", None) if kind == DENSE else (f"{layer.key}/{head}", Static(blocks[0, head], layout))
+        ("dense", None)
+        if kind == DENSE
+        else (f"{layer.key}/{head}", Static(blocks[0, head], layout))
         for head, kind in enumerate(masks.slices)
     ]

@@ -37,4 +37,6 @@ def write(path: str | os.PathLike[str], *data: bytes | memoryview) -> None:
 def check_folder(path: str | os.PathLike[str]) -> None:
     """Raise FileNotFoundError unless the folder of `path` is there."""
     if not Path(path).resolve().parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "there is no such folder, make it first", os.fspath(path))
+        raise FileNotFoundError(
+            errno.ENOENT, "there is no such folder, make it first", os.fspath(path)
+        )

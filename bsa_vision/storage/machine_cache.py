@@ -12,7 +12,10 @@ from bsa_vision.storage import atomic_write
 
 def cache_file(name: str) -> Path | None:
     """Where it is kept: in the folder `BSA_VISION_CACHE`, or one of the user's cache; None for a user without a home."""
-    folder = os.environ.get("BSA_VISION_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "bsa-vision"
+    folder = (
+        os.environ.get("BSA_VISION_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "bsa-vision"
+    )
     try:
         return Path(folder).expanduser() / name
     except RuntimeError:

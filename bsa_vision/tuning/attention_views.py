@@ -69,7 +69,11 @@ def choose(layers: Layers, views: int) -> list[tuple[int, int]]:
 
 
 def look(
-    plan: SparsityPlan, model: nn.Module, image: Any, heads: Sequence[tuple[str, int]], target: Target = features
+    plan: SparsityPlan,
+    model: nn.Module,
+    image: Any,
+    heads: Sequence[tuple[str, int]],
+    target: Target = features,
 ) -> list[Sight]:
     """What each of these heads (layer key, head) attends to from the middle of the first image; the model is left as it was."""
     spec = inspect(model)
@@ -93,12 +97,16 @@ def look(
 
 def _sight(seen: Observation, head: int, plan: SparsityPlan, layout: TokenLayout) -> Sight:
     row, column = layout.grid[0] // 2, layout.grid[1] // 2
-    blocks = plan.compile(seen.layer.key, layout).block_mask(layout.num_tokens, layout.num_tokens)[0, head]
+    blocks = plan.compile(seen.layer.key, layout).block_mask(layout.num_tokens, layout.num_tokens)[
+        0, head
+    ]
     view = View(f"{seen.layer.name}, head {head}", layout, blocks, block_at(layout, row, column))
     return Sight(view, (row, column), attention_of(seen, layout, head, row, column))
 
 
-def attention_of(seen: Observation, layout: TokenLayout, head: int, row: int, column: int) -> Tensor:
+def attention_of(
+    seen: Observation, layout: TokenLayout, head: int, row: int, column: int
+) -> Tensor:
     """(N,) float32: what the query of a patch attends to in one head, in the first image, model order."""
     query, group = layout.start + row * layout.grid[1] + column, seen.q.shape[1] // seen.k.shape[1]
     logits = seen.k[0, head // group].float() @ seen.q[0, head, query].float() * seen.scale
@@ -116,7 +124,16 @@ def pixels_of(image: Any) -> Tensor:
         if isinstance(one, Tensor) and one.dim() == 4 and one.shape[1] == 3:
             pixels = one[0].detach().float().cpu().permute(1, 2, 0)
             return (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp(min=1e-12)
-        left = [*(one.values() if isinstance(one, Mapping) else one if isinstance(one, (list, tuple)) else ()), *left]
+        left = [
+            *(
+                one.values()
+                if isinstance(one, Mapping)
+                else one
+                if isinstance(one, (list, tuple))
+                else ()
+            ),
+            *left,
+        ]
     raise ValueError(
         f"image is a {type(image).__name__} without pixels: views need a tensor (B, 3, h, w), or a tuple, list or mapping that holds one; "
         "pass such an image, or no model."

@@ -123,7 +123,9 @@ class _Passes:
                 layout = TokenLayout(seen.grid, start=spec.start, end=spec.end, **one)
                 _same_size(layout, next(iter(found), layout), seen)
                 own = found.setdefault(layout, {})
-                sums = own.setdefault(seen.layer.key, BlockStatistics.empty(seen.layer.heads, layout))
+                sums = own.setdefault(
+                    seen.layer.key, BlockStatistics.empty(seen.layer.heads, layout)
+                )
                 sums.add(seen, layout, total=one is given[0])
 
         some = self.images[:LOOK]
@@ -147,14 +149,21 @@ class _Passes:
         best = min(losses, key=lambda layout: losses[layout])
         if auto:
             self.calibration.orders = [
-                {"order": x.order, "tile": list(x.tile), "lost": loss / len(self.layers)} for x, loss in losses.items()
+                {"order": x.order, "tile": list(x.tile), "lost": loss / len(self.layers)}
+                for x, loss in losses.items()
             ]
         compared = [table.compared(found[best][layer.key], best) for layer in self.layers]
-        self.calibration.layout, self.calibration.compared = distributed.of_the_first((best, compared))
+        self.calibration.layout, self.calibration.compared = distributed.of_the_first(
+            (best, compared)
+        )
 
     def find_blocks(self) -> None:
         """Pass 1, and in which order each head would drop its blocks."""
-        where, compared, state = self.calibration.layout, self.calibration.compared, self.calibration
+        where, compared, state = (
+            self.calibration.layout,
+            self.calibration.compared,
+            self.calibration,
+        )
         assert where is not None
         if state.dropping:
             return
@@ -168,13 +177,22 @@ class _Passes:
         self.run(
             "blocks",
             state.blocks,
-            lambda sums, half, index, seen: sums[half * layers + index].add(seen, where, compared[index]),
+            lambda sums, half, index, seen: sums[half * layers + index].add(
+                seen, where, compared[index]
+            ),
         )
         for index, among in enumerate(compared):
             of_half = state.blocks[index::layers]
             together = sum(of_half[1:], of_half[0])
-            found_on = [together, *reversed(of_half)]  # each half is judged by what the other one shows
-            state.dropping.append(torch.stack([table.order_of_dropping(own, where, among).float() for own in found_on]))
+            found_on = [
+                together,
+                *reversed(of_half),
+            ]  # each half is judged by what the other one shows
+            state.dropping.append(
+                torch.stack(
+                    [table.order_of_dropping(own, where, among).float() for own in found_on]
+                )
+            )
             state.totals.append(together.total)
         state.blocks = []
         self.store.save(state, now=True)
@@ -186,7 +204,10 @@ class _Passes:
         masks = [
             [
                 torch.stack(
-                    [torch.stack([mask for _, mask in head]) for head in _layer_options(names, own[1 + half], where)]
+                    [
+                        torch.stack([mask for _, mask in head])
+                        for head in _layer_options(names, own[1 + half], where)
+                    ]
                 )
                 for own in state.dropping
             ]
@@ -197,17 +218,27 @@ class _Passes:
         self.run(
             "candidates",
             state.candidates,
-            lambda sums, half, index, seen: sums[index].add(seen, where, masks[half][index].to(seen.q.device)),
+            lambda sums, half, index, seen: sums[index].add(
+                seen, where, masks[half][index].to(seen.q.device)
+            ),
         )
 
-    def run(self, name: str, sums: Sequence[Any], add: Callable[[Sequence[Any], int, int, Observation], None]) -> None:
+    def run(
+        self,
+        name: str,
+        sums: Sequence[Any],
+        add: Callable[[Sequence[Any], int, int, Observation], None],
+    ) -> None:
         """Every image from the first that is not done on, one for each process at a time; add(sums, half, layer, what was seen)."""
         own, count = distributed.place()
         index_of = {layer.key: index for index, layer in enumerate(self.layers)}
         done, layout = self.calibration.done, self.calibration.layout
         assert layout is not None
         what = {"blocks": "where attention goes", "candidates": "what candidates cost"}[name]
-        fresh = [type(one)(**{key: torch.zeros_like(x) for key, x in one.tensors().items()}) for one in sums]
+        fresh = [
+            type(one)(**{key: torch.zeros_like(x) for key, x in one.tensors().items()})
+            for one in sums
+        ]
 
         def see(seen: Observation) -> None:
             index = index_of.get(seen.layer.key)
@@ -250,16 +281,23 @@ class _Passes:
         ]
         weights = self.calibration.weights
         references = (
-            [distributed.together(partial(self._look_at, some)) for some in own] if len(weights) <= layers else []
+            [distributed.together(partial(self._look_at, some)) for some in own]
+            if len(weights) <= layers
+            else []
         )
         while len(weights) <= layers:
             now = len(weights)  # the last one is for all layers
-            tried = [picked if now in (index, layers) else [0] * len(picked) for index, picked in enumerate(picks)]
+            tried = [
+                picked if now in (index, layers) else [0] * len(picked)
+                for index, picked in enumerate(picks)
+            ]
             weights.append(
                 [
                     error
                     for half, some, dense in zip(halves, own, references, strict=True)
-                    for error in target_errors(self.model, make_plan(half, tried), some, dense, self.target)
+                    for error in target_errors(
+                        self.model, make_plan(half, tried), some, dense, self.target
+                    )
                 ]
             )
             self.store.save(self.calibration, now=now == layers)
@@ -278,7 +316,9 @@ def _check_witness(calibration: Calibration, found: Any) -> None:
             f"target returned a {type(found).__name__}: expected a tensor of floating-point features; return one."
         )
     if found.is_meta:
-        raise ValueError("target returned features on the meta device: this model has no weights; load them first.")
+        raise ValueError(
+            "target returned features on the meta device: this model has no weights; load them first."
+        )
     length = float(found.double().norm())
     if not 0 < length < torch.inf:
         raise ValueError(
@@ -294,7 +334,9 @@ def _check_witness(calibration: Calibration, found: Any) -> None:
 
 
 def _check_finite(all_sums: Iterable[Sums]) -> None:
-    if not all(bool(tensor.isfinite().all()) for sums in all_sums for tensor in sums.tensors().values()):
+    if not all(
+        bool(tensor.isfinite().all()) for sums in all_sums for tensor in sums.tensors().values()
+    ):
         raise ValueError(
             "attention of these images is not finite: check the images (NaN, infinite values) and the model's weights."
         )
@@ -314,7 +356,9 @@ def _loss(statistics: BlockStatistics, layout: TokenLayout, total: Tensor) -> fl
     score = statistics.drop.masked_fill(Pattern("special")(layout), torch.inf).flatten(1)
     worst_first = score.sort(-1).values
     lost = [worst_first[:, : round((1 - keep) * score.shape[1])] for keep in KEPT]
-    return sum(float(one[one.isfinite()].sum() / total.clamp(min=1e-300)) for one in lost) / len(KEPT)
+    return sum(float(one[one.isfinite()].sum() / total.clamp(min=1e-300)) for one in lost) / len(
+        KEPT
+    )
 
 
 def _same_size(layout: TokenLayout, first: TokenLayout, seen: Observation) -> None:
@@ -352,11 +396,15 @@ def layers_to_tune(spec: ModelSpec, layers: Iterable[int | str] | None) -> tuple
     able = [layer for layer in spec.layers if not layer.window and not layer.frames]
     if layers is None:
         if not able:
-            raise PlanError("no layer of this model attends to the whole image: there is nothing to tune.")
+            raise PlanError(
+                "no layer of this model attends to the whole image: there is nothing to tune."
+            )
         return tuple(able)
     wanted = [layers] if isinstance(layers, (int, str)) else list(layers)
     found = [
-        next((layer for layer in able if layer.index == one), None) if isinstance(one, int) else spec.find(one)
+        next((layer for layer in able if layer.index == one), None)
+        if isinstance(one, int)
+        else spec.find(one)
         for one in wanted
     ]
     if not wanted or any(layer not in able for layer in found):

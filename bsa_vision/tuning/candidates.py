@@ -17,9 +17,14 @@ from bsa_vision.tuning.statistics import BlockStatistics
 
 # Name -> parameters to try; densities are those of the whole map, special blocks included.
 GEOMETRIC: dict[str, tuple[Pattern, ...]] = {
-    "local_window": tuple(Pattern("local_window", radius=radius) for radius in (1, 2, 3, 4, 6, 8, 12, 16, 24)),
+    "local_window": tuple(
+        Pattern("local_window", radius=radius) for radius in (1, 2, 3, 4, 6, 8, 12, 16, 24)
+    ),
     "axial": tuple(Pattern("axial", width=width) for width in (0, 2, 4)),
-    "strided": tuple(Pattern("local_window", radius=1) | Pattern("strided", stride=stride) for stride in (2, 4, 8)),
+    "strided": tuple(
+        Pattern("local_window", radius=1) | Pattern("strided", stride=stride)
+        for stride in (2, 4, 8)
+    ),
     "special": (Pattern("special") | Pattern("local_window", radius=0),),
 }
 DENSITIES = (0.05, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.75)
@@ -62,7 +67,9 @@ def order_of_dropping(statistics: BlockStatistics, layout: TokenLayout, among: T
     """
     score = _forced(statistics, layout)
     rest = torch.ones_like(score, dtype=torch.bool).scatter_(-1, among, False) & score.isfinite()
-    costs, steps = _dropping(statistics.gram, _shares(statistics).gather(-1, among), score.gather(-1, among).isfinite())
+    costs, steps = _dropping(
+        statistics.gram, _shares(statistics).gather(-1, among), score.gather(-1, among).isfinite()
+    )
     early = _ranks(score.masked_fill(~rest, torch.inf), score) - score.numel()  # before all others
     order = torch.where(rest, early, score).scatter(-1, among, _ranks(costs, steps))
     return order.masked_fill(score.isinf(), torch.inf)

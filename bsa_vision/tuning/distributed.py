@@ -49,7 +49,9 @@ def together(run: Callable[[], T]) -> T:
     except Exception as raised:
         error = raised
     said: list[str | None] = [None] * count
-    torch.distributed.all_gather_object(said, None if error is None else f"{type(error).__name__}: {error}")
+    torch.distributed.all_gather_object(
+        said, None if error is None else f"{type(error).__name__}: {error}"
+    )
     if error is not None:
         raise error
     for other, text in enumerate(said):
@@ -65,7 +67,9 @@ def add_up(tensors: Sequence[Tensor]) -> None:
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
     flat = torch.cat([tensor.flatten() for tensor in tensors]).to(device)
     torch.distributed.all_reduce(flat)
-    for tensor, summed in zip(tensors, flat.cpu().split([tensor.numel() for tensor in tensors]), strict=True):
+    for tensor, summed in zip(
+        tensors, flat.cpu().split([tensor.numel() for tensor in tensors]), strict=True
+    ):
         tensor.copy_(summed.view_as(tensor))
 
 

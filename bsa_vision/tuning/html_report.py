@@ -19,11 +19,30 @@ from bsa_vision.plans.plan import SparsityPlan, as_plan
 from bsa_vision.storage import atomic_write
 from bsa_vision.tuning.attention_views import choose, look, photograph, pixels_of
 from bsa_vision.tuning.bounds import MEAN_CONFIDENCE
-from bsa_vision.tuning.plots import Layers, by_layer, curve, drawing, inline, kept_attention, sparsity_map
+from bsa_vision.tuning.plots import (
+    Layers,
+    by_layer,
+    curve,
+    drawing,
+    inline,
+    kept_attention,
+    sparsity_map,
+)
 from bsa_vision.tuning.trial import Target
 
 NEEDED = {
-    *("asked", "images", "grid", "special tokens", "sparsity", "predicted", "measured", "bound", "speedup", "errors"),
+    *(
+        "asked",
+        "images",
+        "grid",
+        "special tokens",
+        "sparsity",
+        "predicted",
+        "measured",
+        "bound",
+        "speedup",
+        "errors",
+    ),
     *("certificate", "orders", "tried", "curve", "correlation", "layers"),
 }
 ASKED = {
@@ -91,14 +110,20 @@ def report(
     atomic_write.check_folder(path)  # before views are drawn
     if (model is None) != (image is None):
         given, missing = ("an image", "model") if model is None else ("a model", "image")
-        raise ValueError(f"report got {given} and no {missing}: views need both, the rest neither; pass {missing} too.")
+        raise ValueError(
+            f"report got {given} and no {missing}: views need both, the rest neither; pass {missing} too."
+        )
     views = whole_number("views", views, 0)
     with drawing():
         parts = [*_text(plan, tuned), *_figures(tuned), *_orders(tuned["orders"])]
         if model is not None:
             parts += _views(plan, tuned["layers"], model, image, target, views)
-    title = escape(f"Tuned plan: {plan.model['family']}, {tuned['sparsity']:.1%} of the blocks skipped")
-    atomic_write.write(path, PAGE.substitute(title=title, body="\n".join([*parts, *_numbers(tuned)])).encode())
+    title = escape(
+        f"Tuned plan: {plan.model['family']}, {tuned['sparsity']:.1%} of the blocks skipped"
+    )
+    atomic_write.write(
+        path, PAGE.substitute(title=title, body="\n".join([*parts, *_numbers(tuned)])).encode()
+    )
 
 
 # Text
@@ -107,10 +132,19 @@ def report(
 def _text(plan: SparsityPlan, tuned: Mapping[str, Any]) -> list[str]:
     images, grid, special = tuned["images"], tuned["grid"], tuned["special tokens"]
     rows = [
-        ("model", ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in plan.model.items())),
+        (
+            "model",
+            ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in plan.model.items()),
+        ),
         ("tokens", f"{grid[0]} x {grid[1]} patches, {_count(special, 'special token')}"),
-        ("token layout", f"order {_order(plan.order, plan.tile)}, blocks of {plan.block_size} tokens"),
-        ("images", f"chosen on {images['chosen on']}, kept back {images['kept back']}, seed {images['seed']}"),
+        (
+            "token layout",
+            f"order {_order(plan.order, plan.tile)}, blocks of {plan.block_size} tokens",
+        ),
+        (
+            "images",
+            f"chosen on {images['chosen on']}, kept back {images['kept back']}, seed {images['seed']}",
+        ),
     ]
     parts = [f"<p>{escape(_summary(tuned))}</p>", _table((), rows)]
     changed = _changed(plan, tuned["layers"])
@@ -126,7 +160,9 @@ def _changed(plan: SparsityPlan, layers: Layers) -> set[tuple[str, int]]:
     return {
         (one["key"], number)
         for one in layers
-        for number, (name, head) in enumerate(zip(plan.layers.get(one["key"], ()), one["heads"], strict=False))
+        for number, (name, head) in enumerate(
+            zip(plan.layers.get(one["key"], ()), one["heads"], strict=False)
+        )
         if name != (f"{one['key']}/{number}" if head["pattern"] == "static" else head["pattern"])
     }
 
@@ -160,7 +196,9 @@ def _certificate(tuned: Mapping[str, Any]) -> str:
     if "max_error" not in tuned["asked"]:
         said.append("No limit was asked for: this one is the largest error seen.")
     if found["adjusted"]:
-        said.append("The plan was adjusted on these same images, so the figure is slightly optimistic.")
+        said.append(
+            "The plan was adjusted on these same images, so the figure is slightly optimistic."
+        )
     return " ".join(said)
 
 
@@ -168,14 +206,20 @@ def _orders(orders: Layers) -> list[str]:
     if not orders:
         return []
     best = min(orders, key=lambda one: one["lost"])
-    rows = [(_order(one["order"], one["tile"]), f"{one['lost']:.3g}", "chosen" * (one is best)) for one in orders]
+    rows = [
+        (_order(one["order"], one["tile"]), f"{one['lost']:.3g}", "chosen" * (one is best))
+        for one in orders
+    ]
     heads = ("order of tokens", "squared error expected, as a share, mean over layers", "")
     return ["<h2>Orders compared</h2>", _table(heads, rows)]
 
 
 def _numbers(tuned: Mapping[str, Any]) -> list[str]:
     """Every number, folded away."""
-    errors, trials = ("weight", "predicted", "measured"), ("asked", "sparsity", "predicted", "measured", "speedup")
+    errors, trials = (
+        ("weight", "predicted", "measured"),
+        ("asked", "sparsity", "predicted", "measured", "speedup"),
+    )
     heads = [
         (
             one["layer"],
@@ -189,12 +233,20 @@ def _numbers(tuned: Mapping[str, Any]) -> list[str]:
         for one in tuned["layers"]
         for number, head in enumerate(one["heads"])
     ]
-    layers = [(one["layer"], one["key"], *(one[name] for name in errors)) for one in tuned["layers"]]
+    layers = [
+        (one["layer"], one["key"], *(one[name] for name in errors)) for one in tuned["layers"]
+    ]
     return [
         "<details><summary>Every number</summary>",
-        _table(("layer", "head", "pattern", "density", "expected error", "kept, 1%", "kept, 50%"), heads),
+        _table(
+            ("layer", "head", "pattern", "density", "expected error", "kept, 1%", "kept, 50%"),
+            heads,
+        ),
         _table(("layer", "key", *errors), layers),
-        _table(("tried: asked", *trials[1:]), [[one.get(name, "") for name in trials] for one in tuned["tried"]]),
+        _table(
+            ("tried: asked", *trials[1:]),
+            [[one.get(name, "") for name in trials] for one in tuned["tried"]],
+        ),
         _table(("image kept back", "error"), list(enumerate(tuned["errors"]))),
         "</details>",
     ]
@@ -202,8 +254,12 @@ def _numbers(tuned: Mapping[str, Any]) -> list[str]:
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     top = f"<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>" if heads else ""
-    texts = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    body = "".join(f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in row)}</tr>" for row in texts)
+    texts = [
+        [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows
+    ]
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in row)}</tr>" for row in texts
+    )
     return f'<div class="scroll"><table>{top}{body}</table></div>'
 
 
@@ -235,18 +291,24 @@ def _figures(tuned: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def _views(plan: SparsityPlan, layers: Layers, model: nn.Module, image: Any, target: Target, views: int) -> list[str]:
+def _views(
+    plan: SparsityPlan, layers: Layers, model: nn.Module, image: Any, target: Target, views: int
+) -> list[str]:
     pixels, chosen = pixels_of(image), choose(layers, views)
     if not chosen:
         return []
     shown, changed = [], _changed(plan, layers)
-    sights = look(plan, model, image, [(layers[index]["key"], head) for index, head in chosen], target)
+    sights = look(
+        plan, model, image, [(layers[index]["key"], head) for index, head in chosen], target
+    )
     for (index, head), sight in zip(chosen, sights, strict=True):
         about, key = layers[index]["heads"][head], layers[index]["key"]
         said = f"{about['pattern']}, {1 - about['density']:.0%} skipped, expected error {about['error']:.3g}"
         if (key, head) in changed:
             said = f"{plan.layers[key][head]} since the plan was tuned"
-        text = escape(f"{sight.view.title}: {said}. This query keeps {sight.kept:.0%} of its attention.")
+        text = escape(
+            f"{sight.view.title}: {said}. This query keeps {sight.kept:.0%} of its attention."
+        )
         out = io.BytesIO()
         photograph(pixels, sight).savefig(out, format="png")
         source = f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
@@ -256,4 +318,10 @@ def _views(plan: SparsityPlan, layers: Layers, model: nn.Module, image: Any, tar
         "One query, the cross in the middle. Colour is the attention that it pays when nothing is skipped, from violet to yellow; dark is what "
         "its block, outlined in white, no longer sees."
     )
-    return ["<h2>What single heads see</h2>", f'<p class="note">{note}</p>', '<div class="views">', *shown, "</div>"]
+    return [
+        "<h2>What single heads see</h2>",
+        f'<p class="note">{note}</p>',
+        '<div class="views">',
+        *shown,
+        "</div>",
+    ]

@@ -24,7 +24,9 @@ def check_images(images: Any, target: Target) -> list[Any]:
         raise TypeError(f"images is {said}: expected a list of what the target takes; give one.")
     else:
         given = list(images)
-    pixels = [[x for x in tree_leaves(image) if isinstance(x, Tensor) and x.dim() == 4] for image in given]
+    pixels = [
+        [x for x in tree_leaves(image) if isinstance(x, Tensor) and x.dim() == 4] for image in given
+    ]
     sizes = {tuple(tensors[0].shape[-2:]) for tensors in pixels if tensors}
     if len(sizes) > 1:
         raise ValueError(

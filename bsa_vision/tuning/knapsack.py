@@ -22,7 +22,9 @@ class Choice:
     costs: Sequence[float]
 
 
-def solve(heads: Sequence[Choice], *, budget: float | None = None, max_error: float | None = None) -> list[int]:
+def solve(
+    heads: Sequence[Choice], *, budget: float | None = None, max_error: float | None = None
+) -> list[int]:
     """The candidate of each head: least error within a budget, or least cost within an error; exactly one of the two is given.
 
     PlanError with what can be had, where nothing fits.
@@ -32,7 +34,9 @@ def solve(heads: Sequence[Choice], *, budget: float | None = None, max_error: fl
 
     errors = np.concatenate([np.asarray(head.errors, dtype=float) for head in heads])
     costs = np.concatenate([np.asarray(head.costs, dtype=float) for head in heads])
-    minimised, limited, limit = (errors, costs, budget) if max_error is None else (costs, errors, max_error)
+    minimised, limited, limit = (
+        (errors, costs, budget) if max_error is None else (costs, errors, max_error)
+    )
     assert limit is not None
     least = sum(min(head.costs if max_error is None else head.errors) for head in heads)
     if least > limit * (1 + 1e-9):

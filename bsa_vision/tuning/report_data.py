@@ -85,7 +85,9 @@ def describe(
             for one in tried
         ],
         "curve": [list(point) for point in curve],
-        "correlation": _correlation([one["predicted"] for one in layers], [one["measured"] for one in layers]),
+        "correlation": _correlation(
+            [one["predicted"] for one in layers], [one["measured"] for one in layers]
+        ),
         "layers": layers,
     }
 
@@ -118,7 +120,10 @@ def _layer(tuned: Tuned, index: int, picks: Sequence[int], measured: float) -> d
 def _percentiles(counts: Tensor, dense: bool) -> dict[str, float]:
     """Of a histogram (BINS,): the lower end of the bin that each percentile falls into; the last bin cannot tell 1 from a little less."""
     reached = counts.cumsum(0) / counts.sum().clamp(min=1)
-    bins = {str(p): int(torch.searchsorted(reached, torch.tensor(p / 100, dtype=reached.dtype))) for p in PERCENTILES}
+    bins = {
+        str(p): int(torch.searchsorted(reached, torch.tensor(p / 100, dtype=reached.dtype)))
+        for p in PERCENTILES
+    }
     return {name: 1.0 if dense else found / BINS for name, found in bins.items()}
 
 

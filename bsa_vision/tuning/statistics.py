@@ -38,7 +38,9 @@ class Sums:
 
     def __add__(self: T, other: T) -> T:
         theirs = other.tensors()
-        return type(self)(**{name: tensor + theirs[name] for name, tensor in self.tensors().items()})
+        return type(self)(
+            **{name: tensor + theirs[name] for name, tensor in self.tensors().items()}
+        )
 
 
 def _zeros(*shape: int) -> Tensor:
@@ -67,9 +69,17 @@ class BlockStatistics(Sums):
         shape = (heads, layout.num_blocks, layout.num_blocks)
         return cls(_zeros(*shape), _zeros(*shape), _zeros(*shape[:2], compared, compared), _zeros())
 
-    def add(self, seen: Observation, layout: TokenLayout, compared: Tensor | None = None, total: bool = True) -> None:
+    def add(
+        self,
+        seen: Observation,
+        layout: TokenLayout,
+        compared: Tensor | None = None,
+        total: bool = True,
+    ) -> None:
         """One dense call of this layer; `compared` (H, R, K) are the blocks of each row that `gram` is about, `total` may be left out."""
-        v = order_tokens(seen.v.float(), layout).repeat_interleave(seen.q.shape[1] // seen.v.shape[1], dim=1)
+        v = order_tokens(seen.v.float(), layout).repeat_interleave(
+            seen.q.shape[1] // seen.v.shape[1], dim=1
+        )
         for rows in _block_rows(seen, layout):
             self.mass[:, rows.which] += rows.mass.mean(3).sum(0).double().cpu()
             self.drop[:, rows.which] += rows.change.square().sum((3, 5)).sum(0).double().cpu()
@@ -77,7 +87,9 @@ class BlockStatistics(Sums):
                 self.total += _energy(rows.probs @ v, seen.weight).double().cpu()
             if compared is not None:
                 some = _of_blocks(rows.change, compared[:, rows.which].to(rows.change.device))
-                self.gram[:, rows.which] += torch.einsum("bhrikd,bhrijd->hrkj", some, some).double().cpu()
+                self.gram[:, rows.which] += (
+                    torch.einsum("bhrikd,bhrijd->hrkj", some, some).double().cpu()
+                )
 
 
 def _of_blocks(change: Tensor, blocks: Tensor) -> Tensor:
@@ -85,7 +97,9 @@ def _of_blocks(change: Tensor, blocks: Tensor) -> Tensor:
     if blocks.shape[-1] == change.shape[4]:  # all of them, in order
         return change
     images, _, _, queries, _, dim = change.shape
-    return change.gather(4, blocks[None, :, :, None, :, None].expand(images, -1, -1, queries, -1, dim))
+    return change.gather(
+        4, blocks[None, :, :, None, :, None].expand(images, -1, -1, queries, -1, dim)
+    )
 
 
 @dataclass
@@ -111,7 +125,9 @@ class CandidateErrors(Sums):
             kept = torch.einsum("bhric,hkrc->bhkri", rows.mass, here.to(rows.mass))
             change = torch.einsum("bhricd,hkrc->bhkrid", rows.change, here.to(rows.change))
             off = (change / kept.clamp(min=1e-30)[..., None]).square().sum(-1)
-            off = off * ~here.all(-1)[..., None]  # nothing dropped is no change, not a rounding error
+            off = (
+                off * ~here.all(-1)[..., None]
+            )  # nothing dropped is no change, not a rounding error
             self.error += off.sum((0, 3, 4)).double().cpu()
             self.kept += _histogram(kept).double().cpu()
 
@@ -149,7 +165,11 @@ def _block_rows(seen: Observation, layout: TokenLayout) -> Iterator[_Rows]:
     padding = blocks * size - layout.num_tokens
     weighed = torch.einsum("bhnd,hde->bhne", v, _metric(seen))
     by_block = F.pad(weighed, (0, 0, 0, padding)).unflatten(2, (blocks, size))  # (B, H, C, j, D)
-    bias = None if seen.rel_pos is None else [order_tokens(term.float(), layout) for term in seen.rel_pos]
+    bias = (
+        None
+        if seen.rel_pos is None
+        else [order_tokens(term.float(), layout) for term in seen.rel_pos]
+    )
     places = key_places(layout, True, q.device)
     full = layout.num_tokens // size
     step = max(1, WORKING_MEMORY // (4 * size * weighed[:, :, 0].numel() * blocks))
@@ -158,14 +178,24 @@ def _block_rows(seen: Observation, layout: TokenLayout) -> Iterator[_Rows]:
         inside = slice(first * size, last * size)
         logits = q[:, :, inside] @ k.transpose(-1, -2) * seen.scale  # (B, H, r * i, N)
         if bias is not None:
-            logits += sum(term[:, :, inside].index_select(-1, place) for term, place in zip(bias, places, strict=True))
+            logits += sum(
+                term[:, :, inside].index_select(-1, place)
+                for term, place in zip(bias, places, strict=True)
+            )
         probs = logits.softmax(-1)
         by_key = F.pad(probs, (0, padding)).unflatten(-1, (blocks, size))  # (B, H, r * i, C, j)
         mass = by_key.sum(-1)
         change = torch.einsum("bhicj,bhcjd->bhicd", by_key, by_block)
-        change -= mass[..., None] * change.sum(3, keepdim=True)  # all blocks together are the output
+        change -= mass[..., None] * change.sum(
+            3, keepdim=True
+        )  # all blocks together are the output
         rows = last - first
-        yield _Rows(slice(first, last), mass.unflatten(2, (rows, -1)), change.unflatten(2, (rows, -1)), probs)
+        yield _Rows(
+            slice(first, last),
+            mass.unflatten(2, (rows, -1)),
+            change.unflatten(2, (rows, -1)),
+            probs,
+        )
 
 
 def _energy(out: Tensor, weight: Tensor | None) -> Tensor:

@@ -67,7 +67,10 @@ class Calibration:
             for name, tensor in sums.tensors().items()
         }
         for name in ("compared", "dropping", "totals"):
-            tensors |= {f"{name}.{index}": tensor.contiguous() for index, tensor in enumerate(getattr(self, name))}
+            tensors |= {
+                f"{name}.{index}": tensor.contiguous()
+                for index, tensor in enumerate(getattr(self, name))
+            }
         about = {
             "identity": self.identity,
             "layout": None if self.layout is None else asdict(self.layout),
@@ -76,7 +79,12 @@ class Calibration:
             "weights": self.weights,
             "done": self.done,
         }
-        metadata = {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about), "digest": UNSIGNED}
+        metadata = {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "about": json.dumps(about),
+            "digest": UNSIGNED,
+        }
         data = memoryview(save(tensors, metadata))
         start = bytes(data[: _header_end(data)]).index(UNSIGNED.encode())
         signed = _digest_of(data, start).encode()
@@ -93,7 +101,14 @@ class Calibration:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return cls._of(tensors, json.loads(metadata["about"]))
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (
+            SafetensorError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise PlanError(
                 f"{path} holds no statistics that this bsa-vision reads ({error}): give another file, or delete it to start anew."
             ) from None
@@ -105,7 +120,10 @@ class Calibration:
             grid, tile = tuple(layout.pop("grid")), tuple(layout.pop("tile"))
             layout = TokenLayout(grid, tile=tile, **layout)
         lists: dict[str, Any] = {
-            name: [tensors.pop(f"{name}.{index}") for index in range(sum(x.startswith(f"{name}.") for x in tensors))]
+            name: [
+                tensors.pop(f"{name}.{index}")
+                for index in range(sum(x.startswith(f"{name}.") for x in tensors))
+            ]
             for name in ("compared", "dropping", "totals")
         }
         return cls(
@@ -136,7 +154,9 @@ def _check_digest(path: Path) -> None:
         header = data[: _header_end(data)]
         metadata = json.loads(header[8:])["__metadata__"]
         if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
-            raise ValueError(f"format {metadata.get('format')!r}, version {metadata.get('version')!r}")
+            raise ValueError(
+                f"format {metadata.get('format')!r}, version {metadata.get('version')!r}"
+            )
         if _digest_of(data, header.index(metadata["digest"].encode())) != metadata["digest"]:
             raise ValueError("its contents were changed since they were written")
 
@@ -156,8 +176,12 @@ class Store:
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         self.path = None if path is None else Path(path)
-        if self.path is not None and (self.path.is_dir() or not self.path.resolve().parent.is_dir()):
-            raise ValueError(f"statistics={str(path)!r}: expected a file in a folder that is there; give such a path.")
+        if self.path is not None and (
+            self.path.is_dir() or not self.path.resolve().parent.is_dir()
+        ):
+            raise ValueError(
+                f"statistics={str(path)!r}: expected a file in a folder that is there; give such a path."
+            )
         self.next = time.monotonic() + SECONDS
         self.saved: dict[str, int] | None = None  # images of each pass that the file holds
 
@@ -168,7 +192,9 @@ class Store:
             return "nothing is saved: give statistics=PATH to keep what is measured"
         if self.saved is None:
             return f"nothing is saved in {self.path} yet"
-        passes = ", ".join(f"{count} images of pass {n}" for n, count in enumerate(self.saved.values(), 1))
+        passes = ", ".join(
+            f"{count} images of pass {n}" for n, count in enumerate(self.saved.values(), 1)
+        )
         return f"{self.path} holds {passes}; statistics={str(self.path)!r}, resume=True goes on from there"
 
     def open(self, identity: Mapping[str, Any], resume: bool) -> Calibration:
@@ -198,8 +224,13 @@ class Store:
         found = Calibration.load(self.path)
         other = [name for name, value in identity.items() if found.identity.get(name) != value]
         if other:
-            was = ", ".join(f"{name} {found.identity.get(name)!r} instead of {identity[name]!r}" for name in other)
-            raise ValueError(f"{self.path} holds statistics of something else: {was}; give another file or delete it.")
+            was = ", ".join(
+                f"{name} {found.identity.get(name)!r} instead of {identity[name]!r}"
+                for name in other
+            )
+            raise ValueError(
+                f"{self.path} holds statistics of something else: {was}; give another file or delete it."
+            )
         self.saved = dict(found.done)
         return found
 

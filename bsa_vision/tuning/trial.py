@@ -70,22 +70,33 @@ def make_plan(tuned: Tuned, picks: Picks) -> SparsityPlan:
         for head, (own, pick) in enumerate(zip(heads, chosen, strict=True)):
             pattern = own[pick][0]
             static = pattern is not None and type(pattern).__name__ == "Static"
-            name = "dense" if pattern is None else f"{layer.key}/{head}" if static else repr(pattern)
+            name = (
+                "dense" if pattern is None else f"{layer.key}/{head}" if static else repr(pattern)
+            )
             if pattern is not None:
                 patterns[name] = pattern
             names.append(name)
         layers[layer.key] = tuple(names)
     layout = tuned.layout
-    return SparsityPlan(tuned.spec.fingerprint, patterns, layers, layout.order, layout.tile, layout.block_size)
+    return SparsityPlan(
+        tuned.spec.fingerprint, patterns, layers, layout.order, layout.tile, layout.block_size
+    )
 
 
 def target_errors(
-    model: nn.Module, plan: SparsityPlan, images: Sequence[Any], references: Sequence[Tensor], target: Target
+    model: nn.Module,
+    plan: SparsityPlan,
+    images: Sequence[Any],
+    references: Sequence[Tensor],
+    target: Target,
 ) -> list[float]:
     """Relative L2 error of the target for every image; `images` and `references` are this process's share."""
     with sparse(model, plan):
         outs = distributed.together(lambda: [target(model, image) for image in images])
-    errors = [float((a - b).double().norm() / b.double().norm()) for a, b in zip(outs, references, strict=True)]
+    errors = [
+        float((a - b).double().norm() / b.double().norm())
+        for a, b in zip(outs, references, strict=True)
+    ]
     errors = distributed.collect(errors)
     if not all(map(math.isfinite, errors)):
         raise ValueError(
@@ -95,7 +106,11 @@ def target_errors(
 
 
 def layer_errors(
-    model: nn.Module, plan: SparsityPlan, images: Sequence[Any], target: Target, layers: Sequence[LayerSpec]
+    model: nn.Module,
+    plan: SparsityPlan,
+    images: Sequence[Any],
+    target: Target,
+    layers: Sequence[LayerSpec],
 ) -> list[float]:
     """Relative L2 error of what each layer returns for the input it gets, mean over images; `images` is this process's share."""
     found: list[list[float]] = []
@@ -108,12 +123,17 @@ def layer_errors(
     return [sum(own) / len(own) for own in zip(*found, strict=True)]
 
 
-def time_plan(model: nn.Module, plan: SparsityPlan, image: Any, target: Target, rounds: int) -> tuple[float, float]:
+def time_plan(
+    model: nn.Module, plan: SparsityPlan, image: Any, target: Target, rounds: int
+) -> tuple[float, float]:
     """How many times as fast the target is with this plan, and its seconds without: medians of alternating runs, of the first process."""
     with sparse(model, plan):
         if distributed.place()[0]:
             return distributed.of_the_first((0.0, 0.0))
-        times = paired({"dense": lambda: _dense(model, image, target), "sparse": lambda: target(model, image)}, rounds)
+        times = paired(
+            {"dense": lambda: _dense(model, image, target), "sparse": lambda: target(model, image)},
+            rounds,
+        )
         return distributed.of_the_first((1 / times["sparse"].ratio, times["dense"].median))
 
 

@@ -31,7 +31,15 @@ from bsa_vision.tuning.images import VERIFY, check_images, split
 from bsa_vision.tuning.knapsack import Choice, solve
 from bsa_vision.tuning.report_data import describe
 from bsa_vision.tuning.store import Store, digest
-from bsa_vision.tuning.trial import Picks, Target, Tuned, layer_errors, make_plan, target_errors, time_plan
+from bsa_vision.tuning.trial import (
+    Picks,
+    Target,
+    Tuned,
+    layer_errors,
+    make_plan,
+    target_errors,
+    time_plan,
+)
 
 ROUNDS = 6  # of adjusting a plan until what was asked for holds where it is measured
 TIMED = 5  # rounds of a measured speed-up
@@ -94,18 +102,35 @@ def tune(
     candidates = (candidates,) if isinstance(candidates, str) else tuple(candidates)
     unknown = [one for one in candidates if one not in table.NAMES]
     if unknown or not candidates:
-        raise ValueError(f"candidates={list(candidates)}: allowed are {', '.join(table.NAMES)}; choose among them.")
+        raise ValueError(
+            f"candidates={list(candidates)}: allowed are {', '.join(table.NAMES)}; choose among them."
+        )
     tuned_layers = layers_to_tune(spec, layers)
     if order not in ("auto", *ORDERS):
-        raise ValueError(f"order={order!r}: allowed are 'auto', {', '.join(map(repr, ORDERS))}; choose one of them.")
+        raise ValueError(
+            f"order={order!r}: allowed are 'auto', {', '.join(map(repr, ORDERS))}; choose one of them."
+        )
     layout = dict(order=order, tile=tile, block_size=block_size)
     TokenLayout((1, 1), **{**layout, "order": "tile" if order == "auto" else order})  # type: ignore[arg-type]
     store = Store(statistics)
     identity = {
-        **{"model": spec.fingerprint, "layers": [layer.key for layer in tuned_layers], "candidates": list(candidates)},
+        **{
+            "model": spec.fingerprint,
+            "layers": [layer.key for layer in tuned_layers],
+            "candidates": list(candidates),
+        },
         **{"table": digest([repr(table.GEOMETRIC), table.DENSITIES, table.COMPARED])},
-        **{"order": order, "tile": list(tile), "block_size": block_size, "target": _name_of(target)},
-        **{"images": digest(chosen), "kept back": digest(kept_back), "weights": digest(state(model))},
+        **{
+            "order": order,
+            "tile": list(tile),
+            "block_size": block_size,
+            "target": _name_of(target),
+        },
+        **{
+            "images": digest(chosen),
+            "kept back": digest(kept_back),
+            "weights": digest(state(model)),
+        },
     }
     _check_processes(identity)
     calibration = store.open(identity, resume)
@@ -115,15 +140,23 @@ def tune(
             tuned = calibrate(model, chosen, calibration, store, options, on_step)
             mine = distributed.share(kept_back)
             if name == "speedup":
-                latency = _latency(model, chosen[0], target, tuned_layers[0]) if latency is None else latency
-            trials = _Trials(tuned, model, name, wanted, mine, kept_back[0], target, latency, on_step)
+                latency = (
+                    _latency(model, chosen[0], target, tuned_layers[0])
+                    if latency is None
+                    else latency
+                )
+            trials = _Trials(
+                tuned, model, name, wanted, mine, kept_back[0], target, latency, on_step
+            )
             best = trials.search()
             measured = layer_errors(model, best.plan, mine, target, tuned_layers)
             curve = trials.curve()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"tune was interrupted: {store.interrupted}") from None
     about = {"chosen on": len(chosen), "kept back": len(kept_back), "seed": seed}
-    notes = describe(tuned, best, trials.tried, {name: wanted}, about, calibration.orders, measured, curve)
+    notes = describe(
+        tuned, best, trials.tried, {name: wanted}, about, calibration.orders, measured, curve
+    )
     return replace(best.plan, notes={"tuned": notes})
 
 
@@ -147,10 +180,18 @@ def _asked(asked: dict[str, float | None]) -> tuple[str, float]:
     ((name, value),) = given.items()
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     fits = number and (
-        0 <= value < 1 if name == "sparsity" else 0 < value < math.inf if name == "max_error" else 1 <= value < math.inf
+        0 <= value < 1
+        if name == "sparsity"
+        else 0 < value < math.inf
+        if name == "max_error"
+        else 1 <= value < math.inf
     )
     if not fits:
-        allowed = {"sparsity": "a fraction from 0 to below 1", "max_error": "an error above 0", "speedup": "at least 1"}
+        allowed = {
+            "sparsity": "a fraction from 0 to below 1",
+            "max_error": "an error above 0",
+            "speedup": "at least 1",
+        }
         percent = number and name == "sparsity" and 1 < value < 100
         example = f"{value / 100:g} for {value:g} %" if percent else "such a number"
         raise ValueError(f"{name}={value!r}: expected {allowed[name]}; give {example}.")
@@ -171,14 +212,21 @@ def _name_of(target: Target) -> str:
 def _latency(model: nn.Module, image: Any, target: Target, layer: LayerSpec) -> Latency:
     """Of this layer's head dim, dtype and device, measured by the first process."""
     kinds: list[tuple[torch.dtype, torch.device]] = []
-    with observe(model, lambda seen: kinds.append((seen.q.dtype, seen.q.device)) if seen.layer == layer else None):
+    with observe(
+        model,
+        lambda seen: kinds.append((seen.q.dtype, seen.q.device)) if seen.layer == layer else None,
+    ):
         target(model, image)
-    return distributed.of_the_first(None if distributed.place()[0] else latency_here(layer.head_dim, *kinds[0]))  # type: ignore[return-value]
+    return distributed.of_the_first(
+        None if distributed.place()[0] else latency_here(layer.head_dim, *kinds[0])
+    )  # type: ignore[return-value]
 
 
 def _check_processes(identity: Mapping[str, Any]) -> None:
     all_of_them = distributed.collect([dict(identity)])
-    other = [name for name in identity if any(one[name] != all_of_them[0][name] for one in all_of_them)]
+    other = [
+        name for name in identity if any(one[name] != all_of_them[0][name] for one in all_of_them)
+    ]
     if other:
         raise ValueError(
             f"processes were given different {', '.join(other)}: every process needs the same model and all images; tune deals them out itself."
@@ -231,7 +279,9 @@ class _Trials:
 
     def search(self) -> Trial:
         """The plan, adjusted until what was asked for holds where it is measured."""
-        self.references = distributed.together(lambda: [self.target(self.model, image) for image in self.images])
+        self.references = distributed.together(
+            lambda: [self.target(self.model, image) for image in self.images]
+        )
         if self.name == "sparsity":
             return self._at_sparsity()
         return self._within_error() if self.name == "max_error" else self._fast_enough()
@@ -285,7 +335,9 @@ class _Trials:
             else:
                 high = asked
             same = len(self.tried) > 1 and trial.picks == self.tried[-2].picks
-            if (same and high == math.inf) or (best is not None and best.bound > 0.95 * self.wanted):
+            if (same and high == math.inf) or (
+                best is not None and best.bound > 0.95 * self.wanted
+            ):
                 break
             # Error is nearly proportional to what is asked for; between known ends, take the middle of their logarithms.
             step = asked * min(0.97 * self.wanted / max(trial.bound, 1e-12), 10.0)
@@ -293,7 +345,11 @@ class _Trials:
                 asked = min(step, 0.9 * asked) if len(self.tried) < ROUNDS else asked / 2
             else:
                 asked = step if low < step < high else math.sqrt(low * high)
-        return best if best is not None else self._try(0.0, [[0] * len(heads) for heads in self.tuned.options])
+        return (
+            best
+            if best is not None
+            else self._try(0.0, [[0] * len(heads) for heads in self.tuned.options])
+        )
 
     def _fast_enough(self) -> Trial:
         """As much attention as fits: bisected by what is measured, from what is expected; the plan chosen is timed again."""
@@ -302,10 +358,15 @@ class _Trials:
         least = least_share(self.tuned, self.latency)
         expected = attention_seconds(self.model, self.tuned, self.timed, self.target, self.latency)
         share = 1 - (1 - 1 / self.wanted) * seconds / min(expected, 0.95 * seconds)
-        slow, fast = 1.0, least  # shares of dense attention: too slow, fast enough as far as is known
+        slow, fast = (
+            1.0,
+            least,
+        )  # shares of dense attention: too slow, fast enough as far as is known
         for _ in range(ROUNDS):
             share = min(max(share, least), 1.0)
-            trial = self._try(share, solve_for(self.tuned, share=share * (1 + 1e-9), latency=self.latency))
+            trial = self._try(
+                share, solve_for(self.tuned, share=share * (1 + 1e-9), latency=self.latency)
+            )
             assert trial.speedup is not None
             if trial.speedup >= self.wanted:
                 fast = max(fast, share)
@@ -320,7 +381,11 @@ class _Trials:
                 if again >= self.wanted:
                     return replace(best, speedup=again)
         most = max(one.speedup or 0 for one in self.tried)
-        attention = (1 - 1 / most) / (1 - self.tried[-1].asked) if most > 1 and self.tried[-1].asked < 1 else 0.0
+        attention = (
+            (1 - 1 / most) / (1 - self.tried[-1].asked)
+            if most > 1 and self.tried[-1].asked < 1
+            else 0.0
+        )
         raise PlanError(
             f"speedup={self.wanted:g} cannot be met: {most:.3g} is the most that was measured, and attention of these layers takes about "
             f"{attention:.0%} of the time; ask for less, or tune at a higher resolution, where attention takes more."
@@ -331,7 +396,11 @@ class _Trials:
 
 
 def solve_for(
-    tuned: Tuned, *, share: float | None = None, max_error: float | None = None, latency: Latency | None = None
+    tuned: Tuned,
+    *,
+    share: float | None = None,
+    max_error: float | None = None,
+    latency: Latency | None = None,
 ) -> list[list[int]]:
     """[layer][head] candidates: least error with this share of the dense cost, or least cost within this error.
 
@@ -356,7 +425,8 @@ def least_share(tuned: Tuned, latency: Latency | None = None) -> float:
 def _choices(tuned: Tuned, latency: Latency | None) -> list[Choice]:
     return [
         Choice(
-            errors[head].tolist(), [_cost(mask, index, tuned.layout, latency) for index, (_, mask) in enumerate(own)]
+            errors[head].tolist(),
+            [_cost(mask, index, tuned.layout, latency) for index, (_, mask) in enumerate(own)],
         )
         for errors, heads in zip(tuned.errors, tuned.options, strict=True)
         for head, own in enumerate(heads)
@@ -373,11 +443,15 @@ def _cost(mask: Tensor, index: int, layout: TokenLayout, latency: Latency | None
     return latency.sparse_row * rows + (latency.sparse_pair if index else dense) * pairs
 
 
-def attention_seconds(model: nn.Module, tuned: Tuned, image: Any, target: Target, latency: Latency | None) -> float:
+def attention_seconds(
+    model: nn.Module, tuned: Tuned, image: Any, target: Target, latency: Latency | None
+) -> float:
     """What the tuned layers' dense attention is expected to take for this image (or batch)."""
     assert latency is not None
     sizes: list[int] = []
-    with observe(model, lambda seen: sizes.append(seen.q.shape[0]) if seen.layer in tuned.layers else None):
+    with observe(
+        model, lambda seen: sizes.append(seen.q.shape[0]) if seen.layer in tuned.layers else None
+    ):
         target(model, image)
     tokens = tuned.layout.num_tokens
     return sum(latency.dense(layer.heads, tokens, max(sizes)) for layer in tuned.layers)

@@ -111,14 +111,21 @@ def evaluate(
     device = next(model.parameters()).device
     spec = bsa.inspect(model, image_size=grid * model.size.patch)
     plans = {name: plan.complete(spec) for name, plan in plans.items()}
-    runs = {"dense": model, **{name: bsa.sparsify_(copy.deepcopy(model), plan) for name, plan in plans.items()}}
+    runs = {
+        "dense": model,
+        **{name: bsa.sparsify_(copy.deepcopy(model), plan) for name, plan in plans.items()},
+    }
     layouts = {name: plan.layout(spec) for name, plan in plans.items()}
-    found: dict[str, dict[str, list[Tensor]]] = {name: {metric: [] for metric in METRICS} for name in runs}
+    found: dict[str, dict[str, list[Tensor]]] = {
+        name: {metric: [] for metric in METRICS} for name in runs
+    }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     sparsity: dict[str, list[float]] = {name: [] for name in runs}
     _warm_up(runs, scenes.make(seeds[:BATCH], grid * model.size.patch, difficulty, device))
     for first in range(0, len(seeds), BATCH):
-        batch = scenes.make(seeds[first : first + BATCH], grid * model.size.patch, difficulty, device)
+        batch = scenes.make(
+            seeds[first : first + BATCH], grid * model.size.patch, difficulty, device
+        )
         masses = dense_masses(model, batch, set(layouts.values()))
         dense: tuple[Tensor, Tensor] | None = None
         for name, run in runs.items():
@@ -133,7 +140,10 @@ def evaluate(
             for metric, values in _measure(batch, tokens, answer, *dense, mass).items():
                 found[name][metric].append(values.float().cpu())
         on_batch(len(batch.mask))
-    means = {name: {metric: torch.cat(parts) for metric, parts in own.items()} for name, own in found.items()}
+    means = {
+        name: {metric: torch.cat(parts) for metric, parts in own.items()}
+        for name, own in found.items()
+    }
     return [_row(name, mean(sparsity[name] or [0.0]), means, seconds) for name in runs]
 
 
@@ -158,7 +168,12 @@ def _run(model: Testbed, batch: scenes.Scenes) -> tuple[Tensor, Tensor, float]:
 
 
 def _measure(
-    batch: scenes.Scenes, tokens: Tensor, answer: Tensor, dense_tokens: Tensor, dense_answer: Tensor, mass: Tensor
+    batch: scenes.Scenes,
+    tokens: Tensor,
+    answer: Tensor,
+    dense_tokens: Tensor,
+    dense_answer: Tensor,
+    mass: Tensor,
 ) -> dict[str, Tensor]:
     """Metric -> (B,)"""
     error = (tokens - dense_tokens).flatten(1).norm(dim=1) / dense_tokens.flatten(1).norm(dim=1)
@@ -183,12 +198,16 @@ def outline(mask: Tensor) -> Tensor:
 # Attention that is kept
 
 
-def kept_blocks(plan: bsa.SparsityPlan, spec: bsa.ModelSpec, clicks: Sequence[bsa.Prompts] = ()) -> Tensor:
+def kept_blocks(
+    plan: bsa.SparsityPlan, spec: bsa.ModelSpec, clicks: Sequence[bsa.Prompts] = ()
+) -> Tensor:
     """The blocks of a plan that names every layer, (1, layers, H, R, C) bool; one for each click where patterns follow them."""
     layout = plan.layout(spec)
     boxes = [click.on_patches(spec.grid, spec.patch_size) for click in clicks] or [()]
     masks = [plan.compile(layer.key, layout, boxes) for layer in spec.layers]
-    blocks = [one.block_mask(layout.num_tokens, layout.num_tokens) for one in masks]  # (1 or B, H, R, C)
+    blocks = [
+        one.block_mask(layout.num_tokens, layout.num_tokens) for one in masks
+    ]  # (1 or B, H, R, C)
     most = max(len(one) for one in blocks)
     return torch.stack([one.expand(most, -1, -1, -1) for one in blocks], dim=1)
 
@@ -205,7 +224,9 @@ def in_context(model: Testbed, batch: scenes.Scenes) -> AbstractContextManager[A
     return bsa.context(model, prompts=prompts(batch)) if follows else nullcontext()
 
 
-def dense_masses(model: Testbed, batch: scenes.Scenes, layouts: set[TokenLayout]) -> dict[TokenLayout, Tensor]:
+def dense_masses(
+    model: Testbed, batch: scenes.Scenes, layouts: set[TokenLayout]
+) -> dict[TokenLayout, Tensor]:
     """Layout -> (B, layers, H, R, C): where the dense model's attention lies, all of a head's adding up to its queries."""
     found: dict[TokenLayout, list[Tensor]] = {layout: [] for layout in layouts}
 
@@ -238,7 +259,10 @@ def bootstrap(values: Tensor, draws: int = 2000, seed: int = 0) -> Interval:
 
 
 def _row(
-    name: str, sparsity: float, values: Mapping[str, Mapping[str, Tensor]], seconds: Mapping[str, Sequence[float]]
+    name: str,
+    sparsity: float,
+    values: Mapping[str, Mapping[str, Tensor]],
+    seconds: Mapping[str, Sequence[float]],
 ) -> Row:
     own = values[name]
     return Row(
@@ -248,7 +272,9 @@ def _row(
         **{metric: bootstrap(own[metric]) for metric in METRICS},
         milliseconds=1e3 * median(seconds[name]),
         of_dense=median(a / b for a, b in zip(seconds[name], seconds["dense"])),
-        per_scene={metric: [round(value, 5) for value in own[metric].tolist()] for metric in METRICS},
+        per_scene={
+            metric: [round(value, 5) for value in own[metric].tolist()] for metric in METRICS
+        },
     )
 
 
@@ -265,7 +291,10 @@ def pattern_plan(text: str, spec: bsa.ModelSpec) -> bsa.SparsityPlan:
 def table(rows: Sequence[Row], title: str) -> Table:
     right = [
         ("", "left"),
-        *((name, "right") for name in ("sparsity", "mIoU (95 %)", "lost (95 %)", "boundary IoU", "agreement")),
+        *(
+            (name, "right")
+            for name in ("sparsity", "mIoU (95 %)", "lost (95 %)", "boundary IoU", "agreement")
+        ),
     ]
     right += [(name, "right") for name in ("feature error", "kept mass", "ms an image", "of dense")]
     found = Table(title=title, title_justify="left")
@@ -286,12 +315,22 @@ def table(rows: Sequence[Row], title: str) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "model", nargs="?", type=Path, default=SHIPPED, help="a file of train.py; the shipped one if left out"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--plan", type=Path, action="append", default=[], help="a plan file; may be given several times"
+        "model",
+        nargs="?",
+        type=Path,
+        default=SHIPPED,
+        help="a file of train.py; the shipped one if left out",
+    )
+    parser.add_argument(
+        "--plan",
+        type=Path,
+        action="append",
+        default=[],
+        help="a plan file; may be given several times",
     )
     parser.add_argument(
         "--pattern",
@@ -301,9 +340,15 @@ def main() -> None:
     )
     parser.add_argument("--scenes", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0, help="of the scenes")
-    parser.add_argument("--shifted", action="store_true", help="more objects, and textures that training never showed")
+    parser.add_argument(
+        "--shifted",
+        action="store_true",
+        help="more objects, and textures that training never showed",
+    )
     parser.add_argument("--grid", type=int, help="tokens per side; the model's own if left out")
-    parser.add_argument("--untrained", action="store_true", help="the same model with fresh weights, for comparison")
+    parser.add_argument(
+        "--untrained", action="store_true", help="the same model with fresh weights, for comparison"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write everything there, scene by scene")
     arguments = parser.parse_args()
@@ -334,12 +379,12 @@ def _evaluate_asked(arguments: argparse.Namespace) -> tuple[list[Row], dict[str,
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("scenes", total=len(seeds))
-        rows = evaluate(model, plans, seeds, difficulty, grid, lambda images: progress.advance(task, images))
+        rows = evaluate(
+            model, plans, seeds, difficulty, grid, lambda images: progress.advance(task, images)
+        )
     kind = "SHIFTED" if arguments.shifted else "HARD"
     weights = "random weights" if arguments.untrained else arguments.model.name
-    title = (
-        f"{weights}, {len(seeds)} {kind} scenes of seed {arguments.seed}, {grid} x {grid} tokens, {arguments.device}"
-    )
+    title = f"{weights}, {len(seeds)} {kind} scenes of seed {arguments.seed}, {grid} x {grid} tokens, {arguments.device}"
     what = {
         "title": title,
         "command": " ".join(["python", *sys.argv]),

@@ -77,25 +77,35 @@ def measure(
     grid = model.size.grid if grid is None else grid
     device = next(model.parameters()).device
     spec = bsa.inspect(model, image_size=grid * model.size.patch)
-    layout = TokenLayout(spec.grid, start=spec.start, end=spec.end, order="tile", tile=TILE, block_size=BLOCK_SIZE)
+    layout = TokenLayout(
+        spec.grid, start=spec.start, end=spec.end, order="tile", tile=TILE, block_size=BLOCK_SIZE
+    )
     found: dict[int, list[Tensor]] = {layer.index: [] for layer in spec.layers}
     for seed in seeds:
         batch = scenes.make([seed], grid * model.size.patch, difficulty, device)
         alike = _alike(batch, model.size.patch)
 
         def see(seen: bsa.Observation, alike: Tensor = alike) -> None:
-            found[seen.layer.index].append(_statistics(probabilities(seen.q, seen.k)[0], layout, alike))
+            found[seen.layer.index].append(
+                _statistics(probabilities(seen.q, seen.k)[0], layout, alike)
+            )
 
         with bsa.observe(model, see):
             model.encode(batch.images, batch.click)
         on_scene()
     means = {layer: torch.stack(rows).double().mean(0) for layer, rows in found.items()}  # (H, 6)
-    return [Head(layer, head, *row.tolist()) for layer, rows in means.items() for head, row in enumerate(rows)]
+    return [
+        Head(layer, head, *row.tolist())
+        for layer, rows in means.items()
+        for head, row in enumerate(rows)
+    ]
 
 
 def _alike(batch: scenes.Scenes, patch: int) -> Tensor:
     """(N, N) bool: which patches of one scene show the same shape and texture, in their middle."""
-    shape, texture = (kind[0, patch // 2 :: patch, patch // 2 :: patch].flatten() for kind in batch.kinds())
+    shape, texture = (
+        kind[0, patch // 2 :: patch, patch // 2 :: patch].flatten() for kind in batch.kinds()
+    )
     kind = shape * len(scenes.TEXTURES) + texture
     return kind[:, None] == kind
 
@@ -111,7 +121,9 @@ def _statistics(probs: Tensor, layout: TokenLayout, alike: Tensor) -> Tensor:
     near = (among * _near(layout.grid).to(among.device)).sum(-1).mean(1)
     share = alike.float().mean(1)  # what uniform attention over patches would pay
     preference = ((among * alike).sum(-1) / among.sum(-1).clamp(min=1e-9) / share).mean(1)
-    return torch.stack([entropy, keys, blocks, near, preference, patches[..., :start].sum(-1).mean(1)], dim=1)
+    return torch.stack(
+        [entropy, keys, blocks, near, preference, patches[..., :start].sum(-1).mean(1)], dim=1
+    )
 
 
 def _needed(mass: Tensor) -> Tensor:
@@ -122,14 +134,26 @@ def _needed(mass: Tensor) -> Tensor:
 
 def _near(grid: tuple[int, int]) -> Tensor:
     """(h * w, h * w) bool: within `NEAR` patches of each other, diagonal steps counting as one."""
-    rows, columns = (line.flatten() for line in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
+    rows, columns = (
+        line.flatten() for line in torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    )
     distance = torch.maximum((rows[:, None] - rows).abs(), (columns[:, None] - columns).abs())
     return distance <= NEAR
 
 
 def table(heads: Sequence[Head], title: str) -> Table:
     found = Table(title=title, title_justify="left")
-    for name in ("layer", "head", "entropy", "keys for 95 %", "blocks for 95 %", "near", "alike", "click", "kind"):
+    for name in (
+        "layer",
+        "head",
+        "entropy",
+        "keys for 95 %",
+        "blocks for 95 %",
+        "near",
+        "alike",
+        "click",
+        "kind",
+    ):
         found.add_column(name, justify="left" if name == "kind" else "right")
     for one in heads:
         shares = (f"{value:.0%}" for value in (one.keys, one.blocks, one.near))
@@ -146,13 +170,23 @@ def table(heads: Sequence[Head], title: str) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "model", nargs="?", type=Path, default=SHIPPED, help="a file of train.py; the shipped one if left out"
+        "model",
+        nargs="?",
+        type=Path,
+        default=SHIPPED,
+        help="a file of train.py; the shipped one if left out",
     )
     parser.add_argument("--scenes", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the scenes")
-    parser.add_argument("--shifted", action="store_true", help="more objects, and textures that training never showed")
+    parser.add_argument(
+        "--shifted",
+        action="store_true",
+        help="more objects, and textures that training never showed",
+    )
     parser.add_argument("--grid", type=int, help="tokens per side; the model's own if left out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write the table there as well")
@@ -174,7 +208,9 @@ def main() -> None:
     if arguments.json:
         rows = [{**asdict(head), "kind": head.kind} for head in heads]
         command = " ".join(["python", *sys.argv])
-        arguments.json.write_text(json.dumps({"title": title, "command": command, "heads": rows}, indent=1) + "\n")
+        arguments.json.write_text(
+            json.dumps({"title": title, "command": command, "heads": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

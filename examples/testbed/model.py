@@ -113,10 +113,16 @@ class Testbed(nn.Module):
         """(B, 1 + h * w, dim) -> (B, h * cells, w * cells) logits."""
         rows, cells = images.shape[-2] // self.size.patch, self.size.cells
         features = rearrange(
-            self.features(tokens[:, 1:]), "b (h w) (i j c) -> b (h i) (w j) c", h=rows, i=cells, j=cells
+            self.features(tokens[:, 1:]),
+            "b (h w) (i j c) -> b (h i) (w j) c",
+            h=rows,
+            i=cells,
+            j=cells,
         )
         vector = self.query(tokens[:, 0])  # (B, channels + 1): the last one is the threshold
-        logits = torch.einsum("byxc,bc->byx", features, vector[:, :-1]) / math.sqrt(self.size.channels)
+        logits = torch.einsum("byxc,bc->byx", features, vector[:, :-1]) / math.sqrt(
+            self.size.channels
+        )
         return logits + vector[:, -1, None, None]
 
     def name(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +131,9 @@ class Testbed(nn.Module):
 
     def encode_click(self, click: Tensor) -> Tensor:
         """(B, 2) -> (B, 4 * frequencies): cosines and sines at the periods that patches are turned with, so that attention finds the place."""
-        place = 2 * click.flip(-1)[..., None] - 1  # (B, 2, 1): row before column, as patches are turned
+        place = (
+            2 * click.flip(-1)[..., None] - 1
+        )  # (B, 2, 1): row before column, as patches are turned
         angles = (2 * math.pi * place / self._periods().to(click)).flatten(1)
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
@@ -160,7 +168,9 @@ def save(model: Testbed, path: Path | str, notes: Mapping[str, Any]) -> None:
     from safetensors.torch import save_file
 
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in notes.items()}
+    metadata = {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in notes.items()
+    }
     save_file(state, str(path), {"size": json.dumps(asdict(model.size)), **metadata})
 
 
@@ -172,9 +182,12 @@ def load(path: Path | str = SHIPPED, device: torch.device | str = "cpu") -> Test
         metadata = file.metadata() or {}
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     if "size" not in metadata:
-        raise ValueError(f"{path} has no 'size' in its header: expected a file of examples/testbed; pass such a file.")
+        raise ValueError(
+            f"{path} has no 'size' in its header: expected a file of examples/testbed; pass such a file."
+        )
     sizes: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(metadata["size"]).items()
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in json.loads(metadata["size"]).items()
     }
     model = Testbed(Size(**sizes))
     model.load_state_dict(state)

@@ -90,12 +90,16 @@ class Layout:
     @property
     def answers(self) -> Tensor:
         """(B, N) bool: the objects of the clicked one's shape and texture."""
-        shape, texture = (kind.gather(1, self.clicked[:, None]) for kind in (self.shape, self.texture))
+        shape, texture = (
+            kind.gather(1, self.clicked[:, None]) for kind in (self.shape, self.texture)
+        )
         return (self.shape == shape) & (self.texture == texture) & (self.radius > 0)
 
     def to(self, device: torch.device | str) -> Layout:
         held = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {name: x.to(device) for name, x in held.items() if isinstance(x, Tensor)}
+        moved: dict[str, Any] = {
+            name: x.to(device) for name, x in held.items() if isinstance(x, Tensor)
+        }
         return replace(self, **moved)
 
 
@@ -118,10 +122,14 @@ class Scenes:
 
     def kinds(self) -> tuple[Tensor, Tensor]:
         """(B, H, W) twice: the shape and the texture seen at each pixel, as indices; -1 = ground."""
-        return tuple(_of_pixels(kind, self.instance) for kind in (self.layout.shape, self.layout.texture))  # type: ignore[return-value]
+        return tuple(
+            _of_pixels(kind, self.instance) for kind in (self.layout.shape, self.layout.texture)
+        )  # type: ignore[return-value]
 
 
-def make(seeds: Sequence[int], size: int, difficulty: Difficulty, device: torch.device | str = "cpu") -> Scenes:
+def make(
+    seeds: Sequence[int], size: int, difficulty: Difficulty, device: torch.device | str = "cpu"
+) -> Scenes:
     """Scenes of `size` x `size` pixels, one for each seed."""
     return render(draw(seeds, difficulty).to(device), size)
 
@@ -137,7 +145,9 @@ HARD = Difficulty(
     clutter=0.5,
 )
 # For honesty: more objects, and textures that training never shows.
-SHIFTED = replace(HARD, objects=(9, 11), textures=("stripes", "dots", "grid", "waves"), radius=(0.09, 0.15))
+SHIFTED = replace(
+    HARD, objects=(9, 11), textures=("stripes", "dots", "grid", "waves"), radius=(0.09, 0.15)
+)
 
 
 # Drawing
@@ -178,7 +188,8 @@ def draw(seeds: Sequence[int], difficulty: Difficulty) -> Layout:
         centre=_places(numbers.take(slots, TRIES, 2), radius),
         radius=radius,
         angle=2 * math.pi * numbers.take(slots),
-        period=difficulty.period[0] + (difficulty.period[1] - difficulty.period[0]) * numbers.take(slots),
+        period=difficulty.period[0]
+        + (difficulty.period[1] - difficulty.period[0]) * numbers.take(slots),
         grain=2 * math.pi * numbers.take(slots),
         shift=numbers.take(slots, 2),
         colours=_pairs_of_colours(numbers.take(slots, 3)),
@@ -200,7 +211,9 @@ def _kinds(
     other_texture = (texture + 1 + (chosen[:, 2] * (textures - 1)).long()) % textures
     other_shape = (shape + 1 + (chosen[:, 3] * (shapes - 1)).long()) % shapes
     pair = shape * textures + texture
-    pairs = (pair[:, None] + 1 + (others * (shapes * textures - 1)).long()) % (shapes * textures)  # never `pair`
+    pairs = (pair[:, None] + 1 + (others * (shapes * textures - 1)).long()) % (
+        shapes * textures
+    )  # never `pair`
     slot, matches = torch.arange(slots), matches[:, None]
     pairs = torch.where(slot < matches, pair[:, None], pairs)
     pairs = torch.where(slot == matches, (shape * textures + other_texture)[:, None], pairs)
@@ -264,7 +277,9 @@ def render(layout: Layout, size: int) -> Scenes:
         distance = _distance(layout, slot, x, y).flatten(1)  # (B, side * side)
         alpha = (0.5 - distance * size).clamp(0, 1)[:, None]  # one pixel of soft edge
         colours = pixels[:, None].expand(-1, 3, -1)
-        painted = torch.lerp(images.gather(2, colours), _paint(layout, slot, x, y).flatten(2), alpha)
+        painted = torch.lerp(
+            images.gather(2, colours), _paint(layout, slot, x, y).flatten(2), alpha
+        )
         images.scatter_(2, colours, painted)
         instance.scatter_(1, pixels, torch.where(distance < 0, slot, instance.gather(1, pixels)))
     images, instance = images.unflatten(2, (size, size)), instance.unflatten(1, (size, size))
@@ -276,7 +291,10 @@ def _window(centre: Tensor, side: int, size: int) -> tuple[Tensor, Tensor, Tenso
     """x (B, 1, side) and y (B, side, 1) of the pixels around centres (B, 2), and their indices among all, (B, side * side)."""
     corner = (centre * size - side / 2).round().long().clamp(0, size - side)
     steps = torch.arange(side, device=centre.device)
-    columns, rows = corner[:, :1, None] + steps, corner[:, 1:, None] + steps[:, None]  # (B, 1, side), (B, side, 1)
+    columns, rows = (
+        corner[:, :1, None] + steps,
+        corner[:, 1:, None] + steps[:, None],
+    )  # (B, 1, side), (B, side, 1)
     return (columns + 0.5) / size, (rows + 0.5) / size, (rows * size + columns).flatten(1)
 
 
@@ -292,7 +310,9 @@ def _pixels(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return line[None, None], line[None, :, None]
 
 
-def _turned(layout: Layout, slot: int, x: Tensor, y: Tensor, angle: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+def _turned(
+    layout: Layout, slot: int, x: Tensor, y: Tensor, angle: Tensor, unit: Tensor
+) -> tuple[Tensor, Tensor]:
     """(B, H, W) twice: pixels seen from the object's centre, turned, in units of `unit`; all of these (B, N)."""
     centre = layout.centre[:, slot, :, None, None]  # (B, 2, 1, 1)
     x, y = x - centre[:, 0], y - centre[:, 1]
@@ -304,7 +324,9 @@ def _distance(layout: Layout, slot: int, x: Tensor, y: Tensor) -> Tensor:
     """(B, H, W) signed distance to one object of each scene, in shares of the image's side."""
     there = layout.radius[:, slot] > 0
     radius = torch.where(there, layout.radius[:, slot], 1.0)
-    x, y = _turned(layout, slot, x, y, layout.angle, torch.where(layout.radius > 0, layout.radius, 1.0))
+    x, y = _turned(
+        layout, slot, x, y, layout.angle, torch.where(layout.radius > 0, layout.radius, 1.0)
+    )
     distance = torch.ones_like(x)
     for index, name in enumerate(layout.shapes):
         of_it = there & (layout.shape[:, slot] == index)
@@ -316,7 +338,9 @@ def _distance(layout: Layout, slot: int, x: Tensor, y: Tensor) -> Tensor:
 def _distances(layout: Layout, size: int) -> Tensor:
     """(B, N, H, W)"""
     x, y = _pixels(size, layout.radius.device)
-    return torch.stack([_distance(layout, slot, x, y) for slot in range(layout.radius.shape[1])], dim=1)
+    return torch.stack(
+        [_distance(layout, slot, x, y) for slot in range(layout.radius.shape[1])], dim=1
+    )
 
 
 def _paint(layout: Layout, slot: int, x: Tensor, y: Tensor) -> Tensor:
@@ -329,7 +353,9 @@ def _paint(layout: Layout, slot: int, x: Tensor, y: Tensor) -> Tensor:
         if of_it.any():
             texture = TEXTURES[name]
             at = u[of_it], v[of_it]
-            value[of_it] = texture(*at) if texture else edge(2 * _noise(layout.lattice[of_it], *at) - 1)
+            value[of_it] = (
+                texture(*at) if texture else edge(2 * _noise(layout.lattice[of_it], *at) - 1)
+            )
     colours = layout.colours[:, slot, :, :, None, None]  # (B, 2, 3, 1, 1)
     return torch.lerp(colours[:, 0], colours[:, 1], value[:, None])
 
@@ -339,7 +365,9 @@ def _noise(lattice: Tensor, u: Tensor, v: Tensor) -> Tensor:
     half = LATTICE / 2
     # Reflected at its borders: the lattice need not be as large as the image.
     at = torch.stack([u, v], dim=-1) / half
-    return F.grid_sample(lattice[:, None], at, mode="bilinear", padding_mode="reflection", align_corners=False)[:, 0]
+    return F.grid_sample(
+        lattice[:, None], at, mode="bilinear", padding_mode="reflection", align_corners=False
+    )[:, 0]
 
 
 def _ground(layout: Layout, x: Tensor, y: Tensor) -> Tensor:
@@ -349,8 +377,12 @@ def _ground(layout: Layout, x: Tensor, y: Tensor) -> Tensor:
     u, v = (line.expand(batch, y.shape[1], x.shape[2]) for line in (x, y))
     if not layout.clutter:
         return colours[:, 0].expand(-1, -1, *u.shape[1:]).clone()
-    clouds = 0.6 * _noise(layout.lattice, 5 * u - 3, 5 * v - 3) + 0.4 * _noise(layout.lattice, 22 * u - 9, 22 * v - 9)
-    ground = torch.lerp(colours[:, 0], colours[:, 1], layout.clutter * edge(2 * clouds - 1)[:, None])
+    clouds = 0.6 * _noise(layout.lattice, 5 * u - 3, 5 * v - 3) + 0.4 * _noise(
+        layout.lattice, 22 * u - 9, 22 * v - 9
+    )
+    ground = torch.lerp(
+        colours[:, 0], colours[:, 1], layout.clutter * edge(2 * clouds - 1)[:, None]
+    )
     return torch.lerp(ground, colours[:, 2], _blots(layout, u, v)[:, None])
 
 
@@ -358,9 +390,18 @@ def _blots(layout: Layout, u: Tensor, v: Tensor) -> Tensor:
     """(B, H, W) 0 to 1: one small ellipse in each of `DEBRIS` x `DEBRIS` cells, some of them too small to be seen."""
     cells = [(line * DEBRIS).long().clamp(0, DEBRIS - 1) for line in (u, v)]
     which = (cells[1] * DEBRIS + cells[0]).flatten(1)  # (B, H * W)
-    own = layout.debris.flatten(2).gather(2, which[:, None].expand(-1, 6, -1)).unflatten(2, u.shape[1:])
-    x, y = (line * DEBRIS - cell - 0.3 - 0.4 * own[:, i] for i, (line, cell) in enumerate(zip((u, v), cells)))
+    own = (
+        layout.debris.flatten(2)
+        .gather(2, which[:, None].expand(-1, 6, -1))
+        .unflatten(2, u.shape[1:])
+    )
+    x, y = (
+        line * DEBRIS - cell - 0.3 - 0.4 * own[:, i]
+        for i, (line, cell) in enumerate(zip((u, v), cells))
+    )
     cos, sin = torch.cos(math.pi * own[:, 2]), torch.sin(math.pi * own[:, 2])
     radius = 0.3 * own[:, 3] * layout.clutter + 1e-3
-    distance = torch.hypot((cos * x + sin * y) / radius, (cos * y - sin * x) / (radius * (0.4 + 0.6 * own[:, 4])))
+    distance = torch.hypot(
+        (cos * x + sin * y) / radius, (cos * y - sin * x) / (radius * (0.4 + 0.6 * own[:, 4]))
+    )
     return (3 * (1 - distance)).clamp(0, 1) * own[:, 5]

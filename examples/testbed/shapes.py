@@ -41,11 +41,15 @@ def _triangle(x: Tensor, y: Tensor) -> Tensor:
 def _star(x: Tensor, y: Tensor) -> Tensor:
     """Five points: the plane folded to half a point, then the edge from the tip (at 1.1) to the notch (at 0.5)."""
     distance, fold = torch.hypot(x, y), 2 * math.pi / 5
-    angle = (torch.remainder(torch.atan2(x, y), fold) - fold / 2).abs()  # 0 at a notch, fold / 2 at a tip
+    angle = (
+        torch.remainder(torch.atan2(x, y), fold) - fold / 2
+    ).abs()  # 0 at a notch, fold / 2 at a tip
     tip = (1.1 * math.cos(fold / 2), 1.1 * math.sin(fold / 2))
     normal = (tip[1], 0.5 - tip[0])
     length = math.hypot(*normal)
-    return (normal[0] * (distance * angle.cos() - 0.5) + normal[1] * distance * angle.sin()) / length
+    return (
+        normal[0] * (distance * angle.cos() - 0.5) + normal[1] * distance * angle.sin()
+    ) / length
 
 
 SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

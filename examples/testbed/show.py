@@ -36,7 +36,9 @@ class Answer:
 
 
 @torch.inference_mode()
-def answers(model: Testbed, plan: bsa.SparsityPlan, scene: scenes.Scenes, rounds: int = 5) -> tuple[Answer, Answer]:
+def answers(
+    model: Testbed, plan: bsa.SparsityPlan, scene: scenes.Scenes, rounds: int = 5
+) -> tuple[Answer, Answer]:
     """Dense and sparse, timed in turn. `model` is left as it was."""
     spec = bsa.inspect(model, image_size=scene.mask.shape[-1])
     kept = kept_blocks(plan.complete(spec), spec, prompts(scene))
@@ -59,7 +61,9 @@ def answers(model: Testbed, plan: bsa.SparsityPlan, scene: scenes.Scenes, rounds
     for name, timing in timings.items():
         mask = upsample(logits[name].float(), (scene.mask.shape[-2], scene.mask.shape[-1])) > 0
         sparsity = 1 - kept.float().mean().item() if name == "sparse" else 0.0
-        found.append(Answer(mask[0].cpu(), iou(mask, scene.mask).item(), 1e3 * timing.median, sparsity))
+        found.append(
+            Answer(mask[0].cpu(), iou(mask, scene.mask).item(), 1e3 * timing.median, sparsity)
+        )
     return found[0], found[1]
 
 
@@ -74,7 +78,8 @@ def picture(scene: scenes.Scenes, dense: Answer, sparse: Answer) -> Any:
     panels[0].imshow(image)
     panels[0].contour(right.float(), levels=[0.5], colors="white", linewidths=1.5)
     panels[0].set_title(
-        "the click, and the right answer: every instance\nof the same shape and the same texture", fontsize=10
+        "the click, and the right answer: every instance\nof the same shape and the same texture",
+        fontsize=10,
     )
     for panel, name, answer in ((panels[1], "dense", dense), (panels[2], "sparse", sparse)):
         panel.imshow(torch.where(answer.mask[..., None], image, 0.25 * image))
@@ -82,18 +87,33 @@ def picture(scene: scenes.Scenes, dense: Answer, sparse: Answer) -> Any:
         panel.set_title(f"{said}\nIoU {answer.iou:.2f}, {answer.milliseconds:.1f} ms", fontsize=10)
     for panel in panels:
         x, y = scene.click[0].tolist()
-        panel.plot(x * width - 0.5, y * height - 0.5, "o", color="red", markeredgecolor="white", markersize=9)
+        panel.plot(
+            x * width - 0.5,
+            y * height - 0.5,
+            "o",
+            color="red",
+            markeredgecolor="white",
+            markersize=9,
+        )
         panel.set_axis_off()
     return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "model", nargs="?", type=Path, default=SHIPPED, help="a file of train.py; the shipped one if left out"
+        "model",
+        nargs="?",
+        type=Path,
+        default=SHIPPED,
+        help="a file of train.py; the shipped one if left out",
     )
     parser.add_argument("--plan", type=Path)
-    parser.add_argument("--pattern", default="nearest:0.5", help="as in evaluate.py, where no plan is given")
+    parser.add_argument(
+        "--pattern", default="nearest:0.5", help="as in evaluate.py, where no plan is given"
+    )
     parser.add_argument("--seed", type=int, default=3, help="which held-out scene")
     parser.add_argument("--shifted", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -102,7 +122,11 @@ def main() -> None:
     try:
         model = load(arguments.model, arguments.device)
         spec = bsa.inspect(model)
-        plan = bsa.SparsityPlan.load(arguments.plan) if arguments.plan else pattern_plan(arguments.pattern, spec)
+        plan = (
+            bsa.SparsityPlan.load(arguments.plan)
+            if arguments.plan
+            else pattern_plan(arguments.pattern, spec)
+        )
     except (ValueError, bsa.PlanError, OSError) as error:
         parser.error(str(error))
     difficulty = scenes.SHIFTED if arguments.shifted else scenes.HARD

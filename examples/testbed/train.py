@@ -26,7 +26,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -88,12 +95,16 @@ class Loss(nn.Module):
         """Loss and IoU, each a mean over the batch. Segmentation: cross-entropy and dice; on the side: what every patch shows."""
         tokens = self.model.encode(batch.images, batch.click)
         logits = self.model.answer(tokens, batch.images).float()
-        target = F.avg_pool2d(batch.mask[:, None].float(), batch.mask.shape[-1] // logits.shape[-1])[:, 0]
+        target = F.avg_pool2d(
+            batch.mask[:, None].float(), batch.mask.shape[-1] // logits.shape[-1]
+        )[:, 0]
         loss = F.binary_cross_entropy_with_logits(logits, target) + _dice(logits, target)
         if self.naming:
             shape, texture = _on_patches(batch, self.model.size.patch)
             said = (x.float().flatten(0, 1) for x in self.model.name(tokens))
-            naming = sum(F.cross_entropy(x, wanted.flatten()) for x, wanted in zip(said, (shape, texture)))
+            naming = sum(
+                F.cross_entropy(x, wanted.flatten()) for x, wanted in zip(said, (shape, texture))
+            )
             loss = loss + self.naming * naming
         return loss, iou(logits.detach() > 0, target > 0.5).mean()
 
@@ -112,7 +123,10 @@ def iou(said: Tensor, right: Tensor) -> Tensor:
 
 def _on_patches(batch: Scenes, patch: int) -> tuple[Tensor, Tensor]:
     """(B, h, w) twice: shape and texture at the middle of each patch, as places in the tables of `scenes`, from 1; 0 = ground."""
-    tables = (list(scenes.SHAPES), batch.layout.shapes), (list(scenes.TEXTURES), batch.layout.textures)
+    tables = (
+        (list(scenes.SHAPES), batch.layout.shapes),
+        (list(scenes.TEXTURES), batch.layout.textures),
+    )
     found = []
     for kind, (table, used) in zip(batch.kinds(), tables):
         places = torch.tensor([-1, *(table.index(name) for name in used)], device=kind.device)
@@ -136,7 +150,9 @@ class Training:
         self.optimizers = optimizers(self.model, settings)
         self.seen = self.steps = 0
         self.seconds = 0.0  # of work, over all resumed runs
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, self.world = (
+            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        )
         loss = Loss(self.model, settings.naming)
         self.loss = DistributedDataParallel(loss) if self.world > 1 else loss
 
@@ -157,7 +173,12 @@ class Training:
     def step(self) -> tuple[float, float]:
         """One step of the optimiser; loss and IoU of this process's share of the batch."""
         started, stage = time.perf_counter(), self.stage
-        batch = scenes.make(self.seeds(stage.batch), stage.grid * self.model.size.patch, stage.difficulty, self.device)
+        batch = scenes.make(
+            self.seeds(stage.batch),
+            stage.grid * self.model.size.patch,
+            stage.difficulty,
+            self.device,
+        )
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self._rate()
@@ -182,7 +203,12 @@ class Training:
         """Warm-up, then half a cosine down to a hundredth; by images."""
         warm = min(1.0, (self.seen + self.stage.batch) / self.settings.warmup)
         share = 0.0 if self.settings.flat else min(1.0, self.seen / self.total)
-        return self.settings.rate * self.stage.boost * warm * (0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2)
+        return (
+            self.settings.rate
+            * self.stage.boost
+            * warm
+            * (0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2)
+        )
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -193,7 +219,11 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).state_dict() for name in ("model", "average")}
         counts = {name: getattr(self, name) for name in ("seen", "steps", "seconds")}
-        return {**parts, **counts, "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+        return {
+            **parts,
+            **counts,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in ("model", "average"):
@@ -210,20 +240,26 @@ def optimizers(model: Testbed, settings: Settings) -> list[torch.optim.Optimizer
     taken = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in taken]
     return [
-        torch.optim.Muon(matrices, settings.rate, settings.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            matrices, settings.rate, settings.weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
         torch.optim.AdamW(others, settings.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
 
 
 @torch.no_grad()
-def held_out_iou(model: Testbed, grid: int, difficulty: Difficulty, count: int = 64, device: Any = "cpu") -> float:
+def held_out_iou(
+    model: Testbed, grid: int, difficulty: Difficulty, count: int = 64, device: Any = "cpu"
+) -> float:
     """Mean IoU over held-out scenes, at the resolution of the logits; the seeds are not those of `evaluate`."""
     found = []
     seeds = scenes.held_out(count, seed=1000)
     for first in range(0, count, 16):
         batch = scenes.make(seeds[first : first + 16], grid * model.size.patch, difficulty, device)
         logits = model(batch.images, batch.click)
-        target = F.avg_pool2d(batch.mask[:, None].float(), batch.mask.shape[-1] // logits.shape[-1])[:, 0]
+        target = F.avg_pool2d(
+            batch.mask[:, None].float(), batch.mask.shape[-1] // logits.shape[-1]
+        )[:, 0]
         found.append(iou(logits > 0, target > 0.5))
     return torch.cat(found).mean().item()
 
@@ -248,7 +284,9 @@ def run(training: Training, out: Path, command: str) -> None:
         TimeRemainingColumn(),
     )
     sums: list[tuple[float, float]] = []
-    with Progress(*columns, console=console, disable=not (main and console.is_terminal)) as progress:
+    with Progress(
+        *columns, console=console, disable=not (main and console.is_terminal)
+    ) as progress:
         task = progress.add_task("images", total=training.total, completed=training.seen)
         while training.seen < training.total:
             before = training.seen
@@ -302,7 +340,9 @@ def _save(training: Training, out: Path, command: str) -> None:
 def notes(training: Training, command: str) -> dict[str, str]:
     """What made these weights."""
     device = (
-        torch.cuda.get_device_name() if training.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        torch.cuda.get_device_name()
+        if training.device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
     )
     return {
         "command": command,
@@ -311,27 +351,46 @@ def notes(training: Training, command: str) -> dict[str, str]:
         "seconds": str(round(training.seconds)),
         "device": f"{device} x {training.world}" if training.world > 1 else device,
         "versions": f"python {platform.python_version()}, torch {torch.__version__}",
-        "recipe": json.dumps([[s.images, s.grid, s.batch, _name(s.difficulty), s.boost] for s in training.recipe]),
+        "recipe": json.dumps(
+            [[s.images, s.grid, s.batch, _name(s.difficulty), s.boost] for s in training.recipe]
+        ),
     }
 
 
 def _name(difficulty: Difficulty) -> str:
-    return {EASY: "EASY", MEDIUM: "MEDIUM", COARSE: "COARSE", HARD: "HARD"}.get(difficulty, repr(difficulty))
+    return {EASY: "EASY", MEDIUM: "MEDIUM", COARSE: "COARSE", HARD: "HARD"}.get(
+        difficulty, repr(difficulty)
+    )
 
 
 def _command(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str:
     """What to type for these weights; where they went is nobody's business."""
-    given = {key: value for key, value in vars(arguments).items() if value != parser.get_default(key) and key != "out"}
-    return " ".join(["python examples/testbed/train.py", *(f"--{key} {value}" for key, value in given.items())])
+    given = {
+        key: value
+        for key, value in vars(arguments).items()
+        if value != parser.get_default(key) and key != "out"
+    }
+    return " ".join(
+        ["python examples/testbed/train.py", *(f"--{key} {value}" for key, value in given.items())]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/testbed"), help="folder for checkpoints and the log")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/testbed"), help="folder for checkpoints and the log"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the scenes")
     parser.add_argument("--rate", type=float, default=Settings.rate, help="highest learning rate")
-    parser.add_argument("--share", type=float, default=1.0, help="of the recipe's images, for a shorter or longer run")
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=1.0,
+        help="of the recipe's images, for a shorter or longer run",
+    )
     parser.add_argument("--depth", type=int, default=Size.depth, help="layers")
     parser.add_argument("--dim", type=int, default=Size.dim, help="channels of a token")
     parser.add_argument("--heads", type=int, default=Size.heads, help="per layer")
@@ -339,10 +398,15 @@ def main() -> None:
     device = torch.device(arguments.device)
     if "RANK" in os.environ:  # torchrun
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
+        device = (
+            torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
+        )
     torch.manual_seed(arguments.seed)
     model = Testbed(Size(depth=arguments.depth, dim=arguments.dim, heads=arguments.heads))
-    recipe = [replace(s, images=max(1, round(s.images * arguments.share / s.batch)) * s.batch) for s in RECIPE]
+    recipe = [
+        replace(s, images=max(1, round(s.images * arguments.share / s.batch)) * s.batch)
+        for s in RECIPE
+    ]
     settings = Settings(seed=arguments.seed, rate=arguments.rate)
     run(Training(model, recipe, settings, device), arguments.out, _command(parser, arguments))
     if dist.is_initialized():

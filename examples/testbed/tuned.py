@@ -59,7 +59,10 @@ def calibration_scenes(model: Testbed, seed: int, count: int | None = None) -> l
     """Return scenes, `CALIBRATION` unless said, that neither training nor `scenes.held_out` of a small seed shows."""
     count = count or CALIBRATION
     made = scenes.make(
-        list(scenes.held_out(count, 1000 + seed)), model.size.grid * model.size.patch, scenes.HARD, "cpu"
+        list(scenes.held_out(count, 1000 + seed)),
+        model.size.grid * model.size.patch,
+        scenes.HARD,
+        "cpu",
     )
     return [(made.images[i : i + 1], made.click[i : i + 1]) for i in range(count)]
 
@@ -93,7 +96,9 @@ def _forward_seconds(model: Testbed, found: Sequence[Scene]) -> float:
     return median(times)
 
 
-def simpler_plans(model: Testbed, tuned: bsa.SparsityPlan, seed: int) -> Iterator[tuple[str, bsa.SparsityPlan]]:
+def simpler_plans(
+    model: Testbed, tuned: bsa.SparsityPlan, seed: int
+) -> Iterator[tuple[str, bsa.SparsityPlan]]:
     """Names and plans that skip as many blocks as `tuned` or a few less."""
     spec = bsa.inspect(model)
     layout, most = tuned.layout(spec), tuned.report["sparsity"]
@@ -115,10 +120,15 @@ def simpler_plans(model: Testbed, tuned: bsa.SparsityPlan, seed: int) -> Iterato
 def _within(values: Sequence[Any], mask: Callable[[Any], Tensor], most: float) -> Any:
     """The value whose mask skips most, yet not more than `most`."""
     skipped = {value: 1 - mask(value).double().mean().item() for value in values}
-    return max((value for value in values if skipped[value] <= most + 1e-9), key=lambda value: skipped[value])
+    return max(
+        (value for value in values if skipped[value] <= most + 1e-9),
+        key=lambda value: skipped[value],
+    )
 
 
-def uniform_static(model: Testbed, layout: TokenLayout, density: float, images: Sequence[Scene]) -> bsa.SparsityPlan:
+def uniform_static(
+    model: Testbed, layout: TokenLayout, density: float, images: Sequence[Scene]
+) -> bsa.SparsityPlan:
     """Every head keeps this share of its blocks, those with most attention."""
     spec = bsa.inspect(model)
     found = {layer.key: BlockStatistics.empty(layer.heads, layout) for layer in spec.layers}
@@ -132,7 +142,10 @@ def uniform_static(model: Testbed, layout: TokenLayout, density: float, images: 
             for key, own in found.items()
             for head, mass in enumerate(own.mass)
         },
-        {layer.key: tuple(f"{layer.key}/{head}" for head in range(layer.heads)) for layer in spec.layers},
+        {
+            layer.key: tuple(f"{layer.key}/{head}" for head in range(layer.heads))
+            for layer in spec.layers
+        },
         **dict(order=layout.order, tile=layout.tile, block_size=layout.block_size),
     )
 
@@ -169,7 +182,9 @@ def image_to_prompt(model: Testbed, most: float) -> bsa.SparsityPlan:
 
     chosen = _within([share / 200 for share in range(199)], made, most)
     # Its prompts come last: tiles of one row are the rows of the image, and special tokens follow them.
-    layout = TokenLayout(spec.grid, start=1, order="tile", tile=(1, size.grid), block_size=BLOCK_SIZE)
+    layout = TokenLayout(
+        spec.grid, start=1, order="tile", tile=(1, size.grid), block_size=BLOCK_SIZE
+    )
     return _of_all_layers(spec, bsa.HeadMasks(made(chosen), layout=layout, block_size=BLOCK_SIZE))
 
 
@@ -180,7 +195,9 @@ def _of_all_layers(spec: bsa.ModelSpec, head_masks: bsa.HeadMasks) -> bsa.Sparsi
 # What they are worth
 
 
-def against_simpler(model: Testbed, sparsities: Sequence[float], seeds: int, count: int, console: Console) -> None:
+def against_simpler(
+    model: Testbed, sparsities: Sequence[float], seeds: int, count: int, console: Console
+) -> None:
     """A table for each sparsity."""
     plans: dict[str, bsa.SparsityPlan] = {}
     forwards: list[float] = []
@@ -192,12 +209,16 @@ def against_simpler(model: Testbed, sparsities: Sequence[float], seeds: int, cou
             for level, plan in found_plans.items():
                 plans[f"tuned {level} {seed}"] = plan
                 same = {
-                    name: one for name, one in simpler_plans(model, plan, seed) if not seed or name == "uniform static"
+                    name: one
+                    for name, one in simpler_plans(model, plan, seed)
+                    if not seed or name == "uniform static"
                 }
                 plans |= {f"{name} {level} {seed}": one for name, one in same.items()}
             progress.advance(task)
         task = progress.add_task("scenes", total=count)
-        rows = evaluate(model, plans, scenes.held_out(count), on_batch=lambda done: progress.advance(task, done))
+        rows = evaluate(
+            model, plans, scenes.held_out(count), on_batch=lambda done: progress.advance(task, done)
+        )
     found = {row.name: row for row in rows}
     for level in sparsities:
         Console(width=170).print(_table(found, level, count))
@@ -209,7 +230,8 @@ def against_simpler(model: Testbed, sparsities: Sequence[float], seeds: int, cou
 
 def _table(found: dict[str, Row], level: float, count: int) -> Table:
     table = Table(
-        title=f"{level:.0%}, {count} held-out scenes; intervals are 95 %, paired by scene", title_justify="left"
+        title=f"{level:.0%}, {count} held-out scenes; intervals are 95 %, paired by scene",
+        title_justify="left",
     )
     for column in (
         "",
@@ -226,7 +248,9 @@ def _table(found: dict[str, Row], level: float, count: int) -> Table:
     names = dict.fromkeys(key.rsplit(" ", 2)[0] for key in found if f" {level} " in key)
     tuned, agreed = (_of(found, f"tuned {level} ", metric) for metric in ("iou", "agreement"))
     for name in names:
-        iou, agreement, error = (_of(found, f"{name} {level} ", x) for x in ("iou", "agreement", "feature_error"))
+        iou, agreement, error = (
+            _of(found, f"{name} {level} ", x) for x in ("iou", "agreement", "feature_error")
+        )
         simpler = name != "tuned"
         table.add_row(
             name,
@@ -243,7 +267,13 @@ def _table(found: dict[str, Row], level: float, count: int) -> Table:
 
 def _of(found: dict[str, Row], prefix: str, metric: str) -> Tensor:
     """(tuning seeds, scenes)"""
-    return torch.stack([torch.tensor(row.per_scene[metric]) for key, row in found.items() if key.startswith(prefix)])
+    return torch.stack(
+        [
+            torch.tensor(row.per_scene[metric])
+            for key, row in found.items()
+            if key.startswith(prefix)
+        ]
+    )
 
 
 @torch.no_grad()
@@ -282,9 +312,16 @@ def holds(model: Testbed, max_error: float, runs: int, count: int, console: Cons
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="?", type=Path, default=SHIPPED, help="a file of train.py")
-    parser.add_argument("--sparsity", type=float, action="append", help="several times; 0.5, 0.7 and 0.8 if left out")
+    parser.add_argument(
+        "--sparsity",
+        type=float,
+        action="append",
+        help="several times; 0.5, 0.7 and 0.8 if left out",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="of tuning")
     parser.add_argument("--scenes", type=int, default=300, help="held out")
     parser.add_argument("--max-error", type=float, help="instead: whether this error holds")
@@ -296,7 +333,13 @@ def main() -> None:
         if arguments.max_error is not None:
             holds(model, arguments.max_error, arguments.runs, arguments.scenes, console)
         else:
-            against_simpler(model, arguments.sparsity or [0.5, 0.7, 0.8], arguments.seeds, arguments.scenes, console)
+            against_simpler(
+                model,
+                arguments.sparsity or [0.5, 0.7, 0.8],
+                arguments.seeds,
+                arguments.scenes,
+                console,
+            )
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

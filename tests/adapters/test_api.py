@@ -70,8 +70,15 @@ class TestEveryFamily:
     def test_inspect(self, name):
         spec = bsa.inspect(make(name))
         assert spec.family == name.removesuffix("_with_registers")
-        assert (spec.grid, spec.patch_size, spec.start, spec.end) == ((8, 8), (8, 8), START[name], 0)
-        assert [(layer.index, layer.heads, layer.head_dim) for layer in spec.layers] == [(i, 4, 12) for i in range(3)]
+        assert (spec.grid, spec.patch_size, spec.start, spec.end) == (
+            (8, 8),
+            (8, 8),
+            START[name],
+            0,
+        )
+        assert [(layer.index, layer.heads, layer.head_dim) for layer in spec.layers] == [
+            (i, 4, 12) for i in range(3)
+        ]
         assert bsa.inspect(make(name), image_size=(64, 96)).grid == (8, 12)
 
     @pytest.mark.parametrize("backend", ["auto", "reference", "sdpa", "gather"])
@@ -100,7 +107,9 @@ class TestEveryFamily:
         assert relative(out, expected) <= 1e-5
         # The twin: leaving the masks out, or laying them on the wrong grid, is far outside that tolerance.
         assert relative(dense, expected) > 1e-2
-        wrong = run_with(bsa.restore_(model), masked_attention(plan, bsa.inspect(model), (5, 9)), pixels)
+        wrong = run_with(
+            bsa.restore_(model), masked_attention(plan, bsa.inspect(model), (5, 9)), pixels
+        )
         assert relative(wrong, expected) > 1e-3
 
     def test_restore_is_bit_exact_and_leaves_nothing(self, name):
@@ -124,7 +133,11 @@ class TestEveryFamily:
         buffer = io.BytesIO()
         torch.save(model, buffer)
         buffer.seek(0)
-        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)]
+        copies = [
+            copy.deepcopy(model),
+            pickle.loads(pickle.dumps(model)),
+            torch.load(buffer, weights_only=False),
+        ]
         bsa.restore_(model)
         for other in copies:
             assert torch.equal(features(other, pixels), expected)
@@ -138,7 +151,9 @@ class TestEveryFamily:
         def gradients():
             model.zero_grad()
             out = features(model, pixels)
-            (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
+            (
+                out * torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+            ).sum().backward()
             return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
         expected = gradients()
@@ -146,7 +161,12 @@ class TestEveryFamily:
         got = gradients()
         assert got.keys() == expected.keys()
         largest = max(grad.abs().max() for grad in expected.values())
-        for n, grad in got.items():  # a key bias shifts every logit of a row alike: its gradient is rounding only
+        for (
+            n,
+            grad,
+        ) in (
+            got.items()
+        ):  # a key bias shifts every logit of a row alike: its gradient is rounding only
             scale = largest if "k_proj.bias" in n else expected[n].abs().max()
             assert (grad - expected[n]).abs().max() <= 1e-4 * scale, n
             assert scale > 0
@@ -157,7 +177,12 @@ class TestEveryFamily:
         expected = features(model, pixels)
         # SigLIP 2's grids are values of a tensor: a graph cannot hold what follows from them.
         compiled = torch.compile(model, fullgraph=name != "siglip2", backend="aot_eager")
-        if torch.__version__ < (2, 13) and name in ("vit", "dinov2", "dinov2_with_registers", "siglip2"):
+        if torch.__version__ < (2, 13) and name in (
+            "vit",
+            "dinov2",
+            "dinov2_with_registers",
+            "siglip2",
+        ):
             # `torch.compiler.is_exporting()` is True there while torch.compile traces; transformers then passes a mask.
             loud = pytest.warns(UserWarning, match="an attention mask was passed") if name == "siglip2" else pytest.raises(Exception, match=r"before torch 2\.13|Observed exception")  # fmt: skip
             with loud:
@@ -176,7 +201,9 @@ class TestEveryFamily:
         assert torch.equal(features(model, pixels), sparse)
 
 
-@pytest.mark.parametrize("name", ["vit", "dinov2"])  # the ones whose forward hands an attention_mask to every layer
+@pytest.mark.parametrize(
+    "name", ["vit", "dinov2"]
+)  # the ones whose forward hands an attention_mask to every layer
 def test_padding_masks_reach_the_original(name):
     """Outside the contract the original runs: counted, warned of once, and never a different result."""
     model, pixels = make(name), image()
@@ -185,7 +212,9 @@ def test_padding_masks_reach_the_original(name):
     expected = features(model, pixels, attention_mask=mask)
     assert relative(features(model, pixels), expected) > 1e-2
     bsa.sparsify_(model, sparse_plan(model))
-    with pytest.warns(UserWarning, match="runs its original, dense attention: an attention mask was passed"):
+    with pytest.warns(
+        UserWarning, match="runs its original, dense attention: an attention mask was passed"
+    ):
         out = features(model, pixels, attention_mask=mask)
     assert torch.equal(out, expected)
     with warnings.catch_warnings():
@@ -202,7 +231,9 @@ def test_autocast(name, dense_heads, backend):
     model, pixels = make(name), image()
     bsa.sparsify_(
         model,
-        sparse_plan(model).replace(heads=range(dense_heads), pattern="dense") if dense_heads else sparse_plan(model),
+        sparse_plan(model).replace(heads=range(dense_heads), pattern="dense")
+        if dense_heads
+        else sparse_plan(model),
         backend,
     )
     expected = features(model, pixels)
@@ -219,18 +250,24 @@ def test_gradient_checkpointing_with_images_of_two_sizes(reentrant):
 
     def gradient(*sizes):
         model.zero_grad()
-        sum(features(model, image(*size).requires_grad_()).pow(3).sum() for size in sizes).backward()
+        sum(
+            features(model, image(*size).requires_grad_()).pow(3).sum() for size in sizes
+        ).backward()
         return model.get_parameter("model.layer.0.attention.q_proj.weight").grad.clone()
 
     expected = gradient((64, 64), (40, 56))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+        )
     assert relative(gradient((64, 64), (40, 56)), expected) < 1e-5
     for turned in ((64, 32), (32, 64)):  # one after the other is told apart ...
         assert gradient(turned).isfinite().all()
     # ... two with equally many tokens before one backward are not, and that is said
-    with pytest.raises(RuntimeError, match=r"images of \[\(4, 8\), \(8, 4\)\] patches came by.*run backward before"):
+    with pytest.raises(
+        RuntimeError, match=r"images of \[\(4, 8\), \(8, 4\)\] patches came by.*run backward before"
+    ):
         gradient((64, 32), (32, 64))
 
 
@@ -258,7 +295,9 @@ def test_a_copy_made_inside_dense_is_sparse():
 def test_an_encoder_is_restored_as_a_whole():
     model = make("dinov3")
     bsa.sparsify_(model, sparse_plan(model))
-    with pytest.raises(ValueError, match=r"holds 1 of 3 swapped layers.*pass the model that sparsify_ was given"):
+    with pytest.raises(
+        ValueError, match=r"holds 1 of 3 swapped layers.*pass the model that sparsify_ was given"
+    ):
         bsa.restore_(model.get_submodule("model.layer.0.attention"))
     assert len(layers_of(bsa.restore_(model))) == 0
 
@@ -285,7 +324,9 @@ def test_tracing_leaves_the_model_as_it_was():
 def test_layers_a_plan_does_not_name_are_dense_and_counted():
     model = make("vit")
     whole = sparse_plan(model)
-    plan = bsa.SparsityPlan(whole.model, whole.patterns, {"self.1": whole.layers["self.1"]}, whole.order, whole.tile, 8)
+    plan = bsa.SparsityPlan(
+        whole.model, whole.patterns, {"self.1": whole.layers["self.1"]}, whole.order, whole.tile, 8
+    )
     bsa.sparsify_(model, plan)
     report = bsa.describe(model)
     assert [layer.backend for layer in report.layers] == ["original", "gather", "original"]
@@ -306,7 +347,8 @@ def test_attention_weights_come_from_the_original():
 def test_on_unsupported_error():
     model = bsa.sparsify_(make("vit"), sparse_plan(make("vit")), on_unsupported="error")
     with pytest.raises(
-        bsa.BackendUnavailable, match=r"layers.0.attention.*an attention mask was passed.*on_unsupported"
+        bsa.BackendUnavailable,
+        match=r"layers.0.attention.*an attention mask was passed.*on_unsupported",
     ):
         features(model, image(), attention_mask=torch.zeros(1, 65, dtype=torch.long))
 
@@ -382,7 +424,9 @@ def test_named_by_the_user_without_a_plan():
     mask = torch.ones(1, 65, dtype=torch.long)
     mask[:, 50:] = 0
     assert torch.equal(features(other, image()), features(model, image()))
-    assert torch.equal(features(other, image(), attention_mask=mask), features(model, image(), attention_mask=mask))
+    assert torch.equal(
+        features(other, image(), attention_mask=mask), features(model, image(), attention_mask=mask)
+    )
 
 
 def test_only_some_layers():
@@ -393,12 +437,18 @@ def test_only_some_layers():
         expected = model(pixels, output_hidden_states=True).hidden_states
     assert torch.equal(hidden[2], expected[2])
     assert not torch.equal(hidden[3], expected[3])
-    assert [layer.backend for layer in bsa.describe(model).layers] == ["original", "original", "gather"]
+    assert [layer.backend for layer in bsa.describe(model).layers] == [
+        "original",
+        "original",
+        "gather",
+    ]
 
 
 def test_generator_output_into_a_model():
     model, pixels = make("vit"), image()
-    hm = bsa.HeadMasks(*generate_vit_hybrid_mask(64, 8, 8, 2, 4, num_global_heads=1, sparsity=0.7), block_size=8)
+    hm = bsa.HeadMasks(
+        *generate_vit_hybrid_mask(64, 8, 8, 2, 4, num_global_heads=1, sparsity=0.7), block_size=8
+    )
     plan = bsa.SparsityPlan.from_head_masks(bsa.inspect(model), {"layers.1.attention": hm})
     assert plan.order == "raster"
     dense = features(model, pixels)
@@ -446,21 +496,29 @@ class TestErrors:
     def test_another_model(self):
         plan = sparse_plan(make("vit"))
         model = make("dinov2")
-        with pytest.raises(bsa.PlanError, match=r"another model \(family: plan 'vit', model 'dinov2'\)"):
+        with pytest.raises(
+            bsa.PlanError, match=r"another model \(family: plan 'vit', model 'dinov2'\)"
+        ):
             bsa.sparsify_(model, plan)
         with pytest.raises(bsa.PlanError, match="depth: plan 3, model 2"):
             bsa.sparsify_(make("vit", num_hidden_layers=2), plan)
-        with pytest.raises(bsa.PlanError, match=r"heads: plan 4, model 2.*head_dim: plan 12, model 24"):
+        with pytest.raises(
+            bsa.PlanError, match=r"heads: plan 4, model 2.*head_dim: plan 12, model 24"
+        ):
             bsa.sparsify_(make("vit", num_attention_heads=2), plan)
         assert not layers_of(model)
 
     def test_what_is_not_a_model_or_plan(self):
         model = make("vit")
         for wrong in ("local_window", "no-such-plan.json"):
-            with pytest.raises(FileNotFoundError, match=r"no such file; pass a SparsityPlan or the path of one"):
+            with pytest.raises(
+                FileNotFoundError, match=r"no such file; pass a SparsityPlan or the path of one"
+            ):
                 bsa.sparsify_(model, wrong)
         for wrong in (None, {}):
-            with pytest.raises(TypeError, match=r"plan is a .*: expected a SparsityPlan.*uniform_plan"):
+            with pytest.raises(
+                TypeError, match=r"plan is a .*: expected a SparsityPlan.*uniform_plan"
+            ):
                 bsa.sparsify_(model, wrong)
         for function in (bsa.restore_, lambda m: bsa.dense(m).__enter__()):
             with pytest.raises(TypeError, match=r"model is a str: expected a torch.nn.Module"):
@@ -468,7 +526,9 @@ class TestErrors:
         for size in ((64,), 64.0, "64", (64.0, 64.0)):
             with pytest.raises(ValueError, match=r"image_size=.*expected pixels, an int or"):
                 bsa.inspect(model, size)
-        with pytest.raises(TypeError, match=r"spec is a ViTModel: expected a ModelSpec; pass bsa.inspect"):
+        with pytest.raises(
+            TypeError, match=r"spec is a ViTModel: expected a ModelSpec; pass bsa.inspect"
+        ):
             bsa.SparsityPlan.from_head_masks(model, {})
 
     def test_twice_and_never(self):
@@ -498,7 +558,8 @@ class TestErrors:
         with pytest.raises(TypeError, match=r"model is a str: expected a torch.nn.Module"):
             bsa.inspect("dinov3")
         with pytest.raises(
-            bsa.PlanError, match=r"holds 2 encoders: vit \(0.layers\), dinov3 .*pass the module you mean"
+            bsa.PlanError,
+            match=r"holds 2 encoders: vit \(0.layers\), dinov3 .*pass the module you mean",
         ):
             bsa.inspect(torch.nn.ModuleList([make("vit"), make("dinov3")]))
 
@@ -507,12 +568,15 @@ class TestErrors:
         plan = sparse_plan(model)
         with pytest.raises(ValueError, match="backend='fast': allowed are 'auto', 'kernel'"):
             bsa.sparsify_(model, plan, backend="fast")
-        with pytest.raises(ValueError, match="on_unsupported='ignore': allowed are 'fallback' and 'error'"):
+        with pytest.raises(
+            ValueError, match="on_unsupported='ignore': allowed are 'fallback' and 'error'"
+        ):
             bsa.sparsify_(model, plan, on_unsupported="ignore")
         with pytest.raises(bsa.BackendUnavailable, match="'kernel' cannot run this call"):
             bsa.sparsify_(model, plan, backend="kernel")
         with pytest.raises(
-            ValueError, match=r"image_size=100: both sides must be whole numbers of \(8, 8\) pixel patches"
+            ValueError,
+            match=r"image_size=100: both sides must be whole numbers of \(8, 8\) pixel patches",
         ):
             bsa.inspect(model, image_size=100)
         assert not layers_of(model)
@@ -530,20 +594,27 @@ class TestErrors:
 
         plan = bsa.dense_plan(model)
         with pytest.raises(
-            bsa.PlanError, match=r"'wrong' returned torch.float32 of shape \(2, 2\): expected torch.bool"
+            bsa.PlanError,
+            match=r"'wrong' returned torch.float32 of shape \(2, 2\): expected torch.bool",
         ):
             bsa.sparsify_(model, plan.replace(layers=[2], pattern=wrong))
-        with pytest.raises(bsa.PlanError, match=r"layer 'self.1', head 0, pattern 'broken': KeyError"):
+        with pytest.raises(
+            bsa.PlanError, match=r"layer 'self.1', head 0, pattern 'broken': KeyError"
+        ):
             bsa.sparsify_(model, plan.replace(layers=[1], pattern=broken))
         assert torch.equal(features(model, image()), before)
         assert not layers_of(model)
 
     def test_static_masks_fit_one_size(self):
         model = make("dinov2")
-        hm = bsa.HeadMasks(*generate_vit_hybrid_mask(64, 8, 8, 1, 4, num_global_heads=1), block_size=8)
+        hm = bsa.HeadMasks(
+            *generate_vit_hybrid_mask(64, 8, 8, 1, 4, num_global_heads=1), block_size=8
+        )
         bsa.sparsify_(model, bsa.SparsityPlan.from_head_masks(bsa.inspect(model), {"self.0": hm}))
         features(model, image())
-        with pytest.raises(bsa.PlanError, match=r"made for TokenLayout\(grid=\(8, 8\).*fits one layout only"):
+        with pytest.raises(
+            bsa.PlanError, match=r"made for TokenLayout\(grid=\(8, 8\).*fits one layout only"
+        ):
             features(model, image(80, 64))
 
 
@@ -568,7 +639,9 @@ class TestTokensOfAnotherImage:
         return timm_models.image(96, 64, batch=1), timm_models.image(64, 96, batch=1)
 
     def sparse(self, model, **options):
-        return bsa.sparsify_(model, bsa.uniform_plan(model, "local_window", radius=1, **BLOCK), **options)
+        return bsa.sparsify_(
+            model, bsa.uniform_plan(model, "local_window", radius=1, **BLOCK), **options
+        )
 
     @torch.no_grad()
     @pytest.mark.parametrize("on_unsupported", ["error", "fallback"])
@@ -606,7 +679,8 @@ class TestTokensOfAnotherImage:
         model(tall)
         for _ in range(2):
             with pytest.raises(
-                bsa.BackendUnavailable, match=r"got 97 tokens that did not come through the patch embedding.*\(12, 8\)"
+                bsa.BackendUnavailable,
+                match=r"got 97 tokens that did not come through the patch embedding.*\(12, 8\)",
             ):
                 self.blocks(model, tokens)
         model(tall)  # a refusal leaves nothing behind
@@ -632,7 +706,11 @@ class TestTokensOfAnotherImage:
         bsa.sparsify_(model, sparse_plan(model))
         grids = torch.tensor([[4, 8], [8, 4]])
         patches = torch.randn(2, 32, 192)
-        embed = next(module for module in model.modules() if type(module).__name__ == "Siglip2VisionEmbeddings")
+        embed = next(
+            module
+            for module in model.modules()
+            if type(module).__name__ == "Siglip2VisionEmbeddings"
+        )
         embed(patches[:1], grids[:1])
         with pytest.warns(UserWarning, match="may be of any of them"):
             model(patches, pixel_attention_mask=None, spatial_shapes=grids)

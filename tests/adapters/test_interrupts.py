@@ -28,13 +28,26 @@ SMALL = dict(radius=1, tile=(2, 4), block_size=8)
 FAMILIES: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
     "transformers": lambda: (models.make("dinov2", num_hidden_layers=2), models.image()),
     "timm": lambda: (timm_models.make("vit"), timm_models.image(batch=1)),
-    "segment_anything": lambda: (sam_models.make("segment_anything", depth=2), sam_models.image(batch=1)),
+    "segment_anything": lambda: (
+        sam_models.make("segment_anything", depth=2),
+        sam_models.image(batch=1),
+    ),
 }
 
 
 # Functions that change a model: every line is interrupted each time it runs. Others only read it: the first time is enough.
 CHANGES = {
-    *("sparsify_", "restore_", "_put_back", "sparse", "observe", "dense", "always", "eval_mode", "leave"),
+    *(
+        "sparsify_",
+        "restore_",
+        "_put_back",
+        "sparse",
+        "observe",
+        "dense",
+        "always",
+        "eval_mode",
+        "leave",
+    ),
     *("watch", "unwatch", "attach", "detach"),
     *("swap", "unswap", "check_swapped", "prepare", "register_forward_pre_hook"),
 }
@@ -46,7 +59,9 @@ Point = tuple[str, str, int, int]  # function, file, line, and the how manieth t
 class Trace:
     """A trace function that counts how often lines run, and raises KeyboardInterrupt at one of them."""
 
-    def __init__(self, at: Point | None = None, only: Callable[[Any], bool] = lambda code: True) -> None:
+    def __init__(
+        self, at: Point | None = None, only: Callable[[Any], bool] = lambda code: True
+    ) -> None:
         self.at, self.only = at, only
         self.times: Counter[tuple[str, str, int]] = Counter()
         self.points: list[Point] = []
@@ -54,7 +69,9 @@ class Trace:
     def __call__(self, frame: Any, event: str, arg: Any) -> Any:
         code = frame.f_code
         file, changes = code.co_filename, code.co_name in CHANGES
-        ours = file.startswith(f"{OURS}/adapters/") or (changes and (file.startswith(OURS) or file.endswith(TORCH)))
+        ours = file.startswith(f"{OURS}/adapters/") or (
+            changes and (file.startswith(OURS) or file.endswith(TORCH))
+        )
         return partial(self.line, changes) if ours and self.only(code) else None
 
     def line(self, changes: bool, frame: Any, event: str, arg: Any) -> Any:
@@ -109,7 +126,10 @@ class Watched:
         assert self.state() == self.before
 
     def at_every_line(
-        self, call: Callable[[], Any], prepare: Callable[[], Any] = lambda: None, only: Any = lambda code: True
+        self,
+        call: Callable[[], Any],
+        prepare: Callable[[], Any] = lambda: None,
+        only: Any = lambda code: True,
     ) -> int:
         """Interrupt `call` at every line, each time from the same start; returns how many there were."""
         prepare()
@@ -148,7 +168,14 @@ def test_observe(watched):
             run()
 
     seen: list[Any] = []
-    ends = {"observe", "sparse", "always", "<lambda>", "like_of", "output_weight"}  # not sparsify_ and restore_ again
+    ends = {
+        "observe",
+        "sparse",
+        "always",
+        "<lambda>",
+        "like_of",
+        "output_weight",
+    }  # not sparsify_ and restore_ again
     assert watched.at_every_line(call, only=lambda code: code.co_name in ends) > 20
     assert not seen
     call(watched.run)  # after all that, it still observes
@@ -190,7 +217,9 @@ def test_the_second_time_as_well(watched, monkeypatch):
         bsa.sparsify_(watched.model, watched.plan)
     watched.bring_back()
     monkeypatch.setattr(adapters, "_put_back", interrupted)
-    first = [point for point in trace.points if point[0] == "swap"][-1]  # all is done, but for the last layer
+    first = [point for point in trace.points if point[0] == "swap"][
+        -1
+    ]  # all is done, but for the last layer
     swap(first)
     watched.bring_back()
     left = 0
@@ -237,11 +266,29 @@ def test_the_ends_of_tune(family, tmp_path):
     watched = Watched(family)
     watched.model.train()
     watched.before = watched.state()
-    images = [torch.randn(watched.pixels.shape, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    options = dict(sparsity=0.2, statistics=tmp_path / "statistics", candidates=["local_window"], order="raster")
+    images = [
+        torch.randn(watched.pixels.shape, generator=torch.Generator().manual_seed(i))
+        for i in range(3)
+    ]
+    options = dict(
+        sparsity=0.2,
+        statistics=tmp_path / "statistics",
+        candidates=["local_window"],
+        order="raster",
+    )
     tune = partial(bsa.tune, watched.model, images, resume=True, block_size=16, **options)
     tune()
-    ends = {"sparse", "always", "leave", "eval_mode", "restore_", "_put_back", "unswap", "watch", "swap"}
+    ends = {
+        "sparse",
+        "always",
+        "leave",
+        "eval_mode",
+        "restore_",
+        "_put_back",
+        "unswap",
+        "watch",
+        "swap",
+    }
     with tracing(trace := Trace(only=lambda code: code.co_name in ends)):
         tune()
     points = trace.points[:: max(1, len(trace.points) // 12)] + trace.points[-8:]

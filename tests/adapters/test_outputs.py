@@ -40,8 +40,14 @@ def siglip2_inputs():
 
 
 EAGER = {
-    **{name: partial(models.make, name, attn_implementation="eager") for name in (*models.MODELS, "sam3")},
-    **{f"transformers {name}": partial(sam_models.make, f"transformers {name}, eager") for name in ("sam", "sam_hq")},
+    **{
+        name: partial(models.make, name, attn_implementation="eager")
+        for name in (*models.MODELS, "sam3")
+    },
+    **{
+        f"transformers {name}": partial(sam_models.make, f"transformers {name}, eager")
+        for name in ("sam", "sam_hq")
+    },
     "transformers sam2": eager_sam2,
 }
 
@@ -51,11 +57,15 @@ def inputs_of(name):
         return siglip2_inputs()
     if name == "transformers sam2":
         return dict(pixel_values=sam2_models.image())
-    return dict(pixel_values=sam_models.image() if "sam" in name and name != "sam3" else models.image())
+    return dict(
+        pixel_values=sam_models.image() if "sam" in name and name != "sam3" else models.image()
+    )
 
 
 def configs_of(model):
-    return {id(x.config): x.config for x in model.modules() if hasattr(x, "config") and not bsa_copy(x)}.values()
+    return {
+        id(x.config): x.config for x in model.modules() if hasattr(x, "config") and not bsa_copy(x)
+    }.values()
 
 
 def bsa_copy(module):
@@ -77,7 +87,11 @@ def equal(a, b):
 
 
 ARGUMENT = [(name, "argument") for name in EAGER]
-CONFIG = [(name, f"config {when}") for name in ("siglip", "dinov3", "transformers sam") for when in ("before", "after")]
+CONFIG = [
+    (name, f"config {when}")
+    for name in ("siglip", "dinov3", "transformers sam")
+    for when in ("before", "after")
+]
 
 
 @pytest.mark.parametrize(("name", "how"), [*ARGUMENT, *CONFIG])
@@ -94,7 +108,9 @@ def test_attentions_come_from_the_original(name, how):
         got = ask(model, name, how)
     assert equal(got.attentions, expected.attentions)
     assert equal(got.hidden_states, expected.hidden_states)
-    layers = [layer for layer in layers_of(model) if not layer.untouched]  # SAM 3's windows are left alone
+    layers = [
+        layer for layer in layers_of(model) if not layer.untouched
+    ]  # SAM 3's windows are left alone
     assert all(layer.fallbacks == {WEIGHTS: 1} for layer in layers)
     assert len([one for one in seen if WEIGHTS in str(one.message)]) == len(layers)
     with warnings.catch_warnings():
@@ -116,7 +132,9 @@ def test_attentions_come_from_the_original(name, how):
 def test_attentions_of_layers_that_a_plan_leaves_dense(name):
     model = EAGER[name]()
     expected = model(**inputs_of(name), output_attentions=True).attentions
-    bsa.sparsify_(model, bsa.dense_plan(model), on_unsupported="error")  # nothing sparse: nothing to refuse
+    bsa.sparsify_(
+        model, bsa.dense_plan(model), on_unsupported="error"
+    )  # nothing sparse: nothing to refuse
     assert equal(model(**inputs_of(name), output_attentions=True).attentions, expected)
     bsa.restore_(model)
     bsa.sparsify_(model, local(model, layers=[1]))
@@ -134,7 +152,9 @@ def test_a_hook_on_the_module_sees_the_originals_weights(name):
     model, seen = EAGER[name](), []
     model(**inputs_of(name), output_attentions=True)
     layer = bsa.inspect(model).layers[1].name
-    hook = model.get_submodule(layer).register_forward_hook(lambda module, args, out: seen.append(out[1]))
+    hook = model.get_submodule(layer).register_forward_hook(
+        lambda module, args, out: seen.append(out[1])
+    )
     model(**inputs_of(name))
     bsa.sparsify_(model, local(model))
     # With dense layers before it, so that this one sees the same input.
@@ -214,7 +234,9 @@ def test_attention_maps_of_timm(name, when):
         block.attn.attn_drop = nn.Dropout(0.0)
     assert torch.equal(model(timm_models.image()), timm_models_out)  # sparse again
     bsa.restore_(model)
-    assert [block.attn.__dict__["fused_attn"] for block in model.blocks] == [False] * len(model.blocks)
+    assert [block.attn.__dict__["fused_attn"] for block in model.blocks] == [False] * len(
+        model.blocks
+    )
 
 
 @torch.no_grad()
@@ -249,7 +271,9 @@ def test_a_module_in_the_place_of_attn_drop(name):
     expected = model(timm_models.image())
     assert relative(plain, expected) > 1e-3
     bsa.sparsify_(model, local(model))
-    with pytest.warns(UserWarning, match="attn_drop is a Sharpen, which sees the attention weights"):
+    with pytest.warns(
+        UserWarning, match="attn_drop is a Sharpen, which sees the attention weights"
+    ):
         assert torch.equal(model(timm_models.image()), expected)
 
 
@@ -297,7 +321,9 @@ def test_intermediates_of_timm(name):
     bsa.restore_(model)
     assert relative(model.forward_intermediates(pixels, norm=False)[1][1], between[1]) > 1e-3
     bsa.sparsify_(model, plan, backend="reference", on_unsupported="error")
-    for got, expected in zip(between, model.forward_intermediates(pixels, norm=False)[1], strict=True):
+    for got, expected in zip(
+        between, model.forward_intermediates(pixels, norm=False)[1], strict=True
+    ):
         assert relative(got, expected) < 1e-5
 
 
@@ -307,7 +333,10 @@ def run(model, pixels):
 
 EVERY = {
     **{name: (partial(models.make, name), models.features, models.image) for name in models.MODELS},
-    **{f"timm, {name}": (partial(timm_models.make, name), run, timm_models.image) for name in timm_models.MODELS},
+    **{
+        f"timm, {name}": (partial(timm_models.make, name), run, timm_models.image)
+        for name in timm_models.MODELS
+    },
     **{
         f"sam, {name}": (partial(sam_models.make, name), sam_models.features, sam_models.image)
         for name in sam_models.MODELS
@@ -327,7 +356,9 @@ class TestShapesThatHooksSee:
         seen, hooks = {}, []
 
         def note(name, module, args, out):
-            seen.setdefault(name, []).append((tuple(args[0].shape) if args else None, tuple(out.shape)))
+            seen.setdefault(name, []).append(
+                (tuple(args[0].shape) if args else None, tuple(out.shape))
+            )
 
         for layer in names:
             for name, module in model.get_submodule(layer).named_modules():

@@ -31,10 +31,16 @@ MORE: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "transformers, SAM": lambda: (sam_models.make("transformers sam"), sam_models.image()),
     "transformers, SAM 2": lambda: (sam2_models.make("transformers sam2"), sam2_models.image()),
     "sam2, memory": lambda: (sam2_models.make("sam2", sam2_models.MEMORIES), None),
-    "transformers, memory": lambda: (sam2_models.make("transformers sam2_video", sam2_models.MEMORIES), None),
+    "transformers, memory": lambda: (
+        sam2_models.make("transformers sam2_video", sam2_models.MEMORIES),
+        None,
+    ),
 }
 FAMILIES = {**{name: make for name, (make, _, _) in SEAMS.items()}, **MORE}
-HAVE_WEIGHTS = ("segment_anything, class", "transformers, SAM")  # their attention modules: tables of relative position
+HAVE_WEIGHTS = (
+    "segment_anything, class",
+    "transformers, SAM",
+)  # their attention modules: tables of relative position
 BY_CONFIG = ("transformers, its registry", "transformers, SAM 2", "transformers, memory")
 ATTENTION = ("attn", "attention", "self_attention", "self_attn", "cross_attn_image")
 
@@ -90,7 +96,9 @@ def classes(model):
 class TestOffloaded:
     """accelerate takes weights away between calls, and sets a forward on every module that has weights of its own."""
 
-    @pytest.fixture(params=sorted(set(FAMILIES) - {"torchvision, MultiheadAttention"}))  # which does not run offloaded
+    @pytest.fixture(
+        params=sorted(set(FAMILIES) - {"torchvision, MultiheadAttention"})
+    )  # which does not run offloaded
     def family(self, request):
         return request.param
 
@@ -109,7 +117,9 @@ class TestOffloaded:
             assert torch.equal(run(model, pixels), dense)
             return
         before = classes(model)
-        with pytest.raises(ValueError, match=r"has a forward of its own.*remove_hook_from_module.*then restore_"):
+        with pytest.raises(
+            ValueError, match=r"has a forward of its own.*remove_hook_from_module.*then restore_"
+        ):
             bsa.restore_(model)
         assert classes(model) == before
         assert relative(run(model, pixels), expected) < 1e-6  # nothing was touched
@@ -130,11 +140,14 @@ class TestOffloaded:
         assert len(bsa.describe(model).layers) == len(bsa.inspect(model).layers)
         if family in HAVE_WEIGHTS:
             with pytest.raises(
-                ValueError, match=r"has a forward of its own.*sparsify_ first and wrap after, or unwrap"
+                ValueError,
+                match=r"has a forward of its own.*sparsify_ first and wrap after, or unwrap",
             ):
                 bsa.sparsify_(model, plan)
             assert relative(run(model, pixels), dense) < 1e-6
-            remove_hook_from_module(model, recurse=True)  # leaves a forward behind that is the class's own
+            remove_hook_from_module(
+                model, recurse=True
+            )  # leaves a forward behind that is the class's own
         bsa.sparsify_(model, plan)
         assert relative(run(model, pixels), dense) > 1e-3
         assert not any(layer.fallbacks for layer in layers_of(model))
@@ -153,7 +166,9 @@ class TestOffloaded:
         assert digest(model.state_dict().items()) != weights  # the twin: they are on meta
         found = bsa.tune(model, images, **options, statistics=file, resume=True)  # the same model
         assert found.layers == expected.layers
-        assert bsa.tune(model, images, **options).report["measured"] == pytest.approx(expected.report["measured"])
+        assert bsa.tune(model, images, **options).report["measured"] == pytest.approx(
+            expected.report["measured"]
+        )
 
 
 def test_a_method_set_since(family, made):
@@ -166,7 +181,9 @@ def test_a_method_set_since(family, made):
     setattr(attention, name, lambda *args, **kwargs: method(*args, **kwargs))
     if family not in BY_CONFIG:
         before = classes(model)
-        with pytest.raises(ValueError, match=rf"has a {name} of its own, set on the module since sparsify_"):
+        with pytest.raises(
+            ValueError, match=rf"has a {name} of its own, set on the module since sparsify_"
+        ):
             bsa.restore_(model)
         assert classes(model) == before
         delattr(attention, name)
@@ -174,7 +191,9 @@ def test_a_method_set_since(family, made):
     assert torch.equal(run(model, pixels), dense)
 
 
-@pytest.mark.parametrize("family", ["transformers, its registry", "transformers, SAM 2", "timm's plain ViT"])
+@pytest.mark.parametrize(
+    "family", ["transformers, its registry", "transformers, SAM 2", "timm's plain ViT"]
+)
 def test_sharded_attention(alone, family):
     """FSDP2 gives modules another class, which only a new model takes away."""
     model, pixels = FAMILIES[family]()
@@ -190,7 +209,9 @@ def test_sharded_attention(alone, family):
         bsa.restore_(model)
         assert relative(run(model, pixels), dense) < 1e-6
         return
-    with pytest.raises(ValueError, match=r"became a FSDPSparse\w+ since sparsify_.*bsa.dense\(model\)"):
+    with pytest.raises(
+        ValueError, match=r"became a FSDPSparse\w+ since sparsify_.*bsa.dense\(model\)"
+    ):
         bsa.restore_(model)
     assert relative(run(model, pixels), expected) < 1e-6
 
@@ -232,7 +253,10 @@ class TestLayersRemoved:
         if len(layers_of(model)) == 1:
             pytest.skip("what is left is the whole")
         before = classes(model)
-        with pytest.raises(ValueError, match=r"holds 1 of \d+ swapped layers.*pass the model that sparsify_ was given"):
+        with pytest.raises(
+            ValueError,
+            match=r"holds 1 of \d+ swapped layers.*pass the model that sparsify_ was given",
+        ):
             bsa.restore_(next(iter(swapped_in(model))))
         assert classes(model) == before
         bsa.restore_(model)
@@ -243,9 +267,14 @@ class TestLayersRemoved:
         dense = model.forward_intermediates(pixels, indices=[1], intermediates_only=True)[0]
         bsa.sparsify_(model, plan_for(model))
         model.prune_intermediate_layers([1])
-        assert [layer.name for layer in bsa.describe(model).layers] == ["blocks.0.attn", "blocks.1.attn"]
+        assert [layer.name for layer in bsa.describe(model).layers] == [
+            "blocks.0.attn",
+            "blocks.1.attn",
+        ]
         bsa.restore_(model)
-        assert torch.equal(model.forward_intermediates(pixels, indices=[1], intermediates_only=True)[0], dense)
+        assert torch.equal(
+            model.forward_intermediates(pixels, indices=[1], intermediates_only=True)[0], dense
+        )
         bsa.sparsify_(model, plan_for(model))
 
     def test_of_two_halves_whose_model_is_gone(self):
@@ -272,7 +301,11 @@ class TestLayersRemoved:
     def test_what_makes_patches_is_not_the_whole(self, family):
         model, _ = FAMILIES[family]()
         bsa.sparsify_(model, plan_for(model))
-        (embeddings,) = [module for module in model.modules() if any(map(is_ours, module._forward_pre_hooks.values()))]
+        (embeddings,) = [
+            module
+            for module in model.modules()
+            if any(map(is_ours, module._forward_pre_hooks.values()))
+        ]
         if layers_of(embeddings):
             return  # memory attention: the module itself
         block = model.get_submodule(layers_of(model)[0].spec.name.rpartition(".")[0])
@@ -296,7 +329,9 @@ class Int8(torch.Tensor):
     """A quantised weight as torchao makes them: says it is float, and has hardly any operators."""
 
     def __new__(cls, values, scale):
-        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype, device=values.device)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, values.shape, dtype=scale.dtype, device=values.device
+        )
 
     def __init__(self, values, scale):
         self.values_, self.scale = values, scale
@@ -327,7 +362,9 @@ def quantise(model):
         if type(module) is nn.Linear and not isinstance(module.weight, Int8):
             weight = module.weight.detach()
             scale = weight.abs().max() / 127
-            module.weight = nn.Parameter(Int8((weight / scale).round().to(torch.int8), scale), requires_grad=False)
+            module.weight = nn.Parameter(
+                Int8((weight / scale).round().to(torch.int8), scale), requires_grad=False
+            )
     return model
 
 
@@ -392,7 +429,10 @@ class TestQuantised:
         model.blocks[0].attn.qkv.weight.values_[0, 0] += 1
         assert digest(state(model)) != before
 
-    @pytest.mark.skipif("x86" not in torch.backends.quantized.supported_engines, reason="torch quantises for x86 here")
+    @pytest.mark.skipif(
+        "x86" not in torch.backends.quantized.supported_engines,
+        reason="torch quantises for x86 here",
+    )
     @pytest.mark.filterwarnings("ignore")
     @pytest.mark.parametrize("family", ["transformers, its registry", "timm's plain ViT", "segment_anything, class", "torchvision, MultiheadAttention"])  # fmt: skip
     def test_dynamically(self, made, family):
@@ -467,7 +507,11 @@ class TestWrappedFirst:
         assert found.fingerprint == spec.fingerprint
         assert [layer.key for layer in found.layers] == [layer.key for layer in spec.layers]
         for a, b in zip(found.layers, spec.layers):
-            assert (a.window, a.attention_weights, a.mlp_weights) == (b.window, b.attention_weights, b.mlp_weights)
+            assert (a.window, a.attention_weights, a.mlp_weights) == (
+                b.window,
+                b.attention_weights,
+                b.mlp_weights,
+            )
             assert type(model.get_submodule(a.name)) in classes(model)
         assert (found.grid, found.patch_weights, found.image_weights) == (
             spec.grid,
@@ -475,7 +519,9 @@ class TestWrappedFirst:
             spec.image_weights,
         )
         bsa.sparsify_(model, plan)
-        assert list(swapped_in(model)) == [model.get_submodule(layer.name) for layer in found.layers]
+        assert list(swapped_in(model)) == [
+            model.get_submodule(layer.name) for layer in found.layers
+        ]
         assert relative(run(model, pixels), expected) < 1e-4
         assert not any(layer.fallbacks for layer in layers_of(model))
         assert str(bsa.describe(model))
@@ -534,7 +580,9 @@ class TestWrappedFirst:
         attention = [layer.name for layer in bsa.inspect(model).layers]
         if flat:
             for path in paths:
-                block = FullyShardedDataParallel(model.get_submodule(path), device_id=torch.device("cpu"))
+                block = FullyShardedDataParallel(
+                    model.get_submodule(path), device_id=torch.device("cpu")
+                )
                 put(model, path, block)
         else:
             for path in (*attention, *paths, ""):
@@ -552,7 +600,8 @@ class TestWrappedFirst:
             return
         for call in (bsa.inspect, bsa.dense_plan, bsa.describe):
             with pytest.raises(
-                bsa.PlanError, match=r"a block of this model is a Unknown.*sparsify_ first and wrap after"
+                bsa.PlanError,
+                match=r"a block of this model is a Unknown.*sparsify_ first and wrap after",
             ):
                 call(model)
 
@@ -560,6 +609,8 @@ class TestWrappedFirst:
         model = timm_models.make("vit")
         for block in model.blocks:
             block.attn = nn.Sequential(block.attn)
-        with pytest.raises(bsa.PlanError, match=r"served in the encoders named below.*a wrapper changed it") as error:
+        with pytest.raises(
+            bsa.PlanError, match=r"served in the encoders named below.*a wrapper changed it"
+        ) as error:
             bsa.inspect(model)
         assert not re.search("not a class this version serves", str(error.value))

@@ -78,7 +78,11 @@ def run(model, pixels):
     """Everything the model makes of the image that its last features depend on, in one vector."""
     out = model(pixels)
     if isinstance(out, dict):
-        return out["vision_features"].flatten() if "vision_features" in out else out.last_hidden_state.flatten()
+        return (
+            out["vision_features"].flatten()
+            if "vision_features" in out
+            else out.last_hidden_state.flatten()
+        )
     return out.flatten()
 
 
@@ -132,14 +136,18 @@ def test_gradient_checkpointing(seam, swapped):
     expected = gradient(model, pixels)
     recomputed = []
     for name, block in model.named_modules():
-        if name.rpartition(".")[0].rpartition(".")[2] == SEAMS[seam][2] and hasattr(block, "forward"):
+        if name.rpartition(".")[0].rpartition(".")[2] == SEAMS[seam][2] and hasattr(
+            block, "forward"
+        ):
             forward = block.forward
 
             def again(*args, forward=forward, **kwargs):
                 recomputed.append(torch._C._current_graph_task_id() != -1)
                 return forward(*args, **kwargs)
 
-            block.forward = lambda *args, again=again, **kwargs: checkpoint(again, *args, use_reentrant=False, **kwargs)
+            block.forward = lambda *args, again=again, **kwargs: checkpoint(
+                again, *args, use_reentrant=False, **kwargs
+            )
     assert relative(gradient(model, pixels), expected) < 1e-5
     assert any(recomputed)
 
@@ -255,13 +263,21 @@ def peft_of(kind, model, names):
 
     config, options = PEFT[kind]
     torch.manual_seed(3)
-    if kind != "LoRA":  # which takes the convolution that makes patches as well, where its name is among these
+    if (
+        kind != "LoRA"
+    ):  # which takes the convolution that makes patches as well, where its name is among these
         names = [key for key, m in model.named_modules() if m in linears(model, names)]
-    return peft.get_peft_model(model, getattr(peft, config)(target_modules=list(names), **options)).eval()
+    return peft.get_peft_model(
+        model, getattr(peft, config)(target_modules=list(names), **options)
+    ).eval()
 
 
 def linears(model, names):
-    return [m for key, m in model.named_modules() if key.rpartition(".")[2] in names and isinstance(m, nn.Linear)]
+    return [
+        m
+        for key, m in model.named_modules()
+        if key.rpartition(".")[2] in names and isinstance(m, nn.Linear)
+    ]
 
 
 class Shifted(nn.Module):
@@ -337,7 +353,8 @@ class TestWrappedProjections:
         assert torch.equal(run(model, pixels), expected)
 
     @pytest.mark.parametrize(
-        "kind", ["LoRA", "in_proj parametrized", "out_proj parametrized", "out_proj hooked", "weight norm"]
+        "kind",
+        ["LoRA", "in_proj parametrized", "out_proj parametrized", "out_proj hooked", "weight norm"],
     )
     def test_torchvision(self, kind):
         """The original reads `out_proj` and calls it never; peft wraps the whole module."""
@@ -391,13 +408,17 @@ class TestWrappedProjections:
 
         others = {
             "with a forward of its own": Scaled(48, 4, batch_first=True),
-            "not as torchvision makes it": nn.MultiheadAttention(48, 4, batch_first=True, add_zero_attn=True),
+            "not as torchvision makes it": nn.MultiheadAttention(
+                48, 4, batch_first=True, add_zero_attn=True
+            ),
             "expected torch's nn.MultiheadAttention": nn.Identity(),
         }
         for message, other in others.items():
             model, _ = torchvision()
             model.encoder.layers[1].self_attention = other
-            with pytest.raises(bsa.PlanError, match=rf"encoder_layer_1\.self_attention is .*{message}"):
+            with pytest.raises(
+                bsa.PlanError, match=rf"encoder_layer_1\.self_attention is .*{message}"
+            ):
                 bsa.inspect(model)
 
 
@@ -424,7 +445,9 @@ def free_port():
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("name", ["transformers, its registry", "timm, intercepted", "our encoder, attend"])
+@pytest.mark.parametrize(
+    "name", ["transformers, its registry", "timm, intercepted", "our encoder, attend"]
+)
 def test_two_processes(name):
     """DistributedDataParallel over gloo: each process half of the batch, the gradients those of the whole."""
     with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,18 @@ from bsa_vision.adapters.swap.sdpa_intercept import Interception
 from bsa_vision.adapters.swap.sparse_layer import layers_of
 from bsa_vision.masks import Pattern, TokenLayout
 from tests.helpers import sam_models
-from tests.helpers.sam2_models import ENCODERS, GLOBAL, GRID, MEMORIES, SIDE, features, hiera, image, make, remember
+from tests.helpers.sam2_models import (
+    ENCODERS,
+    GLOBAL,
+    GRID,
+    MEMORIES,
+    SIDE,
+    features,
+    hiera,
+    image,
+    make,
+    remember,
+)
 
 ALL = [("encoder", name) for name in ENCODERS] + [("memory", name) for name in MEMORIES]
 SMALL = dict(tile=(4, 4), block_size=16)
@@ -50,7 +61,9 @@ def kind_and_name(request):
 
 def token_mask(blocks, size, layout, keys):
     """(R, C) blocks in packed order -> (N, M) bool in model order."""
-    packed = blocks.repeat_interleave(size, 0)[: layout.num_tokens].repeat_interleave(size, 1)[:, : keys.num_tokens]
+    packed = blocks.repeat_interleave(size, 0)[: layout.num_tokens].repeat_interleave(size, 1)[
+        :, : keys.num_tokens
+    ]
     return packed[layout.inverse][:, keys.inverse]
 
 
@@ -69,7 +82,17 @@ def masked(masks):
 class Lenient(Interception):
     """Pooling blocks and transformers pass arguments on that the adapters never see."""
 
-    def _serve(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    def _serve(
+        self,
+        query,
+        key,
+        value,
+        attn_mask=None,
+        dropout_p=0.0,
+        is_causal=False,
+        scale=None,
+        enable_gqa=False,
+    ):
         return self.attend(query, key, value, scale, dropout_p)
 
 
@@ -120,7 +143,10 @@ class TestEveryCodeBase:
 
     def test_restore_is_bit_exact(self, kind_and_name):
         model, run = build(*kind_and_name)
-        kinds, dicts = [type(m) for m in model.modules()], [set(m.__dict__) for m in model.modules()]
+        kinds, dicts = (
+            [type(m) for m in model.modules()],
+            [set(m.__dict__) for m in model.modules()],
+        )
         with torch.no_grad():
             expected = run()
             bsa.sparsify_(model, local(model))
@@ -149,7 +175,8 @@ class TestEveryCodeBase:
         with Lenient(masked(expected_masks(kind_and_name[0], plan, spec))):
             run_twin().square().mean().backward()
         ours, theirs = (
-            torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None]) for m in (model, twin)
+            torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None])
+            for m in (model, twin)
         )
         assert relative(ours, theirs) < 1e-5
 
@@ -193,15 +220,25 @@ class TestEncoder:
             run()
             for height, width in ((128, 256), (256, 128)):
                 sparse = run(height=height, width=width)
-                with Lenient(masked(expected_masks("encoder", plan, spec, (height // 16, width // 16)))):
+                with Lenient(
+                    masked(expected_masks("encoder", plan, spec, (height // 16, width // 16)))
+                ):
                     expected = run_twin(height=height, width=width)
                 assert relative(sparse, expected) < 1e-5
 
     def test_without_global_blocks_there_is_nothing_to_serve(self):
         from sam2.modeling.backbones.hieradet import Hiera
 
-        model = Hiera(embed_dim=16, num_heads=1, stages=(1, 1, 2, 1), window_spec=(8, 4, 4, 4), global_att_blocks=())
-        with pytest.raises(bsa.PlanError, match="no attention layer of Hiera is one this version serves"):
+        model = Hiera(
+            embed_dim=16,
+            num_heads=1,
+            stages=(1, 1, 2, 1),
+            window_spec=(8, 4, 4, 4),
+            global_att_blocks=(),
+        )
+        with pytest.raises(
+            bsa.PlanError, match="no attention layer of Hiera is one this version serves"
+        ):
             bsa.inspect(model)
 
     def test_members_can_be_looked_at(self):
@@ -217,29 +254,41 @@ class TestEncoder:
         """Real sizes, without data; windows padded and not."""
         from sam2.modeling.backbones.hieradet import Hiera
 
-        large = dict(embed_dim=144, num_heads=2, stages=(2, 6, 36, 4), global_att_blocks=(23, 33, 43))
-        model = Hiera(**(dict(large, window_spec=(8, 4, 16, 8)) if kind == "large" else {})).to("meta")
+        large = dict(
+            embed_dim=144, num_heads=2, stages=(2, 6, 36, 4), global_att_blocks=(23, 33, 43)
+        )
+        model = Hiera(**(dict(large, window_spec=(8, 4, 16, 8)) if kind == "large" else {})).to(
+            "meta"
+        )
         model.requires_grad_(False)
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(torch.empty(1, 3, size, size, device="meta"))
-        assert bsa.cost(bsa.inspect(model, size)).flops == pytest.approx(counter.get_total_flops(), rel=0.01)
+        assert bsa.cost(bsa.inspect(model, size)).flops == pytest.approx(
+            counter.get_total_flops(), rel=0.01
+        )
 
     def test_flops_where_pooling_rounds_down(self):
         """11 x 11 tokens leave 5 x 5."""
         from sam2.modeling.backbones.hieradet import Hiera
 
-        options = dict(embed_dim=16, stages=(1, 2, 4, 1), window_spec=(4, 4, 4, 4), global_att_blocks=GLOBAL)
+        options = dict(
+            embed_dim=16, stages=(1, 2, 4, 1), window_spec=(4, 4, 4, 4), global_att_blocks=GLOBAL
+        )
         model = Hiera(**options).to("meta").requires_grad_(False)
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(torch.empty(1, 3, 176, 176, device="meta"))
-        assert bsa.cost(bsa.inspect(model, 176)).flops == pytest.approx(counter.get_total_flops(), rel=0.01)
+        assert bsa.cost(bsa.inspect(model, 176)).flops == pytest.approx(
+            counter.get_total_flops(), rel=0.01
+        )
 
     def test_the_neck_counts(self):
         model = hiera().to("meta")
         model.requires_grad_(False)
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(torch.empty(1, 3, 1024, 1024, device="meta"))
-        assert bsa.cost(bsa.inspect(model)).flops == pytest.approx(counter.get_total_flops(), rel=0.01)
+        assert bsa.cost(bsa.inspect(model)).flops == pytest.approx(
+            counter.get_total_flops(), rel=0.01
+        )
         assert bsa.cost(bsa.inspect(model.trunk)).flops < bsa.cost(bsa.inspect(model)).flops
 
     def test_describe_says_what_is_left(self):
@@ -258,7 +307,9 @@ class TestMemory:
         bsa.sparsify_(model, plan)
         with torch.no_grad():
             sparse = run(frames=frames, pointers=pointers)
-            with Lenient(masked(expected_masks("memory", plan, spec, frames=frames, pointers=pointers))):
+            with Lenient(
+                masked(expected_masks("memory", plan, spec, frames=frames, pointers=pointers))
+            ):
                 expected = run_twin(frames=frames, pointers=pointers)
         assert relative(sparse, expected) < 1e-5
 
@@ -275,7 +326,8 @@ class TestMemory:
         frames = mask[:, :-8].unflatten(1, (3, SIDE**2))
         assert torch.equal(frames[:, 0], frames[:, 1])
         assert torch.equal(
-            frames[:, 0], token_mask(plan.compile("mem_self.0", layout).base_blockmask[0, 0], 16, layout, layout)
+            frames[:, 0],
+            token_mask(plan.compile("mem_self.0", layout).base_blockmask[0, 0], 16, layout, layout),
         )
         assert not frames.all()
 
@@ -283,7 +335,9 @@ class TestMemory:
         """Masks laid out as if there were no pointers are not these."""
         layout = TokenLayout((SIDE, SIDE), order="tile", **SMALL)
         near = Pattern("local_window", radius=1)
-        with_pointers = near(layout, keys=TokenLayout((SIDE, SIDE), order="tile", frames=2, end=8, **SMALL))
+        with_pointers = near(
+            layout, keys=TokenLayout((SIDE, SIDE), order="tile", frames=2, end=8, **SMALL)
+        )
         without = near(layout, keys=TokenLayout((SIDE, SIDE), order="tile", frames=2, **SMALL))
         assert with_pointers.shape != without.shape
 
@@ -352,7 +406,11 @@ class TestMemory:
         ("pattern", "options", "said"),
         [
             ("window", dict(size=4), "for others allowed are dense, special, local_window, axial"),
-            ("prompt_region", dict(radius=2), "for others allowed are dense, special, local_window, axial"),
+            (
+                "prompt_region",
+                dict(radius=2),
+                "for others allowed are dense, special, local_window, axial",
+            ),
         ],
     )
     def test_patterns_that_do_not_fit(self, pattern, options, said):
@@ -416,5 +474,9 @@ class TestVideoModel:
             match=r"holds 2 encoders: sam2 \(.*vision_encoder.*\), sam2_memory \(memory_attention.layers\)",
         ):
             bsa.dense_plan(model)
-        assert [layer.head_dim for layer in bsa.inspect(model.vision_encoder).layers] == [96, 96, 96]
+        assert [layer.head_dim for layer in bsa.inspect(model.vision_encoder).layers] == [
+            96,
+            96,
+            96,
+        ]
         assert bsa.inspect(model.memory_attention).find("mem_cross.0").pointers == 64

@@ -16,7 +16,15 @@ from torch.utils._pytree import tree_leaves
 import bsa_vision as bsa
 from bsa_vision.adapters.swap.sparse_layer import layers_of
 from bsa_vision.attention.rel_pos import decompose, resize_table
-from tests.helpers.sam_models import ANY_SIZE, MODELS, attention_of, features, from_segment_anything, image, make
+from tests.helpers.sam_models import (
+    ANY_SIZE,
+    MODELS,
+    attention_of,
+    features,
+    from_segment_anything,
+    image,
+    make,
+)
 
 
 def relative(a, b):
@@ -64,7 +72,9 @@ class TestExact:
                 seen.extend(term.std() for term in rel)
 
         for attention in attention_of(model):
-            attention.qkv.register_forward_hook(lambda _, args, out, attention=attention: record(attention, args, out))
+            attention.qkv.register_forward_hook(
+                lambda _, args, out, attention=attention: record(attention, args, out)
+            )
         features(model, image())
         assert len(seen) == (4 if "rope" in name else 12)
         assert min(seen) > 1
@@ -112,13 +122,17 @@ class TestExact:
         assert [set(module.__dict__) for module in model.modules()] == dicts
 
     @pytest.mark.parametrize(
-        "name", ["transformers sam", "segment_anything", "timm", "deepseek-ocr", "bsa_vision.encoder"]
+        "name",
+        ["transformers sam", "segment_anything", "timm", "deepseek-ocr", "bsa_vision.encoder"],
     )
     def test_without_relative_position(self, name):
         model = make(name, use_rel_pos=False)
         with torch.no_grad():
             expected = features(model, image())
-            assert relative(features(bsa.sparsify_(model, bsa.dense_plan(model)), image()), expected) < 1e-5
+            assert (
+                relative(features(bsa.sparsify_(model, bsa.dense_plan(model)), image()), expected)
+                < 1e-5
+            )
 
     @pytest.mark.parametrize("size", [(64, 64), (128, 128), (120, 56)])
     @pytest.mark.parametrize("name", sorted(ANY_SIZE))
@@ -147,7 +161,12 @@ class TestExact:
         assert bsa.inspect(model).grid == (8, 15)
         with torch.no_grad():
             expected = features(model, image(64, 120))
-            assert relative(features(bsa.sparsify_(model, bsa.dense_plan(model)), image(64, 120)), expected) < 1e-5
+            assert (
+                relative(
+                    features(bsa.sparsify_(model, bsa.dense_plan(model)), image(64, 120)), expected
+                )
+                < 1e-5
+            )
 
     @pytest.mark.parametrize("name", sorted(set(MODELS) - ANY_SIZE))
     def test_a_size_the_model_cannot_take_is_its_own_error(self, name):
@@ -167,7 +186,11 @@ class TestExact:
         class Largest(TorchDispatchMode):
             def __torch_dispatch__(self, function, types, args=(), kwargs=None):
                 out = function(*args, **(kwargs or {}))
-                largest.extend(x.untyped_storage().nbytes() for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+                largest.extend(
+                    x.untyped_storage().nbytes()
+                    for x in tree_leaves(out)
+                    if isinstance(x, torch.Tensor)
+                )
                 return out
 
         matrix = 1 * 2 * 144 * 144 * 4
@@ -187,7 +210,9 @@ class TestExact:
             features(each, image()).square().mean().backward()
         largest = max(parameter.grad.norm() for parameter in model.parameters())
         for (key, a), b in zip(model.named_parameters(), twin.parameters()):
-            if key.endswith("k_norm.bias"):  # the same for every key of a query, so zero but for rounding
+            if key.endswith(
+                "k_norm.bias"
+            ):  # the same for every key of a query, so zero but for rounding
                 assert max(a.grad.norm(), b.grad.norm()) < 1e-6 * largest
                 continue
             assert relative(b.grad, a.grad) < 1e-4, key
@@ -213,13 +238,20 @@ class TestExact:
 
 class TestSparse:
     def plan(self, model, **options):
-        return bsa.uniform_plan(model, "local_window", radius=2, order="tile", tile=(4, 4), block_size=16, **options)
+        return bsa.uniform_plan(
+            model, "local_window", radius=2, order="tile", tile=(4, 4), block_size=16, **options
+        )
 
     def test_global_layers_only(self, model):
         spec = bsa.inspect(model)
         assert [layer.window for layer in spec.layers] == [5, 0, 5, 0]
         plan = self.plan(model)
-        assert [set(names) == {"dense"} for names in plan.layers.values()] == [True, False, True, False]
+        assert [set(names) == {"dense"} for names in plan.layers.values()] == [
+            True,
+            False,
+            True,
+            False,
+        ]
 
     def test_equals_masked_arithmetic_and_differs_from_dense(self, model):
         with torch.no_grad():
@@ -239,10 +271,14 @@ class TestSparse:
         self.plan(source).save(tmp_path / "plan.json")
         plan = bsa.SparsityPlan.load(tmp_path / "plan.json")
         model = make(name, seed=1)
-        if "rope" in name or "qk-norm" in name:  # these have no such weights; their plan is the same all the same
+        if (
+            "rope" in name or "qk-norm" in name
+        ):  # these have no such weights; their plan is the same all the same
             assert bsa.sparsify_(model, plan) is model
             return
-        missing, unexpected = model.load_state_dict(from_segment_anything(source.state_dict(), name), strict=False)
+        missing, unexpected = model.load_state_dict(
+            from_segment_anything(source.state_dict(), name), strict=False
+        )
         assert not unexpected
         assert {key.partition(".")[0] for key in missing} <= {
             "net_2",
@@ -266,7 +302,11 @@ class TestSparse:
             saved = io.BytesIO()
             torch.save(model, saved)
             saved.seek(0)
-            copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(saved, weights_only=False)]
+            copies = [
+                copy.deepcopy(model),
+                pickle.loads(pickle.dumps(model)),
+                torch.load(saved, weights_only=False),
+            ]
             for other in copies:
                 assert torch.equal(features(other, image()), expected)
             originals = {type(module).__name__ for module in bsa.restore_(copies[1]).modules()}
@@ -300,19 +340,27 @@ class TestSparse:
         assert 1 < report.gain < report.cost.ceiling()
         assert report.layers[1].share == report.cost.share(["self.1"]) > 0
         (left,) = report.left
-        assert (left.where, left.kind, left.count) == ("mask_decoder.transformer", "SamAttention", 4)
+        assert (left.where, left.kind, left.count) == (
+            "mask_decoder.transformer",
+            "SamAttention",
+            4,
+        )
         assert "about 7 tokens, less than one block" in left.reason
         assert str(left) in text
 
     def test_describe_says_why_deepseeks_clip_tower_stays_dense(self):
         from tests.helpers.deepencoder import NoTPAttention
 
-        model = nn.ModuleDict({"sam_model": make("deepseek-ocr"), "vision_model": nn.Sequential(NoTPAttention())})
+        model = nn.ModuleDict(
+            {"sam_model": make("deepseek-ocr"), "vision_model": nn.Sequential(NoTPAttention())}
+        )
         (left,) = bsa.describe(bsa.sparsify_(model, bsa.dense_plan(model))).left
         assert str(left) == (
             "left dense: vision_model.0, 1 x NoTPAttention: DeepSeek-OCR's CLIP tower has at most 401 tokens: too few to gain anything"
         )
-        unknown = nn.ModuleDict({"sam_model": make("deepseek-ocr"), "text": nn.MultiheadAttention(8, 2)})
+        unknown = nn.ModuleDict(
+            {"sam_model": make("deepseek-ocr"), "text": nn.MultiheadAttention(8, 2)}
+        )
         (left,) = bsa.describe(bsa.sparsify_(unknown, bsa.dense_plan(unknown))).left
         assert (left.kind, left.reason) == ("MultiheadAttention", "not a class this version serves")
 
@@ -328,7 +376,10 @@ class TestSparse:
 
     def test_describe_labels_windows(self):
         model = make()
-        for tile, label in (((4, 4), "is exact: every block lies in one window"), ((2, 8), "is a cover (any-rule)")):
+        for tile, label in (
+            ((4, 4), "is exact: every block lies in one window"),
+            ((2, 8), "is a cover (any-rule)"),
+        ):
             plan = bsa.uniform_plan(model, "window", size=4, tile=tile, block_size=16)
             assert f"window(size=4) {label}" in str(bsa.describe(bsa.sparsify_(model, plan)))
             bsa.restore_(model)
@@ -344,7 +395,9 @@ class TestOutsideTheContract:
                 got = model(image(), output_attentions=True).attentions
             assert len(got) == len(expected) == 4
             assert all(torch.equal(a, b) for a, b in zip(got, expected))
-            assert bsa.describe(model).layers[0].fallbacks == {"attention weights were asked for": 1}
+            assert bsa.describe(model).layers[0].fallbacks == {
+                "attention weights were asked for": 1
+            }
             bsa.restore_(model)
             bsa.sparsify_(model, bsa.dense_plan(model), on_unsupported="error")
             with pytest.raises(bsa.BackendUnavailable, match="attention weights were asked for"):
@@ -364,7 +417,9 @@ class TestOutsideTheContract:
         model = make("transformers sam", attention=attention, attention_dropout=0.5).train()
         bsa.sparsify_(model, bsa.dense_plan(model))
         with torch.no_grad():
-            assert torch.equal(features(model, image()), features(model, image())) == (attention == "sdpa")
+            assert torch.equal(features(model, image()), features(model, image())) == (
+                attention == "sdpa"
+            )
 
 
 class TestWrappedProjections:
@@ -373,7 +428,11 @@ class TestWrappedProjections:
     class Wrapped(nn.Module):
         def __init__(self, linear):
             super().__init__()
-            self.linear, self.down, self.up = linear, nn.Linear(32, 4, bias=False), nn.Linear(4, 96, bias=False)
+            self.linear, self.down, self.up = (
+                linear,
+                nn.Linear(32, 4, bias=False),
+                nn.Linear(4, 96, bias=False),
+            )
 
         def forward(self, x):
             return self.linear(x) + self.up(self.down(x))
@@ -389,12 +448,17 @@ class TestWrappedProjections:
                 attention.qkv = self.Wrapped(attention.qkv)
         if when == "before":
             bsa.sparsify_(model, bsa.dense_plan(model))
-            assert bsa.cost(bsa.inspect(model)).layers[0].linear > bsa.cost(bsa.inspect(make())).layers[0].linear
+            assert (
+                bsa.cost(bsa.inspect(model)).layers[0].linear
+                > bsa.cost(bsa.inspect(make())).layers[0].linear
+            )
         with torch.no_grad():
             assert relative(features(model, image()), features(twin, image())) < 1e-5
 
     def test_quantized(self):
-        model = torch.ao.quantization.quantize_dynamic(make("segment_anything", use_rel_pos=False), {nn.Linear})
+        model = torch.ao.quantization.quantize_dynamic(
+            make("segment_anything", use_rel_pos=False), {nn.Linear}
+        )
         with torch.no_grad():
             expected = features(model, image())
             bsa.sparsify_(model, bsa.dense_plan(model))
@@ -402,7 +466,8 @@ class TestWrappedProjections:
                 relative(features(model, image()), expected) < 1e-2
             )  # quantized anew from activations that differ in the last bit
         assert (
-            bsa.describe(model).cost.flops == bsa.cost(bsa.inspect(make("segment_anything", use_rel_pos=False))).flops
+            bsa.describe(model).cost.flops
+            == bsa.cost(bsa.inspect(make("segment_anything", use_rel_pos=False))).flops
         )
 
 
@@ -414,7 +479,9 @@ class TestErrors:
         attention = next(module for module in model.modules() if hasattr(module, "rel_pos_h"))
         nn.utils.parametrize.register_parametrization(attention, "rel_pos_h", nn.Identity())
         classes = [type(module) for module in model.modules()]
-        with pytest.raises(ValueError, match=r"became a Parametrized.* since sparsify_.*remove it first"):
+        with pytest.raises(
+            ValueError, match=r"became a Parametrized.* since sparsify_.*remove it first"
+        ):
             bsa.restore_(model)
         assert [type(module) for module in model.modules()] == classes
         nn.utils.parametrize.remove_parametrizations(attention, "rel_pos_h")
@@ -428,7 +495,8 @@ class TestErrors:
         attention.forward = lambda x, forward=attention.forward: forward(x)
         kinds = [type(module) for module in model.modules()]
         with pytest.raises(
-            ValueError, match=r"blocks\.3\.attn has a forward of its own.*sparsify_ first and wrap after"
+            ValueError,
+            match=r"blocks\.3\.attn has a forward of its own.*sparsify_ first and wrap after",
         ):
             bsa.sparsify_(model, bsa.dense_plan(model))
         assert [type(module) for module in model.modules()] == kinds
@@ -439,7 +507,10 @@ class TestErrors:
     def test_an_encoder_of_which_a_part_is_wrapped(self, name):
         model = make(name)
         model.blocks[1].attn = nn.Sequential(model.blocks[1].attn)
-        with pytest.raises(bsa.PlanError, match=r"attention of blocks 1 of 'blocks' is of another class, or wrapped"):
+        with pytest.raises(
+            bsa.PlanError,
+            match=r"attention of blocks 1 of 'blocks' is of another class, or wrapped",
+        ):
             bsa.inspect(model)
 
     def test_two_encoders_are_described_one_at_a_time(self):

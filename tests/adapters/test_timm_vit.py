@@ -83,14 +83,20 @@ class TestEveryBranch:
             sparse = bsa.sparsify_(model, plan)(image())
             bsa.restore_(model)
             layout = plan.layout(spec)
-            blocks = plan.compile("self.0", layout).block_mask(layout.num_tokens, layout.num_tokens)[0, 0]
-            packed = blocks.repeat_interleave(16, 0).repeat_interleave(16, 1)[: layout.num_tokens, : layout.num_tokens]
+            blocks = plan.compile("self.0", layout).block_mask(
+                layout.num_tokens, layout.num_tokens
+            )[0, 0]
+            packed = blocks.repeat_interleave(16, 0).repeat_interleave(16, 1)[
+                : layout.num_tokens, : layout.num_tokens
+            ]
             mask = packed[layout.inverse][:, layout.inverse]
             for block in model.blocks:
                 block.attn.fused_attn = True
 
             def attend(q, k, v, scale, dropout):
-                return F.scaled_dot_product_attention(q, k, v, mask if q.shape[2] > 1 else None, scale=scale)
+                return F.scaled_dot_product_attention(
+                    q, k, v, mask if q.shape[2] > 1 else None, scale=scale
+                )
 
             with Interception(attend):
                 masked = model(image())
@@ -98,7 +104,10 @@ class TestEveryBranch:
         assert relative(sparse, dense) > 1e-2
 
     def test_restore_is_bit_exact(self, model):
-        kinds, dicts = [type(m) for m in model.modules()], [dict(m.__dict__) for m in model.modules()]
+        kinds, dicts = (
+            [type(m) for m in model.modules()],
+            [dict(m.__dict__) for m in model.modules()],
+        )
         with torch.no_grad():
             expected = model(image())
             bsa.restore_(bsa.sparsify_(model, local(model)))
@@ -126,11 +135,15 @@ class TestEveryBranch:
         bsa.sparsify_(twin, bsa.dense_plan(twin), backend="gather")
         for each in (model, twin):
             each(image()).square().mean().backward()
-        largest = max(parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None)
+        largest = max(
+            parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None
+        )
         for (key, a), b in zip(model.named_parameters(), twin.parameters()):
             if a.grad is None:  # the pooling head's, which this output does not use
                 assert b.grad is None
-            elif "k_norm.bias" not in key:  # zero but for rounding: the same for every key of a query
+            elif (
+                "k_norm.bias" not in key
+            ):  # zero but for rounding: the same for every key of a query
                 assert (a.grad - b.grad).norm() < 1e-4 * a.grad.norm() + 1e-7 * largest, key
 
     def test_copies_and_pickles(self, model):
@@ -139,7 +152,11 @@ class TestEveryBranch:
             saved = io.BytesIO()
             torch.save(model, saved)
             saved.seek(0)
-            copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(saved, weights_only=False)]
+            copies = [
+                copy.deepcopy(model),
+                pickle.loads(pickle.dumps(model)),
+                torch.load(saved, weights_only=False),
+            ]
             for other in copies:
                 assert torch.equal(other(image()), expected)
             assert relative(bsa.restore_(copies[1])(image()), expected) > 1e-2
@@ -170,7 +187,10 @@ class TestGrid:
     def test_dropped_patches_fall_back(self):
         model = make("vit", patch_drop_rate=0.5)
         bsa.sparsify_(model, local(model)).train()
-        with torch.no_grad(), pytest.warns(UserWarning, match=r"73 tokens do not fit the grid 12 x 12"):
+        with (
+            torch.no_grad(),
+            pytest.warns(UserWarning, match=r"73 tokens do not fit the grid 12 x 12"),
+        ):
             model(image())
 
     def test_families(self):
@@ -197,11 +217,18 @@ class TestGrid:
         from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
         with torch.device("meta"):
-            ours = timm.create_model("vit_small_patch16_dinov3", num_classes=0, depth=2, img_size=224)
+            ours = timm.create_model(
+                "vit_small_patch16_dinov3", num_classes=0, depth=2, img_size=224
+            )
         sizes = dict(hidden_size=384, num_attention_heads=6, num_hidden_layers=2, image_size=224)
         theirs = DINOv3ViTModel(DINOv3ViTConfig(**sizes, num_register_tokens=4))
         a, b = bsa.inspect(ours), bsa.inspect(theirs)
-        assert (a.fingerprint, a.grid, a.start, a.patch_size) == (b.fingerprint, b.grid, b.start, b.patch_size)
+        assert (a.fingerprint, a.grid, a.start, a.patch_size) == (
+            b.fingerprint,
+            b.grid,
+            b.start,
+            b.patch_size,
+        )
         bsa.sparsify_(theirs, bsa.uniform_plan(ours, "axial"))
 
 
@@ -216,7 +243,10 @@ class TestOutsideTheContract:
             masked, causal = attention(x, attn_mask=mask), attention(x, is_causal=True)
             bsa.sparsify_(model, local(model))
             model(image())
-            with pytest.warns(UserWarning, match=r"blocks\.0\.attn runs its original.*an attention mask was passed"):
+            with pytest.warns(
+                UserWarning,
+                match=r"blocks\.0\.attn runs its original.*an attention mask was passed",
+            ):
                 assert torch.equal(attention(x, attn_mask=mask), masked)
             with pytest.warns(UserWarning, match="causal attention was asked for"):
                 assert torch.equal(attention(x, is_causal=True), causal)
@@ -235,7 +265,12 @@ class TestOutsideTheContract:
         bsa.sparsify_(model, local(model))
         attention = model.blocks[0].attn
         attention.proj_drop = Twice()
-        with torch.no_grad(), pytest.raises(RuntimeError, match=r"'blocks\.0\.attn' called torch's attention 2 times"):
+        with (
+            torch.no_grad(),
+            pytest.raises(
+                RuntimeError, match=r"'blocks\.0\.attn' called torch's attention 2 times"
+            ),
+        ):
             model(image())
         torch.compiler.reset()
         compiled = torch.compile(model, backend="aot_eager")
@@ -254,7 +289,10 @@ class TestOutsideTheContract:
                 with torch.no_grad():
                     wrong.extend(1 for _ in range(20) if not torch.equal(which(image()), wanted))
 
-            threads = [threading.Thread(target=run, args=pair) for pair in ((model, expected), (other, theirs)) * 2]
+            threads = [
+                threading.Thread(target=run, args=pair)
+                for pair in ((model, expected), (other, theirs)) * 2
+            ]
             [thread.start() for thread in threads]
             [thread.join() for thread in threads]
         assert not wrong
@@ -285,7 +323,9 @@ class TestNaFlex:
         from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 
         torch.manual_seed(0)
-        config = NaFlexVitCfg(patch_size=8, embed_dim=48, depth=2, num_heads=4, reg_tokens=2, **changes)
+        config = NaFlexVitCfg(
+            patch_size=8, embed_dim=48, depth=2, num_heads=4, reg_tokens=2, **changes
+        )
         model = NaFlexVit(config, num_classes=0).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -22,7 +22,15 @@ def make(**changes) -> nn.Module:
     from torchvision.models.vision_transformer import VisionTransformer
 
     torch.manual_seed(0)
-    sizes = dict(image_size=96, patch_size=8, num_layers=3, num_heads=4, hidden_dim=48, mlp_dim=96, num_classes=10)
+    sizes = dict(
+        image_size=96,
+        patch_size=8,
+        num_layers=3,
+        num_heads=4,
+        hidden_dim=48,
+        mlp_dim=96,
+        num_classes=10,
+    )
     model = VisionTransformer(**{**sizes, **changes}).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -39,7 +47,9 @@ def image(batch=2):
 
 
 def local(model):
-    return bsa.uniform_plan(model, "local_window", radius=1, dense_heads=1, tile=(4, 4), block_size=16)
+    return bsa.uniform_plan(
+        model, "local_window", radius=1, dense_heads=1, tile=(4, 4), block_size=16
+    )
 
 
 def test_logits_are_wide():
@@ -86,8 +96,12 @@ def test_equals_masked_attention_of_its_own():
     model = make()
     plan, spec = local(model), bsa.inspect(model)
     layout = plan.layout(spec)
-    blocks = plan.compile("self.0", layout).block_mask(layout.num_tokens, layout.num_tokens)[0]  # (H, R, C)
-    mask = blocks.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, : layout.num_tokens, : layout.num_tokens]
+    blocks = plan.compile("self.0", layout).block_mask(layout.num_tokens, layout.num_tokens)[
+        0
+    ]  # (H, R, C)
+    mask = blocks.repeat_interleave(16, 1).repeat_interleave(16, 2)[
+        :, : layout.num_tokens, : layout.num_tokens
+    ]
     mask = mask[:, layout.inverse][:, :, layout.inverse]
     twin = copy.deepcopy(model)
     for block in twin.encoder.layers:
@@ -114,7 +128,9 @@ def test_compile_fullgraph(kind):
     model = make()
     with torch.no_grad():
         original = model(image())
-        expected = bsa.sparsify_(model, bsa.dense_plan(model) if kind == "dense" else local(model))(image())
+        expected = bsa.sparsify_(model, bsa.dense_plan(model) if kind == "dense" else local(model))(
+            image()
+        )
         torch.compiler.reset()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert relative(compiled(image()), expected) < 1e-5
@@ -159,6 +175,9 @@ def test_other_multihead_attention_is_not_served():
 
 def test_flops():
     model = make().train()  # the fused path of eval calls nothing that the counter knows
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
         model(image(1))
     assert bsa.cost(bsa.inspect(model)).flops == pytest.approx(counter.get_total_flops(), rel=0.01)

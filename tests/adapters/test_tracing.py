@@ -61,10 +61,20 @@ TRACED = {
     "torchvision": (test_torchvision_vit.make, run, (test_torchvision_vit.image(),)),
     **{
         f"sam, {name}": (partial(sam_models.make, name), sam_models.features, (sam_models.image(),))
-        for name in ("segment_anything", "transformers sam, eager", "timm", "timm, qk-norm", "bsa_vision.encoder")
+        for name in (
+            "segment_anything",
+            "transformers sam, eager",
+            "timm",
+            "timm, qk-norm",
+            "bsa_vision.encoder",
+        )
     },
     "sam2": (partial(sam2_models.make, "sam2"), sam2_models.features, (sam2_models.image(),)),
-    "sam2 of timm": (partial(sam2_models.make, "timm hieradet"), sam2_models.features, (sam2_models.image(),)),
+    "sam2 of timm": (
+        partial(sam2_models.make, "timm hieradet"),
+        sam2_models.features,
+        (sam2_models.image(),),
+    ),
     **{
         f"memory, {name}": (
             partial(sam2_models.make, name, sam2_models.MEMORIES),
@@ -106,7 +116,9 @@ SCRIPTED = {
 def scriptable():
     import timm
 
-    return timm.create_model("vit_tiny_patch16_224", img_size=96, patch_size=8, depth=2, scriptable=True).eval()
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=96, patch_size=8, depth=2, scriptable=True
+    ).eval()
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
@@ -116,7 +128,8 @@ def test_script_is_refused_in_one_sentence(name, kind):
     model = make()
     bsa.sparsify_(model, bsa.dense_plan(model) if kind == "dense" else local(model))
     with pytest.raises(
-        RuntimeError, match=r"^torch\.jit\.script cannot compile layer '.*', which has sparse heads: .*restore_.*trace"
+        RuntimeError,
+        match=r"^torch\.jit\.script cannot compile layer '.*', which has sparse heads: .*restore_.*trace",
     ):
         torch.jit.script(model)
     bsa.restore_(model)
@@ -127,7 +140,10 @@ def test_a_restored_model_scripts():
     bsa.restore_(bsa.sparsify_(model, local(model)))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert relative(torch.jit.script(model)(timm_models.image()), model(timm_models.image())) < 1e-6
+        assert (
+            relative(torch.jit.script(model)(timm_models.image()), model(timm_models.image()))
+            < 1e-6
+        )
 
 
 class TestFx:
@@ -144,17 +160,23 @@ class TestFx:
         """Its attention is a leaf, as torch's own is; the patch embedding is called, so that grids are known."""
         model, pixels = test_torchvision_vit.make(), test_torchvision_vit.image()
         outs = []
-        hook = model.get_submodule(self.NODE).register_forward_hook(lambda module, args, out: outs.append(out))
+        hook = model.get_submodule(self.NODE).register_forward_hook(
+            lambda module, args, out: outs.append(out)
+        )
         model(pixels)
         plan = local(model) if kind == "sparse" else bsa.dense_plan(model)
-        bsa.sparsify_(model, plan, backend="gather" if "gather" in kind else "auto", on_unsupported="error")
+        bsa.sparsify_(
+            model, plan, backend="gather" if "gather" in kind else "auto", on_unsupported="error"
+        )
         model(pixels)
         hook.remove()
         extractor = self.extract(model, self.NODE)
         assert torch.equal(extractor(pixels)["out"], outs[1])
         assert (relative(outs[1], outs[0]) > 1e-3) == (kind == "sparse")
         with bsa.dense(model):
-            assert torch.equal(extractor(pixels)["out"], outs[0])  # the swapped modules themselves, not copies
+            assert torch.equal(
+                extractor(pixels)["out"], outs[0]
+            )  # the swapped modules themselves, not copies
         bsa.restore_(model)
 
     @torch.no_grad()
@@ -189,5 +211,7 @@ class TestFx:
 
     def test_a_graph_cannot_be_swapped(self):
         extractor = self.extract(test_torchvision_vit.make(), self.NODE)
-        with pytest.raises(bsa.PlanError, match=r"is a graph that torch\.fx traced.*sparsify_ that one first"):
+        with pytest.raises(
+            bsa.PlanError, match=r"is a graph that torch\.fx traced.*sparsify_ that one first"
+        ):
             bsa.inspect(extractor)

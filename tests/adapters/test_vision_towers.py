@@ -30,7 +30,9 @@ class TestSam3:
                 outs[backend] = features(bsa.sparsify_(model, plan, backend=backend), image())
                 bsa.restore_(model)
             assert torch.equal(features(model, image()), expected)
-            bsa.sparsify_(model, bsa.dense_plan(model), backend="gather")  # windowed layers through it as well
+            bsa.sparsify_(
+                model, bsa.dense_plan(model), backend="gather"
+            )  # windowed layers through it as well
             assert relative(features(model, image()), expected) < 1e-5
             torch.compiler.reset()
             bsa.sparsify_(bsa.restore_(model), plan)
@@ -56,7 +58,9 @@ class TestNaFlex:
         for row, (height, width) in zip(mask, grids):
             row[: height * width] = 1
         pixels = torch.randn(len(grids), longest, 3 * 8 * 8)
-        return dict(pixel_values=pixels, pixel_attention_mask=mask, spatial_shapes=torch.tensor(grids))
+        return dict(
+            pixel_values=pixels, pixel_attention_mask=mask, spatial_shapes=torch.tensor(grids)
+        )
 
     def test_padding_is_honoured_and_counted(self):
         model, inputs = make("siglip2"), self.inputs([(6, 8), (4, 5)])
@@ -91,7 +95,11 @@ class TestComposite:
     def test_only_the_vision_tower(self, family):
         model = two_towers(family)
         text = {name: type(module) for name, module in model.named_modules() if "text" in name}
-        configs = {name: module.config for name, module in model.named_modules() if hasattr(module, "config")}
+        configs = {
+            name: module.config
+            for name, module in model.named_modules()
+            if hasattr(module, "config")
+        }
         before = copy.deepcopy({name: config.to_dict() for name, config in configs.items()})
         spec = bsa.inspect(model)
         assert spec.family == family
@@ -99,11 +107,19 @@ class TestComposite:
         bsa.sparsify_(model, bsa.uniform_plan(model, "axial", block_size=8))
         ids = torch.randint(0, 50, (1, 7))
         tower = model.get_submodule("text_model")
-        assert torch.equal(tower(ids).last_hidden_state, copy.deepcopy(tower)(ids).last_hidden_state)
-        assert {name: type(module) for name, module in model.named_modules() if "text" in name} == text
+        assert torch.equal(
+            tower(ids).last_hidden_state, copy.deepcopy(tower)(ids).last_hidden_state
+        )
+        assert {
+            name: type(module) for name, module in model.named_modules() if "text" in name
+        } == text
         assert any("text_model" in left.where for left in bsa.describe(model).left)
         bsa.restore_(model)
-        assert all(module.config is configs[name] for name, module in model.named_modules() if name in configs)
+        assert all(
+            module.config is configs[name]
+            for name, module in model.named_modules()
+            if name in configs
+        )
         assert {name: config.to_dict() for name, config in configs.items()} == before
 
     def test_each_layers_own_implementation_comes_back(self):
@@ -120,7 +136,9 @@ def two_towers(family) -> nn.Module:
     name = {"clip": "CLIP", "siglip": "Siglip", "siglip2": "Siglip2"}[family]
     sizes = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
     text = dict(sizes, vocab_size=60, max_position_embeddings=16, projection_size=48)
-    vision = dict(sizes, patch_size=8, **({"num_patches": 64} if family == "siglip2" else {"image_size": 64}))
+    vision = dict(
+        sizes, patch_size=8, **({"num_patches": 64} if family == "siglip2" else {"image_size": 64})
+    )
     config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision)
     return getattr(transformers, f"{name}Model")(config).eval()
 

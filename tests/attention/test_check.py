@@ -5,14 +5,24 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import bsa_vision as bsa
-from bsa_vision.masks import Pattern, TokenLayout, generate_vit_random_sparse_mask, local_window, stack_heads
+from bsa_vision.masks import (
+    Pattern,
+    TokenLayout,
+    generate_vit_random_sparse_mask,
+    local_window,
+    stack_heads,
+)
 
 TOKENS = 2048
 
 
 def good():
     q = torch.empty(1, 4, TOKENS, 64)
-    return q, q, generate_vit_random_sparse_mask((512, 1024), 16, 128, 1, 4, include_cls_token=False)
+    return (
+        q,
+        q,
+        generate_vit_random_sparse_mask((512, 1024), 16, 128, 1, 4, include_cls_token=False),
+    )
 
 
 def packed(**changes):
@@ -36,9 +46,18 @@ BAD = {
         dict(cu_seqlens_q=None),
         "cu_seqlens_q is None: without (batch + 1,) boundaries every image",
     ),
-    "boundaries without 0": (dict(cu_seqlens_q=torch.tensor([TOKENS, 2 * TOKENS], dtype=torch.int32)), "start at 0"),
-    "boundaries int64": (dict(cu_seqlens_k=torch.tensor([0, TOKENS, 2 * TOKENS])), "torch.int64: expected torch.int32"),
-    "boundaries too short": (dict(cu_seqlens_k=torch.tensor([0, TOKENS], dtype=torch.int32)), f"end at {2 * TOKENS}"),
+    "boundaries without 0": (
+        dict(cu_seqlens_q=torch.tensor([TOKENS, 2 * TOKENS], dtype=torch.int32)),
+        "start at 0",
+    ),
+    "boundaries int64": (
+        dict(cu_seqlens_k=torch.tensor([0, TOKENS, 2 * TOKENS])),
+        "torch.int64: expected torch.int32",
+    ),
+    "boundaries too short": (
+        dict(cu_seqlens_k=torch.tensor([0, TOKENS], dtype=torch.int32)),
+        f"end at {2 * TOKENS}",
+    ),
     "boundaries of no sequence": (
         dict(cu_seqlens_q=torch.tensor([0], dtype=torch.int32)),
         "without (batch + 1,) boundaries",
@@ -60,7 +79,10 @@ def test_wrong_masks():
     q, k, mask = good()
     for wrong, message in (
         (mask[:, :3], "q has 4 heads, the HeadMasks 3"),
-        (mask[..., :-1], "k has 2048 tokens in 16 blocks of 128, base_blockmask has shape (1, 4, 16, 15)"),
+        (
+            mask[..., :-1],
+            "k has 2048 tokens in 16 blocks of 128, base_blockmask has shape (1, 4, 16, 15)",
+        ),
         (mask.float(), "dtype torch.float32: expected torch.bool"),
         (mask.repeat(3, 1, 1, 1), "q has 1 images, base_blockmask 3"),
         (mask & False, "keeps no key block"),
@@ -95,7 +117,10 @@ def test_nothing_to_gain():
     assert report.topics == ("all-true", "little-sparsity")
     assert not report.ok
     small = torch.empty(1, 4, 256, 64)
-    assert "few-tokens" in bsa.check(small, small, mask[..., :2, :2] | torch.eye(2, dtype=torch.bool)).topics
+    assert (
+        "few-tokens"
+        in bsa.check(small, small, mask[..., :2, :2] | torch.eye(2, dtype=torch.bool)).topics
+    )
     mask[0, 1] = True
     assert "every block of heads [1] is True" in str(bsa.check(q, k, mask))
     dense = bsa.HeadMasks(None, [0] * 4)
@@ -144,7 +169,9 @@ class TestOrder:
     def test_another_layout_than_the_masks(self):
         """A generator's masks, given a layout they were not made for; and one whose tiles are rows, which is the same order."""
         q, k, mask = good()
-        assert "made for TokenLayout(grid=(32, 64)" in str(bsa.check(q, k, bsa.HeadMasks(mask, layout=TILES)))
+        assert "made for TokenLayout(grid=(32, 64)" in str(
+            bsa.check(q, k, bsa.HeadMasks(mask, layout=TILES))
+        )
         rows = TokenLayout((32, 64), order="tile", tile=(1, 64))
         assert bsa.check(q, k, bsa.HeadMasks(mask, layout=rows)).ok
 
@@ -152,20 +179,30 @@ class TestOrder:
         q, k, _ = good()
         report = bsa.check(q, k, bsa.HeadMasks(self.blocks().clone()))
         assert (report.topics, report.findings[0].level, report.ok) == (("order",), "note", True)
-        assert str(report).startswith("nothing wrong found, and blocks to skip\n[note] tokens are taken as they come")
-        assert bsa.check(q, k, bsa.HeadMasks(self.blocks() | True)).topics == ("all-true", "little-sparsity")
+        assert str(report).startswith(
+            "nothing wrong found, and blocks to skip\n[note] tokens are taken as they come"
+        )
+        assert bsa.check(q, k, bsa.HeadMasks(self.blocks() | True)).topics == (
+            "all-true",
+            "little-sparsity",
+        )
 
     def test_packed_tokens_must_be_in_order_already(self):
         q, k, _, options = packed()
         report = bsa.check(q, k, self.blocks(), **options)
         assert (report.topics, report.ok) == (("order",), True)
         assert "bsa.pack(q, layout)" in str(report)
-        assert bsa.check(q, k, bsa.HeadMasks(self.blocks(), layout=TILES), **options).topics == ("order",)
+        assert bsa.check(q, k, bsa.HeadMasks(self.blocks(), layout=TILES), **options).topics == (
+            "order",
+        )
         assert bsa.check(q, k, self.blocks(TokenLayout((32, 64))), **options).findings == ()
 
     def test_joined_and_moved_masks_are_remembered_where_that_is_cheap(self):
         q, k, _ = good()
         joined = (Pattern("axial") | Pattern("strided", stride=5))(TILES)
         assert bsa.check(q, k, bsa.HeadMasks(stack_heads([joined] * 4, 1))).topics == ("order",)
-        some = [local_window(TILES, 4), local_window(TILES, 2) | joined] * 2  # of the latter nothing is known
+        some = [
+            local_window(TILES, 4),
+            local_window(TILES, 2) | joined,
+        ] * 2  # of the latter nothing is known
         assert bsa.check(q, k, bsa.HeadMasks(stack_heads(some, 1))).findings[0].level == "error"

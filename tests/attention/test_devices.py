@@ -38,9 +38,13 @@ class TestOtherDevices:
             why = reasons(one)
             assert choose(one) == "gather"
             assert sparse_attention(one.q, one.q, one.q, one.masks).device.type == device
-            with pytest.raises(bsa.BackendUnavailable, match=f"on {device}. Able here: gather, sdpa, reference"):
+            with pytest.raises(
+                bsa.BackendUnavailable, match=f"on {device}. Able here: gather, sdpa, reference"
+            ):
                 choose(one, "kernel")
-        assert {name: reason is None for name, reason in why.items()} == {name: name not in FOR_NVIDIA for name in why}
+        assert {name: reason is None for name, reason in why.items()} == {
+            name: name not in FOR_NVIDIA for name in why
+        }
         for name in FOR_NVIDIA:
             assert why[name].endswith(f"the tensors are on {device}")
 
@@ -66,25 +70,43 @@ class TestOtherDevices:
             assert (out.shape, out.device.type) == (q.shape, "meta")
 
     def test_what_attention_costs_there_is_not_what_it_costs_here(self):
-        known = [describe_machine(64, torch.float32, torch.device(device)) for device in ("cpu", "mps", "xpu")]
+        known = [
+            describe_machine(64, torch.float32, torch.device(device))
+            for device in ("cpu", "mps", "xpu")
+        ]
         assert len(set(known)) == 3
 
 
 class TestNested:
     def test_one_sentence(self):
-        q = torch.nested.nested_tensor([torch.randn(77, 4, 8), torch.randn(257, 4, 8)], layout=torch.jagged)
-        with pytest.raises(TypeError, match=r"q is a nested tensor: expected \(B, H, N, D\).*q\.unbind\(\).*bsa\.pack"):
+        q = torch.nested.nested_tensor(
+            [torch.randn(77, 4, 8), torch.randn(257, 4, 8)], layout=torch.jagged
+        )
+        with pytest.raises(
+            TypeError,
+            match=r"q is a nested tensor: expected \(B, H, N, D\).*q\.unbind\(\).*bsa\.pack",
+        ):
             sparse_attention(q.transpose(1, 2), q.transpose(1, 2), q.transpose(1, 2), masks())
-        bounds, types = torch.tensor([0, 77, 334], dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
-        with pytest.raises(TypeError, match=r"q is a nested tensor: expected \(total, H, D\).*bsa\.pack"):
+        bounds, types = (
+            torch.tensor([0, 77, 334], dtype=torch.int32),
+            torch.zeros(4, dtype=torch.int32),
+        )
+        with pytest.raises(
+            TypeError, match=r"q is a nested tensor: expected \(total, H, D\).*bsa\.pack"
+        ):
             bsa.block_sparse_attn_func(q, q, q, bounds, bounds, types, None, None, 257, 257, 0.0)
-        assert "q is a nested tensor" in str(bsa.check(q.transpose(1, 2), q.transpose(1, 2), masks()))
+        assert "q is a nested tensor" in str(
+            bsa.check(q.transpose(1, 2), q.transpose(1, 2), masks())
+        )
 
     def test_what_the_sentence_says_works(self):
         images = [torch.randn(4, n, 8) for n in (40, 100)]
-        q = torch.nested.nested_tensor([x.transpose(0, 1) for x in images], layout=torch.jagged).transpose(1, 2)
+        q = torch.nested.nested_tensor(
+            [x.transpose(0, 1) for x in images], layout=torch.jagged
+        ).transpose(1, 2)
         each = [
-            HeadMasks(torch.eye(-(-n // 32), dtype=torch.bool).expand(1, 4, -1, -1), block_size=32) for n in (40, 100)
+            HeadMasks(torch.eye(-(-n // 32), dtype=torch.bool).expand(1, 4, -1, -1), block_size=32)
+            for n in (40, 100)
         ]
         lists = [list(q.unbind())] * 3
         for out, image, own in zip(sparse_attention(*lists, each), images, each, strict=True):
@@ -95,14 +117,18 @@ class TestNested:
 class TestSecondDerivatives:
     def norm_of_the_gradient(self, backend, masks, compiled=False):
         generator = torch.Generator().manual_seed(0)
-        q, k, v = (torch.randn(1, 4, 257, 16, generator=generator, requires_grad=True) for _ in range(3))
+        q, k, v = (
+            torch.randn(1, 4, 257, 16, generator=generator, requires_grad=True) for _ in range(3)
+        )
         out = sparse_attention(q, k, v, masks, backend=backend)
         (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
         return torch.autograd.grad(first.square().sum(), k)[0]
 
     @pytest.mark.parametrize("backend", ["auto", "gather"])
     def test_the_message_names_the_backend_that_can(self, backend):
-        with pytest.raises(RuntimeError, match=r"do not reach through 'gather'.*name backend='reference'"):
+        with pytest.raises(
+            RuntimeError, match=r"do not reach through 'gather'.*name backend='reference'"
+        ):
             self.norm_of_the_gradient(backend, masks())
 
     def test_and_it_can(self):
@@ -116,7 +142,9 @@ class TestSecondDerivatives:
     def test_first_derivatives_that_keep_their_graph(self):
         q = torch.randn(1, 4, 257, 16, requires_grad=True)
         grads = [
-            torch.autograd.grad(sparse_attention(q, q, q, masks()).square().sum(), q, create_graph=create)[0]
+            torch.autograd.grad(
+                sparse_attention(q, q, q, masks()).square().sum(), q, create_graph=create
+            )[0]
             for create in (True, False)
         ]
         assert torch.equal(*grads)

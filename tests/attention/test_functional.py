@@ -24,12 +24,32 @@ from tests.helpers.problems import Varlen, varlens
 CPU_BACKENDS = ["reference", "sdpa", "gather"]
 
 
-def qkv(batch, heads, tokens, dim, *, key_heads=None, key_tokens=None, value_dim=None, dtype=torch.float64, seed=0):
+def qkv(
+    batch,
+    heads,
+    tokens,
+    dim,
+    *,
+    key_heads=None,
+    key_tokens=None,
+    value_dim=None,
+    dtype=torch.float64,
+    seed=0,
+):
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(batch, heads, tokens, dim, generator=generator, dtype=torch.float64)
-    k = torch.randn(batch, key_heads or heads, key_tokens or tokens, dim, generator=generator, dtype=torch.float64)
+    k = torch.randn(
+        batch,
+        key_heads or heads,
+        key_tokens or tokens,
+        dim,
+        generator=generator,
+        dtype=torch.float64,
+    )
     v = torch.randn(*k.shape[:3], value_dim or dim, generator=generator, dtype=torch.float64)
-    return tuple((x * 1.5).to(dtype).requires_grad_() for x in (q, k, v))  # logits of standard deviation about 2
+    return tuple(
+        (x * 1.5).to(dtype).requires_grad_() for x in (q, k, v)
+    )  # logits of standard deviation about 2
 
 
 def close(a, b, tolerance=1e-10):
@@ -95,7 +115,9 @@ class TestKernelFunctions:
     @given(varlens(exact=False), st.integers(0, 2**20))
     def test_gradients_equal_references(self, problem, seed):
         inputs = [x.requires_grad_() for x in (problem.q, problem.k, problem.v)]
-        grad = torch.randn(problem.q.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        grad = torch.randn(
+            problem.q.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
         wanted = torch.autograd.grad(run_varlen(problem, "reference")[0], inputs, grad)
         for backend in ("sdpa", "gather"):
             got = torch.autograd.grad(run_varlen(problem, backend)[0], inputs, grad)
@@ -107,7 +129,18 @@ class TestKernelFunctions:
         cu = torch.tensor([0, 256], dtype=torch.int32)
         base = torch.tensor([[[[True, True], [False, False]]]])
         out, lse, _ = bsa.block_sparse_attn_func(
-            q, k, v, cu, cu, torch.ones(1, dtype=torch.int32), None, base, 256, 256, 0.0, return_attn_probs=True
+            q,
+            k,
+            v,
+            cu,
+            cu,
+            torch.ones(1, dtype=torch.int32),
+            None,
+            base,
+            256,
+            256,
+            0.0,
+            return_attn_probs=True,
         )
         assert (out[128:] == 0).all()
         assert (out[:128] != 0).any()
@@ -117,14 +150,23 @@ class TestKernelFunctions:
     def test_streaming_functions(self):
         q, k, v = (torch.randn(260, 2, 8, dtype=torch.float64) for _ in range(3))
         cu = torch.tensor([0, 260], dtype=torch.int32)
-        types, info = torch.tensor([-1, 0], dtype=torch.int32), torch.tensor([1, 1, 0, 0], dtype=torch.int32)
+        types, info = (
+            torch.tensor([-1, 0], dtype=torch.int32),
+            torch.tensor([1, 1, 0, 0], dtype=torch.int32),
+        )
         for causal in (True, False):
-            out = bsa.block_streaming_attn_func(q, k, v, cu, cu, types, info, 260, 260, 0.0, is_causal=causal)
-            expected, _ = oracle.attend(q, k, v, [0, 260], [0, 260], [-1, 0], info.tolist(), None, causal)
+            out = bsa.block_streaming_attn_func(
+                q, k, v, cu, cu, types, info, 260, 260, 0.0, is_causal=causal
+            )
+            expected, _ = oracle.attend(
+                q, k, v, [0, 260], [0, 260], [-1, 0], info.tolist(), None, causal
+            )
             close(out, expected)
         info = torch.tensor([3, 50, 0, 0], dtype=torch.int32)
         out = bsa.token_streaming_attn_func(q, k, v, cu, cu, types, info, 260, 260)
-        expected, _ = oracle.attend(q, k, v, [0, 260], [0, 260], [-1, 0], info.tolist(), None, True, True)
+        expected, _ = oracle.attend(
+            q, k, v, [0, 260], [0, 260], [-1, 0], info.tolist(), None, True, True
+        )
         close(out, expected)
 
     def test_streaming_is_not_a_local_window(self):
@@ -132,8 +174,12 @@ class TestKernelFunctions:
         q, k, v = (torch.randn(512, 1, 8, dtype=torch.float64) for _ in range(3))
         cu = torch.tensor([0, 512], dtype=torch.int32)
         types, info = torch.tensor([-1], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
-        out = bsa.block_streaming_attn_func(q, k, v, cu, cu, types, info, 512, 512, 0.0, is_causal=False)
-        last = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k[384:], v[384:]))).transpose(0, 1)
+        out = bsa.block_streaming_attn_func(
+            q, k, v, cu, cu, types, info, 512, 512, 0.0, is_causal=False
+        )
+        last = F.scaled_dot_product_attention(
+            *(x.transpose(0, 1) for x in (q, k[384:], v[384:]))
+        ).transpose(0, 1)
         close(out, last)
 
     def test_a_script_runs_with_only_its_import_changed(self):
@@ -180,8 +226,14 @@ class TestBackends:
         base = stack_heads([local_window(layout, radius), random_blocks(layout, 0.7, seed)], batch)
         hm = bsa.HeadMasks(base, [0] * dense + [1, 1] + [0] * (dense % 2), layout=layout)
         heads = hm.num_heads * group
-        hm = bsa.HeadMasks(base, [t for t in hm.slices for _ in range(group)], layout=layout) if group > 1 else hm
-        q, k, v = qkv(batch, heads, layout.num_tokens, 8, key_heads=heads // group, value_dim=6, seed=seed)
+        hm = (
+            bsa.HeadMasks(base, [t for t in hm.slices for _ in range(group)], layout=layout)
+            if group > 1
+            else hm
+        )
+        q, k, v = qkv(
+            batch, heads, layout.num_tokens, 8, key_heads=heads // group, value_dim=6, seed=seed
+        )
         expected = bsa.sparse_attention(q, k, v, hm, backend="reference")
         close(expected, masked_softmax(q, k, v, hm))
         for backend in ("sdpa", "gather", "auto"):
@@ -206,14 +258,20 @@ class TestBackends:
     @pytest.mark.parametrize("order", ["raster", "tile"])
     def test_gradcheck(self, backend, order):
         hm, *inputs = small_problem(order=order, grid=(2, 5), dim=2)
-        assert torch.autograd.gradcheck(lambda q, k, v: bsa.sparse_attention(q, k, v, hm, backend=backend), inputs)
+        assert torch.autograd.gradcheck(
+            lambda q, k, v: bsa.sparse_attention(q, k, v, hm, backend=backend), inputs
+        )
 
     @pytest.mark.parametrize("backend", ["sdpa", "gather"])
     def test_gradients_equal_references(self, backend):
         hm, q, k, v = small_problem(order="tile")
         grad = torch.randn(q.shape, dtype=q.dtype)
-        wanted = torch.autograd.grad(bsa.sparse_attention(q, k, v, hm, backend="reference"), (q, k, v), grad)
-        got = torch.autograd.grad(bsa.sparse_attention(q, k, v, hm, backend=backend), (q, k, v), grad)
+        wanted = torch.autograd.grad(
+            bsa.sparse_attention(q, k, v, hm, backend="reference"), (q, k, v), grad
+        )
+        got = torch.autograd.grad(
+            bsa.sparse_attention(q, k, v, hm, backend=backend), (q, k, v), grad
+        )
         for a, b in zip(got, wanted):
             close(a, b)
 
@@ -228,7 +286,9 @@ class TestBackends:
         out = bsa.sparse_attention(q, k, v, hm, backend=backend)
         assert out.dtype == dtype
         eager = eager_attention(q, k, v, hm)
-        budget = (eager.double() - expected).abs().max() + torch.finfo(dtype).eps * expected.abs().max()
+        budget = (eager.double() - expected).abs().max() + torch.finfo(
+            dtype
+        ).eps * expected.abs().max()
         assert (out.double() - expected).abs().max() <= 2 * budget
 
     @pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -314,17 +374,26 @@ class TestBackends:
         hm, q, k, v = small_problem(order="tile")
         grad = torch.randn(q.shape, dtype=q.dtype)
         compiled = torch.compile(
-            lambda *x: bsa.sparse_attention(*x, hm) * 2, fullgraph=True, backend="aot_eager", dynamic=False
+            lambda *x: bsa.sparse_attention(*x, hm) * 2,
+            fullgraph=True,
+            backend="aot_eager",
+            dynamic=False,
         )
         out, expected = compiled(q, k, v), 2 * bsa.sparse_attention(q, k, v, hm)
         assert torch.equal(out, expected)
         assert out.stride() == expected.stride()
-        for a, b in zip(torch.autograd.grad(out, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad)):
+        for a, b in zip(
+            torch.autograd.grad(out, (q, k, v), grad),
+            torch.autograd.grad(expected, (q, k, v), grad),
+        ):
             close(a, b)
 
     def test_compile_the_kernels_function(self):
         q, k, v = (torch.randn(300, 2, 16) for _ in range(3))
-        cu, types = torch.tensor([0, 300], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+        cu, types = (
+            torch.tensor([0, 300], dtype=torch.int32),
+            torch.tensor([0, 1], dtype=torch.int32),
+        )
         base = torch.rand(1, 1, 3, 3) < 0.6
         arguments = (q, k, v, cu, cu, types, None, base, 300, 300, 0.0)
         compiled = torch.compile(bsa.block_sparse_attn_func, fullgraph=True, backend="aot_eager")
@@ -334,7 +403,9 @@ class TestBackends:
         """Two calls alike but for their dropout mask must not be merged into one."""
         hm, q, k, v = small_problem()
         call = lambda: bsa.sparse_attention(q, k, v, hm, dropout_p=0.5)  # noqa: E731
-        compiled = torch.compile(lambda: call() - call(), fullgraph=True, backend="aot_eager_decomp_partition")
+        compiled = torch.compile(
+            lambda: call() - call(), fullgraph=True, backend="aot_eager_decomp_partition"
+        )
         assert compiled().abs().max() > 0.1
 
     def test_compiled_calls_check_boundaries(self):
@@ -342,7 +413,8 @@ class TestBackends:
         q = torch.randn(300, 1, 8)
         cu, types = torch.tensor([0, 100], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
         compiled = torch.compile(
-            lambda: bsa.block_sparse_attn_func(q, q, q, cu, cu, types, None, None, 300, 300, 0.0), backend="aot_eager"
+            lambda: bsa.block_sparse_attn_func(q, q, q, cu, cu, types, None, None, 300, 300, 0.0),
+            backend="aot_eager",
         )
         with pytest.raises(Exception, match=r"cu_seqlens_q=\[0, 100\].*end at 300"):
             compiled()
@@ -352,7 +424,9 @@ class TestBackends:
         q[299] = torch.nan
         cu, types = torch.tensor([0, 300], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
         base = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
-        out = bsa.block_sparse_attn_func(q, k, v, cu, cu, types, None, base, 300, 300, 0.0, is_causal=True)
+        out = bsa.block_sparse_attn_func(
+            q, k, v, cu, cu, types, None, base, 300, 300, 0.0, is_causal=True
+        )
         assert out[299].isnan().all()
         assert out[:299].isfinite().all()
 
@@ -362,7 +436,25 @@ class TestBackends:
 
         hm, q, k, v = small_problem(grid=(3, 5), dim=4)
         none = (None,) * 7
-        arguments = (q, k, v, *none, None, None, hm.handle, 0, 0, 0, 0, 0.5, False, False, 0.0, True, "gather")
+        arguments = (
+            q,
+            k,
+            v,
+            *none,
+            None,
+            None,
+            hm.handle,
+            0,
+            0,
+            0,
+            0,
+            0.5,
+            False,
+            False,
+            0.0,
+            True,
+            "gather",
+        )
         torch.library.opcheck(attention_op, arguments)
 
 
@@ -373,7 +465,10 @@ class TestRelPos:
         self.masks = bsa.HeadMasks(base, [0, 1, 1], layout=self.layout)
         self.inputs = qkv(2, 3, 54, 8)
         generator = torch.Generator().manual_seed(5)
-        tables = [torch.randn(2 * side - 1, 8, generator=generator, dtype=torch.float64) / 2 for side in (6, 9)]
+        tables = [
+            torch.randn(2 * side - 1, 8, generator=generator, dtype=torch.float64) / 2
+            for side in (6, 9)
+        ]
         self.rel_pos = decompose(self.inputs[0], *tables, (6, 9))
         assert all(term.std() > 1 for term in self.rel_pos)
         self.tables = tables
@@ -400,9 +495,13 @@ class TestRelPos:
     @pytest.mark.parametrize("backend", CPU_BACKENDS)
     def test_autocast(self, backend):
         q, k, v, *terms = (x.detach().float() for x in (*self.inputs, *self.rel_pos))
-        expected = bsa.sparse_attention(q, k, v, self.masks, rel_pos=bsa.RelPos(*terms), backend=backend)
+        expected = bsa.sparse_attention(
+            q, k, v, self.masks, rel_pos=bsa.RelPos(*terms), backend=backend
+        )
         with torch.autocast("cpu", torch.bfloat16):
-            out = bsa.sparse_attention(q, k, v, self.masks, rel_pos=bsa.RelPos(*terms), backend=backend)
+            out = bsa.sparse_attention(
+                q, k, v, self.masks, rel_pos=bsa.RelPos(*terms), backend=backend
+            )
         assert out.dtype == torch.bfloat16
         assert (out - expected).norm() / expected.norm() < 0.05
 
@@ -411,15 +510,21 @@ class TestRelPos:
         grad = torch.randn(2, 3, 54, 8, dtype=torch.float64)
         results = []
         for backend in CPU_BACKENDS:
-            out = bsa.sparse_attention(*self.inputs, self.masks, rel_pos=bsa.RelPos(*terms), backend=backend)
+            out = bsa.sparse_attention(
+                *self.inputs, self.masks, rel_pos=bsa.RelPos(*terms), backend=backend
+            )
             results.append(torch.autograd.grad(out, (*self.inputs, *terms), grad))
         for got in results[1:]:
             for a, b in zip(got, results[0]):
                 close(a, b)
 
     def test_errors(self):
-        with pytest.raises(ValueError, match=r"rel_pos needs HeadMasks with a layout .* pass layout="):
-            bsa.sparse_attention(*self.inputs, bsa.HeadMasks(None, [0, 0, 0], block_size=8), rel_pos=self.rel_pos)
+        with pytest.raises(
+            ValueError, match=r"rel_pos needs HeadMasks with a layout .* pass layout="
+        ):
+            bsa.sparse_attention(
+                *self.inputs, bsa.HeadMasks(None, [0, 0, 0], block_size=8), rel_pos=self.rel_pos
+            )
         swapped = bsa.RelPos(self.rel_pos.rel_w, self.rel_pos.rel_h)
         with pytest.raises(ValueError, match=r"rel_pos has shapes .*expected .*\(2, 3, 54, 6\)"):
             bsa.sparse_attention(*self.inputs, self.masks, rel_pos=swapped)
@@ -434,7 +539,12 @@ class TestDropout:
         plain = bsa.sparse_attention(q, k, v, hm, backend=backend).detach()
         with torch.no_grad():
             torch.manual_seed(1)
-            draws = torch.stack([bsa.sparse_attention(q, k, v, hm, dropout_p=0.3, backend=backend) for _ in range(400)])
+            draws = torch.stack(
+                [
+                    bsa.sparse_attention(q, k, v, hm, dropout_p=0.3, backend=backend)
+                    for _ in range(400)
+                ]
+            )
             torch.manual_seed(1)
             again = bsa.sparse_attention(q, k, v, hm, dropout_p=0.3, backend=backend)
         assert torch.equal(draws[0], again)
@@ -469,7 +579,10 @@ class TestRagged:
     @pytest.mark.parametrize("backend", CPU_BACKENDS)
     @pytest.mark.parametrize("order", ["raster", "tile"])
     def test_list_equals_one_by_one(self, backend, order):
-        problems = [small_problem(order=order, grid=grid, start=start) for grid, start in (((5, 9), 1), ((3, 4), 2))]
+        problems = [
+            small_problem(order=order, grid=grid, start=start)
+            for grid, start in (((5, 9), 1), ((3, 4), 2))
+        ]
         hms, images = [p[0] for p in problems], [[x[0] for x in p[1:]] for p in problems]
         together = bsa.sparse_attention(*zip(*images), hms, backend=backend)
         assert isinstance(together, list)
@@ -478,7 +591,9 @@ class TestRagged:
 
     def test_gradients_flow_through_packing(self):
         problems = [small_problem(grid=grid) for grid in ((5, 9), (3, 4))]
-        outs = bsa.sparse_attention(*zip(*[[x[0] for x in p[1:]] for p in problems]), [p[0] for p in problems])
+        outs = bsa.sparse_attention(
+            *zip(*[[x[0] for x in p[1:]] for p in problems]), [p[0] for p in problems]
+        )
         sum(out.square().sum() for out in outs).backward()
         for hm, q, k, v in problems:
             wanted = torch.autograd.grad(
@@ -502,7 +617,11 @@ def expand(hm, num_q, num_k):
     heads = []
     for kind in hm.slices:
         if kind == 0:
-            heads.append(torch.ones(1, num_q, num_k, dtype=torch.bool).expand(hm.base_blockmask.shape[0], -1, -1))
+            heads.append(
+                torch.ones(1, num_q, num_k, dtype=torch.bool).expand(
+                    hm.base_blockmask.shape[0], -1, -1
+                )
+            )
         else:
             blocks = hm.base_blockmask[:, kind - 1]
             i, j = torch.arange(num_q) // size, torch.arange(num_k) // size
@@ -525,37 +644,79 @@ def eager_attention(q, k, v, hm):
 
 
 BAD_CALLS = {
-    "rank": (lambda q, k, v, hm: (q[0], k, v, hm), ValueError, r"q \(3, 46, 8\).*expected \(B, H, N, D\).*reshape"),
-    "head dim": (lambda q, k, v, hm: (q[..., :4], k, v, hm), ValueError, r"q \(1, 3, 46, 4\).*one head dim"),
-    "keys": (lambda q, k, v, hm: (q, k, v[:, :, 1:], hm), ValueError, r"v \(1, 3, 45, 8\).*same heads and tokens"),
-    "groups": (lambda q, k, v, hm: (q, k[:, :2], v[:, :2], hm), ValueError, r"3 query heads are not a multiple of 2"),
-    "batch": (lambda q, k, v, hm: (q.repeat(2, 1, 1, 1), k, v, hm), ValueError, r"batch sizes differ.*expand"),
-    "a list": (lambda q, k, v, hm: ([[1.0]], k, v, hm), TypeError, r"q is a list of 1 images.*one HeadMasks per image"),
+    "rank": (
+        lambda q, k, v, hm: (q[0], k, v, hm),
+        ValueError,
+        r"q \(3, 46, 8\).*expected \(B, H, N, D\).*reshape",
+    ),
+    "head dim": (
+        lambda q, k, v, hm: (q[..., :4], k, v, hm),
+        ValueError,
+        r"q \(1, 3, 46, 4\).*one head dim",
+    ),
+    "keys": (
+        lambda q, k, v, hm: (q, k, v[:, :, 1:], hm),
+        ValueError,
+        r"v \(1, 3, 45, 8\).*same heads and tokens",
+    ),
+    "groups": (
+        lambda q, k, v, hm: (q, k[:, :2], v[:, :2], hm),
+        ValueError,
+        r"3 query heads are not a multiple of 2",
+    ),
+    "batch": (
+        lambda q, k, v, hm: (q.repeat(2, 1, 1, 1), k, v, hm),
+        ValueError,
+        r"batch sizes differ.*expand",
+    ),
+    "a list": (
+        lambda q, k, v, hm: ([[1.0]], k, v, hm),
+        TypeError,
+        r"q is a list of 1 images.*one HeadMasks per image",
+    ),
     "numpy": (
         lambda q, k, v, hm: (q.detach().numpy(), k, v, hm),
         TypeError,
         r"q is a ndarray: expected a floating point",
     ),
-    "integers": (lambda q, k, v, hm: (q.long(), k.long(), v.long(), hm), TypeError, r"q is torch.int64.*convert"),
+    "integers": (
+        lambda q, k, v, hm: (q.long(), k.long(), v.long(), hm),
+        TypeError,
+        r"q is torch.int64.*convert",
+    ),
     "bare mask": (
         lambda q, k, v, hm: (q, k, v, hm.base_blockmask),
         TypeError,
         r"head_masks is a Tensor.*bsa.HeadMasks\(",
     ),
     "dtype": (lambda q, k, v, hm: (q.float(), k, v, hm), TypeError, r"q is torch.float32.*convert"),
-    "heads": (lambda q, k, v, hm: (*(x[:, :2] for x in (q, k, v)), hm), ValueError, r"q has 2 heads.*HeadMasks 3"),
+    "heads": (
+        lambda q, k, v, hm: (*(x[:, :2] for x in (q, k, v)), hm),
+        ValueError,
+        r"q has 2 heads.*HeadMasks 3",
+    ),
     "tokens": (
         lambda q, k, v, hm: (*(x[:, :, :-1] for x in (q, k, v)), hm),
         ValueError,
         r"q has 45 tokens, the layout of the HeadMasks 46 \(1 special \+ 5 x 9 patches \+ 0 special\).*make the masks",
     ),
     "blocks": (
-        lambda q, k, v, hm: (q, k, v, bsa.HeadMasks(torch.ones(1, 3, 2, 2, dtype=torch.bool), block_size=4)),
+        lambda q, k, v, hm: (
+            q,
+            k,
+            v,
+            bsa.HeadMasks(torch.ones(1, 3, 2, 2, dtype=torch.bool), block_size=4),
+        ),
         ValueError,
         r"q has 46 tokens in 12 blocks of 4, base_blockmask has shape \(1, 3, 2, 2\).*make the mask",
     ),
     "scattered dtypes": (
-        lambda q, k, v, hm: ([q[0], q[0].float()], [k[0], k[0].float()], [v[0], v[0].float()], [hm, hm]),
+        lambda q, k, v, hm: (
+            [q[0], q[0].float()],
+            [k[0], k[0].float()],
+            [v[0], v[0].float()],
+            [hm, hm],
+        ),
         TypeError,
         r"images are torch.float32 .* and torch.float64 .* one dtype",
     ),
@@ -565,7 +726,12 @@ BAD_CALLS = {
         r"one HeadMasks per image",
     ),
     "mask batch": (
-        lambda q, k, v, hm: (q, k, v, bsa.HeadMasks(hm.base_blockmask.repeat(2, 1, 1, 1), [0, 1, 1], layout=hm.layout)),
+        lambda q, k, v, hm: (
+            q,
+            k,
+            v,
+            bsa.HeadMasks(hm.base_blockmask.repeat(2, 1, 1, 1), [0, 1, 1], layout=hm.layout),
+        ),
         ValueError,
         r"q has 1 images, base_blockmask 2",
     ),
@@ -582,7 +748,10 @@ def test_bad_calls(name):
 
 def good_varlen():
     q, k, v = (torch.randn(500, 2, 8) for _ in range(3))
-    cu, types = torch.tensor([0, 200, 500], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    cu, types = (
+        torch.tensor([0, 200, 500], dtype=torch.int32),
+        torch.tensor([0, 1], dtype=torch.int32),
+    )
     base = torch.ones(2, 1, 3, 3, dtype=torch.bool)
     return dict(
         q=q,
@@ -609,28 +778,52 @@ BAD_VARLENS = {
         dict(cu_seqlens_k=torch.tensor([0, 200, 499], dtype=INT32)),
         r"cu_seqlens_k=\[0, 200, 499\].*end at 500",
     ),
-    "boundaries fall": (dict(cu_seqlens_q=torch.tensor([0, 600, 500], dtype=INT32)), r"never fall.*cumulative sum"),
-    "boundaries dtype": (dict(cu_seqlens_q=torch.tensor([0, 200, 500])), r"cu_seqlens_q is torch.int64.*int32"),
-    "batches": (dict(cu_seqlens_k=torch.tensor([0, 500], dtype=INT32), max_seqlen_k_=500), r"for 2 sequences.*for 1"),
-    "longest": (dict(max_seqlen_q_=256), r"max_seqlen_q_=256 is less than the longest sequence.*300"),
+    "boundaries fall": (
+        dict(cu_seqlens_q=torch.tensor([0, 600, 500], dtype=INT32)),
+        r"never fall.*cumulative sum",
+    ),
+    "boundaries dtype": (
+        dict(cu_seqlens_q=torch.tensor([0, 200, 500])),
+        r"cu_seqlens_q is torch.int64.*int32",
+    ),
+    "batches": (
+        dict(cu_seqlens_k=torch.tensor([0, 500], dtype=INT32), max_seqlen_k_=500),
+        r"for 2 sequences.*for 1",
+    ),
+    "longest": (
+        dict(max_seqlen_q_=256),
+        r"max_seqlen_q_=256 is less than the longest sequence.*300",
+    ),
     "mask shape": (
         dict(base_blockmask=torch.ones(2, 1, 2, 3, dtype=torch.bool)),
         r"\(2, 1, 2, 3\): expected \(2, S, 3, 3\)",
     ),
-    "mask dtype": (dict(base_blockmask=torch.ones(2, 1, 3, 3)), r"dtype torch.float32: expected torch.bool"),
+    "mask dtype": (
+        dict(base_blockmask=torch.ones(2, 1, 3, 3)),
+        r"dtype torch.float32: expected torch.bool",
+    ),
     "too few slices": (
         dict(head_mask_type=torch.tensor([1, 1], dtype=INT32)),
         r"2 ones, base_blockmask 1 slices.*add slices",
     ),
     "no mask": (dict(base_blockmask=None), r"1 ones, base_blockmask 0 slices"),
-    "heads": (dict(head_mask_type=torch.tensor([1], dtype=INT32)), r"head_mask_type has shape \(1,\), q has 2 heads"),
+    "heads": (
+        dict(head_mask_type=torch.tensor([1], dtype=INT32)),
+        r"head_mask_type has shape \(1,\), q has 2 heads",
+    ),
     "streaming": (
         dict(head_mask_type=torch.tensor([-1, 1], dtype=INT32)),
         r"streaming_info is None: pass \[sink, local\]",
     ),
     "exact": (dict(exact_streaming=True), r"exact streaming is causal only; pass is_causal=True"),
-    "a list of heads": (dict(head_mask_type=[0, 1]), r"head_mask_type is a list: expected an \(H,\) int32 tensor"),
-    "a list of boundaries": (dict(cu_seqlens_q=[0, 200, 500]), r"cu_seqlens_q is a list: .* use torch.tensor"),
+    "a list of heads": (
+        dict(head_mask_type=[0, 1]),
+        r"head_mask_type is a list: expected an \(H,\) int32 tensor",
+    ),
+    "a list of boundaries": (
+        dict(cu_seqlens_q=[0, 200, 500]),
+        r"cu_seqlens_q is a list: .* use torch.tensor",
+    ),
     "dropout": (dict(p_dropout=1.0), r"dropout 1.0: expected a probability"),
     "longest type": (dict(max_seqlen_k_=None), r"max_seqlen_k_ is None: expected the tokens"),
     "scale": (dict(softmax_scale="x"), r"scale is 'x': expected a number"),
@@ -649,7 +842,8 @@ def test_bad_kernel_calls(name):
 def test_named_backends_never_fall_back():
     hm, q, k, v = small_problem()
     with pytest.raises(
-        bsa.BackendUnavailable, match=r"'kernel' cannot run this call: .* Able here: gather, sdpa, reference"
+        bsa.BackendUnavailable,
+        match=r"'kernel' cannot run this call: .* Able here: gather, sdpa, reference",
     ):
         bsa.sparse_attention(q, k, v, hm, backend="kernel")
     with pytest.raises(
@@ -677,9 +871,13 @@ class TestForwardMode:
     """The operator has no forward-mode derivative, and torch would take it for a constant."""
 
     def function(self, backend):
-        q = torch.randn(1, 2, 16, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        q = torch.randn(
+            1, 2, 16, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        )
         hm = bsa.HeadMasks(None, [0, 0])
-        return lambda scale: bsa.sparse_attention(q * scale, q, q, hm, backend=backend).square().sum()
+        return lambda scale: (
+            bsa.sparse_attention(q * scale, q, q, hm, backend=backend).square().sum()
+        )
 
     def test_is_refused_and_not_zero(self):
         one = torch.ones((), dtype=torch.float64)
@@ -688,7 +886,10 @@ class TestForwardMode:
             match=r"forward-mode differentiation \(jvp\) does not reach through 'gather'.*backend='reference'",
         ):
             torch.func.jvp(self.function("gather"), (one,), (one,))
-        with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        with (
+            torch.autograd.forward_ad.dual_level(),
+            pytest.raises(RuntimeError, match="forward-mode"),
+        ):
             self.function("gather")(torch.autograd.forward_ad.make_dual(one, one))
 
     def test_works_where_torch_differentiates(self):
@@ -703,4 +904,6 @@ def test_rel_pos_without_a_layout_is_refused_below_the_checks_as_well():
     q = torch.randn(1, 2, 16, 8)
     term = torch.randn(1, 2, 16, 4)
     with pytest.raises(ValueError, match="rel_pos with masks that have no layout"):
-        attend_masks(bsa.HeadMasks(None, [0, 0]), q, q, q, rel_pos=bsa.RelPos(term, term), backend="gather")
+        attend_masks(
+            bsa.HeadMasks(None, [0, 0]), q, q, q, rel_pos=bsa.RelPos(term, term), backend="gather"
+        )

@@ -39,7 +39,9 @@ class TestConventions:
         assert HeadMasks(base(3), [1, 2, 0]).slices == (1, 2, 0)
 
     def test_tensor_list_and_tuple_are_alike(self):
-        kinds = [HeadMasks(base(), t).slices for t in ([1, 1], (1, 1), torch.ones(2, dtype=torch.int32))]
+        kinds = [
+            HeadMasks(base(), t).slices for t in ([1, 1], (1, 1), torch.ones(2, dtype=torch.int32))
+        ]
         assert len(set(kinds)) == 1
 
     def test_the_kernels_tensors_come_back(self):
@@ -59,7 +61,9 @@ class TestMeaning:
 
     def test_streaming_blocks(self):
         masks = HeadMasks(None, [-1], [1, 1], layout=TokenLayout((16, 32)))
-        assert torch.equal(masks.block_mask(512, 512)[0, 0], torch.tensor([True, False, False, True]).expand(4, 4))
+        assert torch.equal(
+            masks.block_mask(512, 512)[0, 0], torch.tensor([True, False, False, True]).expand(4, 4)
+        )
         causal = masks.block_mask(512, 512, causal=True)[0, 0]
         assert causal.tolist() == [
             [True, False, False, False],
@@ -77,7 +81,10 @@ class TestMeaning:
     def test_block_rows_merge_neighbours(self):
         mask = torch.tensor([[[[1, 1, 0, 1], [0, 0, 0, 0]]]]).bool()
         (head,) = HeadMasks(mask, allow_empty_rows=True, block_size=10).block_rows(15, 37)[0]
-        assert [(row.start, row.stop, row.runs) for row in head] == [(0, 10, ((0, 20), (30, 37))), (10, 15, ())]
+        assert [(row.start, row.stop, row.runs) for row in head] == [
+            (0, 10, ((0, 20), (30, 37))),
+            (10, 15, ()),
+        ]
 
     def test_what_follows_is_computed_once(self):
         masks = HeadMasks(base())
@@ -90,7 +97,9 @@ class TestMeaning:
         assert not HeadMasks(base()).all_dense
 
     def test_repr_says_what_it_is(self):
-        assert "3 heads: 1 dense, 2 block-sparse, 0 streaming" in repr(HeadMasks(base(2), [1, 0, 1]))
+        assert "3 heads: 1 dense, 2 block-sparse, 0 streaming" in repr(
+            HeadMasks(base(2), [1, 0, 1])
+        )
 
 
 class TestCopies:
@@ -133,7 +142,11 @@ BAD = {
         ValueError,
         r"shape \(2, 3, 3\): expected \(B or 1, S, R, C\).*mask\[None",
     ),
-    "nothing": (dict(base_blockmask=None), ValueError, "neither base_blockmask nor head_mask_type.*pass one"),
+    "nothing": (
+        dict(base_blockmask=None),
+        ValueError,
+        "neither base_blockmask nor head_mask_type.*pass one",
+    ),
     "too few slices": (
         dict(base_blockmask=base(), head_mask_type=[1, 1, 1]),
         ValueError,
@@ -144,7 +157,11 @@ BAD = {
         ValueError,
         "1 ones, base_blockmask 2 slices",
     ),
-    "slice beyond": (dict(base_blockmask=base(), head_mask_type=[1, 3]), ValueError, "slice 3, base_blockmask has 2"),
+    "slice beyond": (
+        dict(base_blockmask=base(), head_mask_type=[1, 3]),
+        ValueError,
+        "slice 3, base_blockmask has 2",
+    ),
     "mixed conventions": (
         dict(base_blockmask=base(3), head_mask_type=[1, 1, 2]),
         ValueError,
@@ -190,7 +207,11 @@ BAD = {
         ValueError,
         "3 block columns, kv_layout has 64 tokens in 1",
     ),
-    "kv only": (dict(base_blockmask=base(), kv_layout=LAYOUT), ValueError, "kv_layout is given without layout"),
+    "kv only": (
+        dict(base_blockmask=base(), kv_layout=LAYOUT),
+        ValueError,
+        "kv_layout is given without layout",
+    ),
     "block sizes": (
         dict(base_blockmask=base(), layout=LAYOUT, kv_layout=TokenLayout((16, 24), block_size=64)),
         ValueError,
@@ -231,7 +252,9 @@ class TestPackHeadMasks:
         assert not packed.base_blockmask[0, :, 2:].any()
 
     def test_errors(self):
-        with pytest.raises(ValueError, match=r"image 1 has head types \(0, 1\).*one set of head types"):
+        with pytest.raises(
+            ValueError, match=r"image 1 has head types \(0, 1\).*one set of head types"
+        ):
             pack_head_masks([HeadMasks(base(2)), HeadMasks(base(1), [0, 1])])
         with pytest.raises(ValueError, match="image 0 has a base_blockmask for 2 images"):
             pack_head_masks([HeadMasks(base(batch=2))])
@@ -261,11 +284,22 @@ class TestFromPatterns:
         assert torch.equal(masks.base_blockmask[0], torch.stack(expected))
 
     def test_is_what_a_plan_makes(self):
-        heads = ["dense", Pattern("random_blocks", sparsity=0.6, seed=3), Pattern("special") | Pattern("axial")]
-        spec = ModelSpec("vit", (LayerSpec("a", 0, 3, 8), LayerSpec("b", 1, 3, 8)), (9, 14), (8, 8), start=5)
+        heads = [
+            "dense",
+            Pattern("random_blocks", sparsity=0.6, seed=3),
+            Pattern("special") | Pattern("axial"),
+        ]
+        spec = ModelSpec(
+            "vit", (LayerSpec("a", 0, 3, 8), LayerSpec("b", 1, 3, 8)), (9, 14), (8, 8), start=5
+        )
         names = ("dense", "one", "two")
         plan = SparsityPlan(
-            spec.fingerprint, dict(zip(names[1:], heads[1:])), {"self.1": names}, "tile", (2, 4), block_size=8
+            spec.fingerprint,
+            dict(zip(names[1:], heads[1:])),
+            {"self.1": names},
+            "tile",
+            (2, 4),
+            block_size=8,
         )
         found = HeadMasks.from_patterns(self.layout, heads, stream=3)
         assert torch.equal(found.base_blockmask, plan.compile("self.1", self.layout).base_blockmask)
@@ -273,13 +307,17 @@ class TestFromPatterns:
         assert not torch.equal(found.base_blockmask, other.base_blockmask)
 
     def test_random_heads_draw_anew(self):
-        masks = HeadMasks.from_patterns(self.layout, Pattern("random_blocks", sparsity=0.6), heads=3)
+        masks = HeadMasks.from_patterns(
+            self.layout, Pattern("random_blocks", sparsity=0.6), heads=3
+        )
         expected = [random_blocks(self.layout, 0.6, stream=head) for head in range(3)]
         assert torch.equal(masks.base_blockmask, stack_heads(expected, 1))
         assert not torch.equal(expected[0], expected[1])
 
     def test_what_keeps_everything_is_dense(self):
-        assert HeadMasks.from_patterns(self.layout, [Pattern("local_window", radius=99), "axial"]).slices == (0, 1)
+        assert HeadMasks.from_patterns(
+            self.layout, [Pattern("local_window", radius=99), "axial"]
+        ).slices == (0, 1)
         assert HeadMasks.from_patterns(self.layout, "dense", heads=2).all_dense
 
     def test_keys_of_their_own(self):
@@ -290,11 +328,16 @@ class TestFromPatterns:
         )
         assert masks.kv_layout is keys
         assert torch.equal(masks.base_blockmask[0], near(self.layout, keys=keys).expand(2, -1, -1))
-        with pytest.raises(ValueError, match="pattern 'strided' is for keys that are the queries' own tokens"):
+        with pytest.raises(
+            ValueError, match="pattern 'strided' is for keys that are the queries' own tokens"
+        ):
             HeadMasks.from_patterns(self.layout, "strided", heads=1, kv_layout=keys)
 
     def test_prompts_and_masks_of_several_images(self):
-        region, boxes = Pattern("prompt_region", radius=1, near=0), [[(0, 0, 0, 0)], [(8, 13, 8, 13), (4, 4, 5, 5)]]
+        region, boxes = (
+            Pattern("prompt_region", radius=1, near=0),
+            [[(0, 0, 0, 0)], [(8, 13, 8, 13), (4, 4, 5, 5)]],
+        )
         both = torch.stack([local_window(self.layout, 0), local_window(self.layout, 1)])
         masks = HeadMasks.from_patterns(self.layout, [region, both, "axial"], boxes=boxes)
         expected = [region(self.layout, boxes=one) for one in boxes]

@@ -62,7 +62,10 @@ def test_uniform_round_trip(layout, batch):
 
 def test_twin_another_order_is_another_tensor():
     x = torch.arange(40.0).view(1, 1, 40, 1)
-    packed = [pack(x, TokenLayout((5, 8), order=order, tile=(2, 4))).tokens for order in ("raster", "tile")]
+    packed = [
+        pack(x, TokenLayout((5, 8), order=order, tile=(2, 4))).tokens
+        for order in ("raster", "tile")
+    ]
     assert not torch.equal(*packed)
 
 

@@ -28,7 +28,9 @@ from tests.adapters import test_torchvision_vit
 from tests.helpers import models, run_programs, sam_models, timm_models
 
 SMALL = dict(tile=(4, 4), block_size=16)
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
 
 
 class Features(nn.Module):
@@ -45,7 +47,10 @@ class Features(nn.Module):
 
 MODELS = {
     "timm": (lambda: timm_models.make("eva, dinov3", depth=2), timm_models.image),
-    "DINOv3": (lambda: models.make("dinov3", num_hidden_layers=2, image_size=96), lambda: models.image(96, 96)),
+    "DINOv3": (
+        lambda: models.make("dinov3", num_hidden_layers=2, image_size=96),
+        lambda: models.image(96, 96),
+    ),
     "SAM": (lambda: sam_models.make("segment_anything"), sam_models.image),
     "torchvision": (lambda: test_torchvision_vit.make(num_layers=2), test_torchvision_vit.image),
 }
@@ -54,7 +59,9 @@ MODELS = {
 def sparse(name: str, radius: int = 1) -> nn.Module:
     """Return a sparse model that has never run."""
     model = Features(MODELS[name][0]()).eval().requires_grad_(False)
-    return bsa.sparsify_(model, bsa.uniform_plan(model, "local_window", radius=radius, dense_heads=1, **SMALL))
+    return bsa.sparsify_(
+        model, bsa.uniform_plan(model, "local_window", radius=radius, dense_heads=1, **SMALL)
+    )
 
 
 def relative(a, b):
@@ -84,7 +91,9 @@ def folder(tmp_path_factory):
         case.mkdir()
         exported = torch.export.export(model, (pixels,))
         torch.export.save(exported, case / "torch.export.pt2")
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(case / "AOTInductor.pt2"))
+        torch._inductor.aoti_compile_and_package(
+            exported, package_path=str(case / "AOTInductor.pt2")
+        )
         torch.jit.save(torch.jit.trace(model, pixels), case / "torch.jit.trace.pt2")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -98,7 +107,15 @@ def found(folder):
     """Errors by process; the fresh ones import nothing but bsa_vision."""
 
     def fresh(*words):
-        command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.run_programs", str(folder), *words]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "tests.helpers.run_programs",
+            str(folder),
+            *words,
+        ]
         root = Path(__file__).parents[2]
         result = subprocess.run(command, cwd=root, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
@@ -113,7 +130,9 @@ def found(folder):
     }
 
 
-@pytest.mark.parametrize("process", ["same process", "fresh process", "fresh process, another sparse model alive"])
+@pytest.mark.parametrize(
+    "process", ["same process", "fresh process", "fresh process, another sparse model alive"]
+)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("kind", run_programs.KINDS)
 def test_program_equals_its_model(found, kind, model, process):
@@ -141,7 +160,11 @@ def test_export_of_a_model_that_never_ran_leaves_it_as_it_was(name):
         grid = layer.grid_of(layer.tower.grid)
         assert all(type(side) is int for side in grid)
         hm = layer.masks.masks_for(grid)
-        cached = [hm.base_blockmask, token_index(hm.layout, torch.device("cpu")), hm.layout.permutation]
+        cached = [
+            hm.base_blockmask,
+            token_index(hm.layout, torch.device("cpu")),
+            hm.layout.permutation,
+        ]
         assert not any(isinstance(x, FakeTensor) for x in cached)
     expected = sparse(name)(pixels)
     assert torch.equal(model(pixels), expected)
@@ -165,11 +188,17 @@ def sizes_may_change() -> dict:
 
 def test_program_for_any_image_size():
     """Height and width are free: masks are made for each grid from the patterns that the program carries."""
-    model = Features(models.make("dinov3", num_hidden_layers=2, image_size=96)).eval().requires_grad_(False)
+    model = (
+        Features(models.make("dinov3", num_hidden_layers=2, image_size=96))
+        .eval()
+        .requires_grad_(False)
+    )
     plan = bsa.uniform_plan(model, "local_window", radius=1, dense_heads=1, **SMALL)
     plan = plan.replace(layers=[1], heads=[3], pattern="random_blocks", sparsity=0.5, seed=3)
     bsa.sparsify_(model, plan)
-    program = torch.export.export(model, (models.image(96, 96, batch=2),), dynamic_shapes=sizes_may_change())
+    program = torch.export.export(
+        model, (models.image(96, 96, batch=2),), dynamic_shapes=sizes_may_change()
+    )
     program = reloaded(program)
     for height, width, batch in ((96, 96, 2), (64, 128, 1), (128, 64, 3), (72, 40, 2)):
         pixels = models.image(height, width, batch=batch)
@@ -180,11 +209,17 @@ def test_program_for_any_image_size():
 
 
 def test_program_for_any_size_with_masks_for_one():
-    model = Features(models.make("dinov3", num_hidden_layers=1, image_size=96)).eval().requires_grad_(False)
+    model = (
+        Features(models.make("dinov3", num_hidden_layers=1, image_size=96))
+        .eval()
+        .requires_grad_(False)
+    )
     plan = bsa.uniform_plan(model, "local_window", radius=1, **SMALL)
     plan = plan.freeze(plan.layout(bsa.inspect(model)))
     bsa.sparsify_(model, plan)
-    exported = torch.export.export(model, (models.image(96, 96, batch=2),), dynamic_shapes=sizes_may_change())
+    exported = torch.export.export(
+        model, (models.image(96, 96, batch=2),), dynamic_shapes=sizes_may_change()
+    )
     program = reloaded(exported)
     pixels = models.image(96, 96, batch=2)
     assert torch.equal(program(pixels), model(pixels))
@@ -193,8 +228,14 @@ def test_program_for_any_size_with_masks_for_one():
 
 
 def test_a_function_cannot_be_carried_for_any_size():
-    model = Features(models.make("dinov3", num_hidden_layers=1, image_size=96)).eval().requires_grad_(False)
-    plan = bsa.uniform_plan(model, lambda layout: torch.eye(layout.num_blocks, dtype=torch.bool), **SMALL)
+    model = (
+        Features(models.make("dinov3", num_hidden_layers=1, image_size=96))
+        .eval()
+        .requires_grad_(False)
+    )
+    plan = bsa.uniform_plan(
+        model, lambda layout: torch.eye(layout.num_blocks, dtype=torch.bool), **SMALL
+    )
     bsa.sparsify_(model, plan)
     pixels = models.image(96, 96, batch=2)
     with pytest.raises(Exception, match=r"image size may change carries patterns.*Python function"):
@@ -209,7 +250,15 @@ def test_gradients_of_an_exported_program():
     for one in (program, model):
         one.zero_grad()
         one(pixels).pow(2).mean().backward()
-        grads.append(torch.cat([p.grad.flatten() for _, p in sorted(model.named_parameters()) if p.grad is not None]))
+        grads.append(
+            torch.cat(
+                [
+                    p.grad.flatten()
+                    for _, p in sorted(model.named_parameters())
+                    if p.grad is not None
+                ]
+            )
+        )
     assert relative(*grads) < 1e-6
 
 
@@ -258,22 +307,37 @@ def test_export_of_the_kernels_function():
 
     class Kernel(nn.Module):
         def forward(self, q, k, v):
-            return bsa.block_sparse_attn_func(q, k, v, lengths, lengths, types, None, base, 36, 36, 0.0)
+            return bsa.block_sparse_attn_func(
+                q, k, v, lengths, lengths, types, None, base, 36, 36, 0.0
+            )
 
-    assert torch.equal(reloaded(torch.export.export(Kernel(), (q, k, v)))(q, k, v), Kernel()(q, k, v))
+    assert torch.equal(
+        reloaded(torch.export.export(Kernel(), (q, k, v)))(q, k, v), Kernel()(q, k, v)
+    )
 
 
 @given(st.data())
 def test_carried_masks_are_the_masks(data):
     rows, columns = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
     heads, images = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
-    bits = torch.randint(0, 2, (images, heads, rows, columns), generator=torch.Generator().manual_seed(rows)) > 0
+    bits = (
+        torch.randint(
+            0, 2, (images, heads, rows, columns), generator=torch.Generator().manual_seed(rows)
+        )
+        > 0
+    )
     types = [*range(1, heads + 1), 0, -1]
     streaming = [0, 0] * (heads + 1) + [1, 2]
-    hm = bsa.HeadMasks(bits, types, streaming, block_size=data.draw(st.integers(1, 200)), allow_empty_rows=True)
+    hm = bsa.HeadMasks(
+        bits, types, streaming, block_size=data.draw(st.integers(1, 200)), allow_empty_rows=True
+    )
     again = read(carried(hm, (0, 0), 0)).masks_for((0, 0), 0)
     assert torch.equal(again.base_blockmask, hm.base_blockmask)
-    assert (again.slices, again.streaming, again.block_size) == (hm.slices, hm.streaming, hm.block_size)
+    assert (again.slices, again.streaming, again.block_size) == (
+        hm.slices,
+        hm.streaming,
+        hm.block_size,
+    )
 
 
 def test_carried_layouts_and_unknown_versions():
@@ -284,13 +348,19 @@ def test_carried_layouts_and_unknown_versions():
     again = read(tensor).masks_for((0, 0), 0)
     assert (again.layout, again.kv_layout) == (queries, keys)
     assert read(tensor.clone()) is read(tensor)
-    newer = torch.tensor(list(tensor.numpy().tobytes().replace(b'"version": 1', b'"version": 9')), dtype=torch.uint8)
+    newer = torch.tensor(
+        list(tensor.numpy().tobytes().replace(b'"version": 1', b'"version": 9')), dtype=torch.uint8
+    )
     with pytest.raises(RuntimeError, match=r"does not read.*Export it again"):
         read(newer)
 
 
 def test_masks_that_follow_prompts_refuse_programs(tmp_path):
-    model = Features(models.make("dinov3", num_hidden_layers=1, image_size=96)).eval().requires_grad_(False)
+    model = (
+        Features(models.make("dinov3", num_hidden_layers=1, image_size=96))
+        .eval()
+        .requires_grad_(False)
+    )
     bsa.sparsify_(model, bsa.uniform_plan(model, "prompt_region", radius=1, **SMALL))
     pixels = models.image(96, 96)
     with bsa.context(model, prompts=bsa.Prompts(points=[(20, 30)], image_size=(96, 96))):
@@ -300,10 +370,14 @@ def test_masks_that_follow_prompts_refuse_programs(tmp_path):
             lambda: torch.jit.trace(model, pixels),
             lambda: make_fx(model)(pixels),
         ):
-            with pytest.raises(bsa.BackendUnavailable, match=r"follows prompts.*exported or traced"):
+            with pytest.raises(
+                bsa.BackendUnavailable, match=r"follows prompts.*exported or traced"
+            ):
                 program()
         with pytest.raises(torch.onnx.OnnxExporterError) as error:
-            torch.onnx.export(model, (pixels,), str(tmp_path / "model.onnx"), dynamo=True, verbose=False)
+            torch.onnx.export(
+                model, (pixels,), str(tmp_path / "model.onnx"), dynamo=True, verbose=False
+            )
     assert "follows prompts" in causes(error.value)
 
 
@@ -322,7 +396,11 @@ def test_traced_program_at_another_size_is_refused_by_name(name):
     """Also where another grid has as many tokens: 8 x 12 and 12 x 8 patches are other masks."""
     if name in ("torchvision", "SAM"):  # one size only
         return
-    model = Features(models.make("dinov3", image_size=96) if name == "DINOv3" else timm_models.make("vit, any size"))
+    model = Features(
+        models.make("dinov3", image_size=96)
+        if name == "DINOv3"
+        else timm_models.make("vit, any size")
+    )
     model.eval().requires_grad_(False)
     bsa.sparsify_(model, bsa.uniform_plan(model, "local_window", radius=1, **SMALL))
     pixels = models.image(64, 96)
@@ -355,7 +433,9 @@ def to_onnx(module: nn.Module, inputs, path) -> tuple[list[torch.Tensor], list[s
     names = [x.name for x in session.get_inputs()]
 
     def run(*tensors):
-        return torch.from_numpy(session.run(None, {n: x.numpy() for n, x in zip(names, tensors)})[0])
+        return torch.from_numpy(
+            session.run(None, {n: x.numpy() for n, x in zip(names, tensors)})[0]
+        )
 
     return run, [str(x.message) for x in caught if "bsa_vision" in str(x.message)]
 
@@ -373,7 +453,9 @@ def test_onnx_says_once_that_nothing_is_skipped(tmp_path):
 
 def test_the_old_onnx_exporter_is_refused(tmp_path):
     with pytest.raises(bsa.BackendUnavailable, match=r"dynamo=False.*pass dynamo=True"):
-        torch.onnx.export(sparse("timm"), (timm_models.image(),), str(tmp_path / "model.onnx"), dynamo=False)
+        torch.onnx.export(
+            sparse("timm"), (timm_models.image(),), str(tmp_path / "model.onnx"), dynamo=False
+        )
 
 
 def test_the_old_onnx_exporter_takes_a_dense_plan(tmp_path):
@@ -390,7 +472,11 @@ def test_the_old_onnx_exporter_takes_a_dense_plan(tmp_path):
 
 
 def test_onnx_with_image_sizes_that_change_is_refused(tmp_path):
-    model = Features(models.make("dinov3", num_hidden_layers=1, image_size=96)).eval().requires_grad_(False)
+    model = (
+        Features(models.make("dinov3", num_hidden_layers=1, image_size=96))
+        .eval()
+        .requires_grad_(False)
+    )
     bsa.sparsify_(model, bsa.uniform_plan(model, "local_window", radius=1, **SMALL))
     shapes, pixels = sizes_may_change(), models.image(96, 96, batch=2)
     path = str(tmp_path / "model.onnx")
@@ -412,7 +498,9 @@ def test_onnx_what_skipped_blocks_hold_changes_nothing(tmp_path):
     """Rows that see nothing give 0; NaN in a key block that row block 0 skips stays out of it."""
     base = torch.tensor([[True, False], [False, False]])[None, None]
     hm = bsa.HeadMasks(base, block_size=8, allow_empty_rows=True)
-    q, k, v = (torch.randn(1, 1, 16, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    q, k, v = (
+        torch.randn(1, 1, 16, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)
+    )
     module = Own(hm)
     run, _ = to_onnx(module, (q, k, v), tmp_path / "nan.onnx")
     expected = run(q, k, v)

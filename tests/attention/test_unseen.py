@@ -29,7 +29,16 @@ def run(way, masks, q, k, v, rel_pos=None, **options):
     with pytest.MonkeyPatch.context() as patch:
         if way == "gather in torch":
             patch.setattr(cpu_kernel, "why_not", lambda problem=None: "switched off")
-        return _run(masks, q, k, v, rel_pos=rel_pos, backend=way.split()[0], return_lse=way != "sdpa", **options)
+        return _run(
+            masks,
+            q,
+            k,
+            v,
+            rel_pos=rel_pos,
+            backend=way.split()[0],
+            return_lse=way != "sdpa",
+            **options,
+        )
 
 
 def differentiate(way, masks, tensors, grad, **options):
@@ -52,7 +61,9 @@ def same(found, expected, tolerance=2e-5, kinds=True):
     finite = expected.isfinite()
     assert torch.equal(found.isfinite(), finite)
     if kinds:
-        assert torch.equal(found.nan_to_num(7, 8, 9)[~finite], expected.nan_to_num(7, 8, 9)[~finite])
+        assert torch.equal(
+            found.nan_to_num(7, 8, 9)[~finite], expected.nan_to_num(7, 8, 9)[~finite]
+        )
     scale = max(float(expected[finite].abs().max()), 1) if finite.any() else 1
     assert ((found - expected)[finite].abs() <= tolerance * scale).all()
 
@@ -68,22 +79,38 @@ def problems(draw, dropout=False, dtype=torch.float32):
     )
     tokens, blocks, images, group = layout.num_tokens, layout.num_blocks, 2, draw(st.integers(1, 2))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
-    base = torch.rand(draw(st.sampled_from([1, images])), group, blocks, blocks, generator=generator) < 0.4
+    base = (
+        torch.rand(draw(st.sampled_from([1, images])), group, blocks, blocks, generator=generator)
+        < 0.4
+    )
     types = [0] * group + [1] * group if draw(st.booleans()) else [1] * group + [0] * group
     masks = bsa.HeadMasks(base, types, layout=layout, allow_empty_rows=True)
     dim, dim_v = draw(st.sampled_from([4, 19])), draw(st.sampled_from([3, 16]))
-    shapes = [(images, 2 * group, tokens, dim), (images, 2, tokens, dim), (images, 2, tokens, dim_v)]
+    shapes = [
+        (images, 2 * group, tokens, dim),
+        (images, 2, tokens, dim),
+        (images, 2, tokens, dim_v),
+    ]
     if draw(st.booleans()):
         shapes += [(images, 2 * group, tokens, side) for side in layout.grid]
-    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
-    grad = torch.randn(images, 2 * group, tokens, dim_v, generator=generator, dtype=torch.float64).to(dtype)
-    options = {"is_causal": draw(st.booleans()), "dropout_p": 0.3 if dropout and draw(st.booleans()) else 0.0}
+    tensors = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes
+    ]
+    grad = torch.randn(
+        images, 2 * group, tokens, dim_v, generator=generator, dtype=torch.float64
+    ).to(dtype)
+    options = {
+        "is_causal": draw(st.booleans()),
+        "dropout_p": 0.3 if dropout and draw(st.booleans()) else 0.0,
+    }
     return masks, tensors, grad, options, generator
 
 
 def plant(x, struck, generator):
     """NaN, inf or -inf where `struck`, which has the first axes of x."""
-    values = torch.tensor(STRANGE, dtype=x.dtype)[torch.randint(3, struck.shape, generator=generator)]
+    values = torch.tensor(STRANGE, dtype=x.dtype)[
+        torch.randint(3, struck.shape, generator=generator)
+    ]
     struck, values = (y.reshape(*y.shape, *[1] * (x.dim() - y.dim())) for y in (struck, values))
     return torch.where(struck, values, x)
 
@@ -104,7 +131,9 @@ def one_by_one(masks, tensors, grad, is_causal, **unused):
     q, k, v, *terms = leaves
     mask, outs, lses = sees(masks, len(q), is_causal), [], []
     across = masks.layout.grid[1]
-    for image, head, query in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
+    for image, head, query in torch.cartesian_prod(
+        *(torch.arange(n) for n in q.shape[:3])
+    ).tolist():
         keys, own = mask[image, head, query].nonzero()[:, 0], head * k.shape[1] // q.shape[1]
         logits = q.shape[-1] ** -0.5 * k[image, own, keys] @ q[image, head, query]
         for term, place in zip(terms, (keys // across, keys % across)):
@@ -116,7 +145,9 @@ def one_by_one(masks, tensors, grad, is_causal, **unused):
         outs.append(logits.softmax(0) @ v[image, own, keys])
         lses.append(logits.logsumexp(0))
     out = torch.stack(outs).view(grad.shape)
-    own = sum((x * 0).nan_to_num().sum() for x in leaves)  # where nothing is seen nothing depends on them
+    own = sum(
+        (x * 0).nan_to_num().sum() for x in leaves
+    )  # where nothing is seen nothing depends on them
     grads = torch.autograd.grad((out * 1).add(own * 0), leaves, grad) if out.requires_grad else None
     return [out.detach(), torch.stack(lses).view(q.shape[:3]).detach(), *grads]
 
@@ -125,7 +156,9 @@ def one_by_one(masks, tensors, grad, is_causal, **unused):
 @given(problems(dtype=torch.float64), st.sampled_from([0.0, 0.02, 0.2]), st.data())
 def test_the_definition_is_each_query_with_what_it_sees(problem, share, data):
     masks, tensors, grad, options, generator = problem
-    tensors = [plant(x, torch.rand(x.shape[:3], generator=generator) < share, generator) for x in tensors]
+    tensors = [
+        plant(x, torch.rand(x.shape[:3], generator=generator) < share, generator) for x in tensors
+    ]
     found = differentiate("reference", masks, tensors, grad, **options)
     for a, b in zip(found, one_by_one(masks, tensors, grad, **options), strict=True):
         same(a.double(), b.double(), 1e-9)
@@ -137,13 +170,17 @@ def test_the_definition_is_each_query_with_what_it_sees(problem, share, data):
 def test_every_way_is_the_definition(way, problem, share):
     """NaN and infinities anywhere: each shows where it is seen, and nowhere else."""
     masks, tensors, grad, options, generator = problem
-    tensors = [plant(x, torch.rand(x.shape[:3], generator=generator) < share, generator) for x in tensors]
+    tensors = [
+        plant(x, torch.rand(x.shape[:3], generator=generator) < share, generator) for x in tensors
+    ]
     expected = differentiate("reference", masks, tensors, grad, **options)
     found = differentiate(way, masks, tensors, grad, **options)
     for name, a, b in zip(NAMES, found, expected):
         if a is not None:
             same(a.detach(), b.detach(), kinds=name == "out")
-    if found[1] is not None:  # +inf and NaN in one row: the compiled loop says +inf, the definition NaN
+    if (
+        found[1] is not None
+    ):  # +inf and NaN in one row: the compiled loop says +inf, the definition NaN
         assert found[1][expected[1].isinf()].isposinf().all()
 
 
@@ -153,9 +190,13 @@ def test_every_way_is_the_definition(way, problem, share):
 def test_what_is_skipped_may_hold_anything(way, problem):
     """Keys and values that no query sees, queries that see nothing, relative terms of rows and columns that are not seen."""
     masks, tensors, grad, options, generator = problem
-    options["dropout_p"] = 0.0 if way == "sdpa" else options["dropout_p"]  # whose dropout is torch's own, or ours
+    options["dropout_p"] = (
+        0.0 if way == "sdpa" else options["dropout_p"]
+    )  # whose dropout is torch's own, or ours
     before = differentiate(way, masks, tensors, grad, **options)
-    after = differentiate(way, masks, plant_unseen(masks, tensors, options["is_causal"], generator), grad, **options)
+    after = differentiate(
+        way, masks, plant_unseen(masks, tensors, options["is_causal"], generator), grad, **options
+    )
     for a, b in zip(before, after):
         if a is not None:
             assert a.isfinite().all() or (a is before[1] and not a.isnan().any())
@@ -198,7 +239,9 @@ def small(dtype=torch.float32, heads=1):
     base = torch.ones(1, heads, 8, 8, dtype=torch.bool)
     base[..., 4:, 0] = base[..., 7] = False
     generator = torch.Generator().manual_seed(3)
-    tensors = [(torch.rand(1, heads, 64, 16, generator=generator) + 0.1).to(dtype) for _ in range(3)]
+    tensors = [
+        (torch.rand(1, heads, 64, 16, generator=generator) + 0.1).to(dtype) for _ in range(3)
+    ]
     return bsa.HeadMasks(base, layout=layout), tensors, generator
 
 
@@ -273,7 +316,10 @@ def test_images_of_different_sizes(way):
         base = torch.eye(-(-tokens // 8), dtype=torch.bool).expand(1, 2, -1, -1).clone()
         base[..., 1] = False
         made.append(
-            (bsa.HeadMasks(base, block_size=8, allow_empty_rows=True), torch.randn(2, tokens, 4, generator=generator))
+            (
+                bsa.HeadMasks(base, block_size=8, allow_empty_rows=True),
+                torch.randn(2, tokens, 4, generator=generator),
+            )
         )
     masks, images = map(list, zip(*made))
 
@@ -305,4 +351,6 @@ def test_vmap_reaches_through_sdpa():
     """Where no value can be asked for, the definition computes."""
     masks, (q, k, v), _ = small()
     call = lambda q: bsa.sparse_attention(q, k, v, masks, backend="sdpa")  # noqa: E731
-    torch.testing.assert_close(torch.vmap(call)(torch.stack([q, 2 * q])), torch.stack([call(q), call(2 * q)]))
+    torch.testing.assert_close(
+        torch.vmap(call)(torch.stack([q, 2 * q])), torch.stack([call(q), call(2 * q)])
+    )

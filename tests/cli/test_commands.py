@@ -82,11 +82,17 @@ class TestDoctor:
         assert result.returncode == 1, result.stderr
         found = {finding["name"]: finding for finding in json.loads(result.stdout)}
         assert found["torchvision"]["state"] == doctor.BROKEN
-        assert "RuntimeError: operator torchvision::nms does not exist" in found["torchvision"]["detail"]
+        assert (
+            "RuntimeError: operator torchvision::nms does not exist"
+            in found["torchvision"]["detail"]
+        )
         assert found["timm"]["state"] == doctor.ABSENT
         assert found["gather"]["state"] == doctor.OK
         table = subprocess.run(
-            [sys.executable, "-c", BREAK.format(arguments=["doctor"])], capture_output=True, text=True, cwd=ROOT
+            [sys.executable, "-c", BREAK.format(arguments=["doctor"])],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
         )
         assert "torchvision does not fit torch" in table.stdout
         assert table.stdout.count("uninstall torchvision") == 1
@@ -105,11 +111,15 @@ class TestDoctor:
                     raise ModuleNotFoundError(f"Could not import module {name!r}.") from error
 
         monkeypatch.setattr(
-            doctor.importlib, "import_module", lambda name: Transformers() if name == "transformers" else real(name)
+            doctor.importlib,
+            "import_module",
+            lambda name: Transformers() if name == "transformers" else real(name),
         )
         found = doctor._library("transformers")
         assert found.state == doctor.BROKEN
-        assert "DINOv3ViTModel: RuntimeError: operator torchvision::nms does not exist" in found.detail
+        assert (
+            "DINOv3ViTModel: RuntimeError: operator torchvision::nms does not exist" in found.detail
+        )
         assert "install the torchvision made for this torch" in doctor.advice(found)
         assert "reinstall it to fit your torch" in doctor.advice(
             doctor.Finding("library", "timm", doctor.BROKEN, "1.0: OSError: x")
@@ -151,7 +161,9 @@ class TestMasks:
         assert data["labels"] == ["window(size=8) is exact: every block lies in one window"]
 
     def test_picture(self, capsys, tmp_path):
-        code, out, _ = run(capsys, f"masks local:8 --grid 32x32 --query 3x4 --png {tmp_path}/new/view.png")
+        code, out, _ = run(
+            capsys, f"masks local:8 --grid 32x32 --query 3x4 --png {tmp_path}/new/view.png"
+        )
         assert code == 0
         assert "picture: " in out
         with Image.open(tmp_path / "new" / "view.png") as picture:
@@ -163,7 +175,10 @@ class TestMasks:
             ("masks nope", "allowed are random, local"),
             ("masks local --grid 3x", "allowed are grids of patches"),
             ("masks local --order spiral", "order='spiral': allowed are 'raster', 'tile'"),
-            ("masks local --grid 8x8 --query 9x1 --png out/x.png", "patch (9, 1) lies outside the grid"),
+            (
+                "masks local --grid 8x8 --query 9x1 --png out/x.png",
+                "patch (9, 1) lies outside the grid",
+            ),
             ("masks local --grid 8x8 --query 9 --png out/x.png", "expected a patch, row x column"),
         ],
     )
@@ -175,14 +190,17 @@ class TestMasks:
 
 class TestDescribe:
     def test_sam_with_a_pattern(self, capsys):
-        code, out, _ = run(capsys, "describe sam:vit_b --random --pattern local:8 --dense-heads 2 --image-size 512")
+        code, out, _ = run(
+            capsys, "describe sam:vit_b --random --pattern local:8 --dense-heads 2 --image-size 512"
+        )
         assert code == 0
         assert "2 x dense, 10 x local_window(radius=8)" in out
         assert "sam at 512 x 512 px: sparsity in the global layers can gain at most" in out
 
     def test_json(self, capsys):
         code, out, _ = run(
-            capsys, "describe timm:vit_tiny_patch16_224 --random --image-size 448 --pattern random_blocks:0.5 --json"
+            capsys,
+            "describe timm:vit_tiny_patch16_224 --random --image-size 448 --pattern random_blocks:0.5 --json",
         )
         data = json.loads(out)
         assert code == 0
@@ -208,7 +226,10 @@ class TestDescribe:
     def test_with_torchvision_broken(self):
         arguments = ["describe", "sam:vit_b", "--random", "--image-size", "256"]
         result = subprocess.run(
-            [sys.executable, "-c", BREAK.format(arguments=arguments)], capture_output=True, text=True, cwd=ROOT
+            [sys.executable, "-c", BREAK.format(arguments=arguments)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
         )
         assert result.returncode == 0, result.stderr
         assert "sam at 256 x 256 px" in result.stdout
@@ -216,20 +237,32 @@ class TestDescribe:
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            ("resnet", "model 'resnet': allowed are timm:NAME, transformers:NAME-OR-FOLDER, sam:vit_b"),
+            (
+                "resnet",
+                "model 'resnet': allowed are timm:NAME, transformers:NAME-OR-FOLDER, sam:vit_b",
+            ),
             ("timm:vit_tinny_patch16 --random", "nearest are vit_tiny_patch16"),
-            ("timm:resnet18 --random", "no attention layer of ResNet is one this version serves; it has none"),
+            (
+                "timm:resnet18 --random",
+                "no attention layer of ResNet is one this version serves; it has none",
+            ),
             ("transformers:no/such/folder", "gave "),
             ("sam:vit_x --random", "allowed are vit_b, vit_l, vit_h"),
             ("sam:vit_b", "with no checkpoint: one of the two is needed"),
             ("sam:vit_b --checkpoint nowhere.pth", "nowhere.pth"),
             ("tests.models:dinov3 --checkpoint a.pth", "it belongs to sam:"),
             ("tests.models:nothing", "gave AttributeError"),
-            ("tests.models:dinov3 --pattern local --plan p.json", "--pattern and --plan: one of the two"),
+            (
+                "tests.models:dinov3 --pattern local --plan p.json",
+                "--pattern and --plan: one of the two",
+            ),
             ("tests.models:dinov3 --pattern nope", "allowed are random, local"),
             ("tests.models:dinov3 --pattern windw:8", "nearest are window"),
             ("tests.models:dinov3 --pattern local:8.5", "radius=8.5: expected a whole number"),
-            ("tests.models:dinov3 --image-size 65", "both sides must be whole numbers of (8, 8) pixel patches"),
+            (
+                "tests.models:dinov3 --image-size 65",
+                "both sides must be whole numbers of (8, 8) pixel patches",
+            ),
         ],
     )
     def test_wrong_input(self, capsys, line, message):
@@ -278,7 +311,9 @@ class TestLoading:
             model = by_name.load(f"transformers:{name}", random=True)
         assert inspect(model).layers
         if name in SIZES:
-            assert sum(x.numel() for x in model.parameters()) == pytest.approx(SIZES[name] * 1e6, rel=3e-4)
+            assert sum(x.numel() for x in model.parameters()) == pytest.approx(
+                SIZES[name] * 1e6, rel=3e-4
+            )
 
     def test_sizes_are_of_names_there_are(self):
         assert set(SIZES) <= set(hub_configs.CONFIGS)
@@ -291,9 +326,7 @@ class TestLoading:
 
         for kind in (transformers.AutoConfig, transformers.AutoModel):
             monkeypatch.setattr(kind, "from_pretrained", refuse)
-        said = (
-            r"its configuration, which is not built in, must be fetched: .*config\.json.*nearest .*facebook/dinov2-base"
-        )
+        said = r"its configuration, which is not built in, must be fetched: .*config\.json.*nearest .*facebook/dinov2-base"
         with pytest.raises(ValueError, match=said):
             by_name.load("transformers:facebook/dinov2-bas", random=True)
         with pytest.raises(ValueError, match="no network here; its weights must be fetched"):
@@ -303,7 +336,10 @@ class TestLoading:
         """With its weights, and from its configuration alone."""
         folder = save(tmp_path)
         expected = models.make("dinov3")
-        loaded, fresh = by_name.load(f"transformers:{folder}"), by_name.load(f"transformers:{folder}", random=True)
+        loaded, fresh = (
+            by_name.load(f"transformers:{folder}"),
+            by_name.load(f"transformers:{folder}", random=True),
+        )
         with torch.no_grad():
             out = models.features(expected, models.image())
             assert torch.equal(models.features(loaded, models.image()), out)
@@ -315,7 +351,10 @@ class TestLoading:
 
         torch.manual_seed(0)
         encoder = create_encoder(**SAM["vit_b"], image_size=128)
-        torch.save({f"image_encoder.{key}": value for key, value in encoder.state_dict().items()}, tmp_path / "sam.pth")
+        torch.save(
+            {f"image_encoder.{key}": value for key, value in encoder.state_dict().items()},
+            tmp_path / "sam.pth",
+        )
         loaded = by_name.load("sam:vit_b", checkpoint=tmp_path / "sam.pth", image_size=128)
         assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), encoder.parameters()))
 

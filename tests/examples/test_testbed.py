@@ -156,12 +156,18 @@ class TestRope:
                     axis, index = divmod(channel, head_dim // 4)
                     period = 0.5 * 16 ** (index / (head_dim // 4))
                     turn = complex(
-                        math.cos(2 * math.pi * place[axis] / period), math.sin(2 * math.pi * place[axis] / period)
+                        math.cos(2 * math.pi * place[axis] / period),
+                        math.sin(2 * math.pi * place[axis] / period),
                     )
-                    a, b = x[0, 1, token, channel].item(), x[0, 1, token, channel + head_dim // 2].item()
+                    a, b = (
+                        x[0, 1, token, channel].item(),
+                        x[0, 1, token, channel + head_dim // 2].item(),
+                    )
                     wanted = complex(a, b) * turn
                     assert out[0, 1, token, channel].item() == pytest.approx(wanted.real, abs=1e-5)
-                    assert out[0, 1, token, channel + head_dim // 2].item() == pytest.approx(wanted.imag, abs=1e-5)
+                    assert out[0, 1, token, channel + head_dim // 2].item() == pytest.approx(
+                        wanted.imag, abs=1e-5
+                    )
 
     def test_true_is_dinov3s(self):
         from transformers import DINOv3ViTConfig
@@ -173,7 +179,9 @@ class TestRope:
         config = DINOv3ViTConfig(hidden_size=64, num_attention_heads=2, patch_size=8)
         angles = DINOv3ViTRopePositionEmbedding(config).eval()(torch.zeros(1, 3, 48, 64))
         q = torch.randn(1, 2, 3 + 48, 32)
-        encoder = create_encoder(1, 64, 2, rel_pos=False, rope=True, image_size=64, patch_size=8, num_special=3)
+        encoder = create_encoder(
+            1, 64, 2, rel_pos=False, rope=True, image_size=64, patch_size=8, num_special=3
+        )
         ours = rotate(q, encoder._rotation((6, 8), q.device))
         assert torch.allclose(ours, apply_rotary_pos_emb(q, q, *angles)[0], atol=1e-5)
 
@@ -187,12 +195,16 @@ class TestRope:
                 if parameter.dim() > 1:
                     parameter.normal_(0, 0.5)
         pixels = torch.randn(1, 3, 32, 64)
-        turned = pixels.unflatten(3, (8, 8)).flip(3).flatten(3)  # the same patches, columns in reverse
+        turned = (
+            pixels.unflatten(3, (8, 8)).flip(3).flatten(3)
+        )  # the same patches, columns in reverse
         out, other = encoder(pixels), encoder(turned).unflatten(1, (4, 8)).flip(2).flatten(1, 2)
         assert relative(other, out) > 1e-3
         encoder.gradient_checkpointing = True
         assert torch.equal(encoder(pixels), out)
-        assert len(list(encoder.load_checkpoint(encoder.state_dict()).state_dict())) == len(encoder.state_dict())
+        assert len(list(encoder.load_checkpoint(encoder.state_dict()).state_dict())) == len(
+            encoder.state_dict()
+        )
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -210,7 +222,15 @@ class TestRope:
 
     def test_special_tokens_of_the_caller(self):
         encoder = create_encoder(
-            1, 32, 2, rel_pos=False, rope=True, image_size=64, patch_size=8, num_special=2, out_channels=None
+            1,
+            32,
+            2,
+            rel_pos=False,
+            rope=True,
+            image_size=64,
+            patch_size=8,
+            num_special=2,
+            out_channels=None,
         )
         pixels, special = torch.randn(3, 3, 64, 64), torch.randn(3, 2, 32)
         with torch.no_grad():
@@ -219,19 +239,31 @@ class TestRope:
             assert relative(encoder(pixels, special=special)[:, :2], plain[:, :2]) > 0.1
             encoder.special_tokens.zero_()
             assert torch.allclose(
-                encoder(pixels[1:2], special=special[1:2]), encoder(pixels, special=special)[1:2], atol=1e-5
+                encoder(pixels[1:2], special=special[1:2]),
+                encoder(pixels, special=special)[1:2],
+                atol=1e-5,
             )
         for wrong in (special[:, :1], special[:2]):
-            with pytest.raises(ValueError, match=r"expected \(3, 2, 32\), \(images, num_special, dim\)"):
+            with pytest.raises(
+                ValueError, match=r"expected \(3, 2, 32\), \(images, num_special, dim\)"
+            ):
                 encoder(pixels, special=wrong)
 
 
 class TestModel:
     def test_what_a_plan_sees(self):
         spec = bsa.inspect(untrained())
-        assert (spec.family, spec.grid, spec.patch_size, spec.start, spec.end) == ("vit", (32, 32), (8, 8), 1, 0)
+        assert (spec.family, spec.grid, spec.patch_size, spec.start, spec.end) == (
+            "vit",
+            (32, 32),
+            (8, 8),
+            1,
+            0,
+        )
         assert len(spec.layers) >= 4
-        assert all(layer.heads >= 4 and layer.head_dim >= 32 and not layer.window for layer in spec.layers)
+        assert all(
+            layer.heads >= 4 and layer.head_dim >= 32 and not layer.window for layer in spec.layers
+        )
 
     @pytest.mark.parametrize("size", [(64, 64), (48, 80)])
     def test_any_resolution(self, size):
@@ -263,10 +295,15 @@ class TestModel:
 
     def test_compiled(self):
         model, batch = small(), small_batch()
-        bsa.sparsify_(model, bsa.uniform_plan(model, "local_window", radius=1, tile=(2, 4), block_size=8))
+        bsa.sparsify_(
+            model, bsa.uniform_plan(model, "local_window", radius=1, tile=(2, 4), block_size=8)
+        )
         with torch.no_grad():
             expected = model(*batch)
-            assert relative(torch.compile(model, backend="eager", fullgraph=True)(*batch), expected) < 1e-5
+            assert (
+                relative(torch.compile(model, backend="eager", fullgraph=True)(*batch), expected)
+                < 1e-5
+            )
 
     def test_checkpoint_round_trip(self, tmp_path):
         model, batch = small(), small_batch()
@@ -319,7 +356,10 @@ class TestTraining:
             second.step()
         for a, b in zip(straight.average.parameters(), second.average.parameters()):
             assert torch.allclose(a, b, atol=1e-6)
-        assert any(not torch.equal(a, b) for a, b in zip(straight.model.parameters(), first.model.parameters()))
+        assert any(
+            not torch.equal(a, b)
+            for a, b in zip(straight.model.parameters(), first.model.parameters())
+        )
 
     def test_a_run_writes_what_made_it_and_goes_on(self, tmp_path, monkeypatch):
         monkeypatch.setattr(train, "LOG_EVERY", 8)
@@ -351,8 +391,14 @@ class TestTraining:
             seen = batch.instance[image, 20, 36]  # the middle of patch (2, 4)
             wanted = (0, 0)
             if seen >= 0:
-                names = HARD.shapes[batch.layout.shape[image, seen]], HARD.textures[batch.layout.texture[image, seen]]
-                wanted = list(scenes.SHAPES).index(names[0]) + 1, list(scenes.TEXTURES).index(names[1]) + 1
+                names = (
+                    HARD.shapes[batch.layout.shape[image, seen]],
+                    HARD.textures[batch.layout.texture[image, seen]],
+                )
+                wanted = (
+                    list(scenes.SHAPES).index(names[0]) + 1,
+                    list(scenes.TEXTURES).index(names[1]) + 1,
+                )
             assert (shape[image, 2, 4], texture[image, 2, 4]) == wanted
 
 
@@ -406,7 +452,9 @@ class TestEvaluation:
         interval = evaluate.bootstrap(values)
         assert interval.low < interval.mean < interval.high
         assert interval.mean == pytest.approx(values.mean().item(), abs=1e-5)
-        assert interval.high - interval.low == pytest.approx(2 * 1.96 * values.std().item() / 300**0.5, rel=0.15)
+        assert interval.high - interval.low == pytest.approx(
+            2 * 1.96 * values.std().item() / 300**0.5, rel=0.15
+        )
         assert evaluate.bootstrap(torch.ones(5)) == evaluate.Interval(1.0, 1.0, 1.0)
 
     def test_iou(self):
@@ -425,8 +473,15 @@ class TestEvaluation:
     def test_a_dense_plan_costs_nothing_and_a_random_one_keeps_what_it_says(self):
         model = small()
         random = bsa.uniform_plan(model, "random_blocks", sparsity=0.5, tile=(2, 4), block_size=8)
-        dense, same, other = evaluate.evaluate(model, {"same": bsa.dense_plan(model), "random": random}, range(6))
-        assert (same.cost.mean, same.agreement.mean, same.kept_mass.mean, same.sparsity) == (0, 1, 1, 0)
+        dense, same, other = evaluate.evaluate(
+            model, {"same": bsa.dense_plan(model), "random": random}, range(6)
+        )
+        assert (same.cost.mean, same.agreement.mean, same.kept_mass.mean, same.sparsity) == (
+            0,
+            1,
+            1,
+            0,
+        )
         assert same.feature_error.mean < 1e-5
         assert other.feature_error.mean > 1e-2
         assert 0.3 < other.sparsity < 0.5  # special blocks are kept
@@ -436,7 +491,11 @@ class TestEvaluation:
 
     def test_patterns_by_name(self):
         spec = bsa.inspect(untrained())
-        for text, order in (("nearest:0.5@raster", "raster"), ("nearest:0.5", "tile"), ("random_blocks:0.5", "tile")):
+        for text, order in (
+            ("nearest:0.5@raster", "raster"),
+            ("nearest:0.5", "tile"),
+            ("random_blocks:0.5", "tile"),
+        ):
             plan = evaluate.pattern_plan(text, spec)
             layout, kept = plan.layout(spec), evaluate.kept_blocks(plan, spec)
             assert (layout.order, layout.num_blocks) == (order, 33)
@@ -460,7 +519,9 @@ class TestEvaluation:
     def test_the_command(self, tmp_path):
         """As a user types it, with a plan file and a pattern, to a table and to JSON."""
         save(small(), tmp_path / "m.safetensors", {})
-        bsa.uniform_plan(small(), "local_window", radius=1, tile=(2, 4), block_size=8).save(tmp_path / "p.json")
+        bsa.uniform_plan(small(), "local_window", radius=1, tile=(2, 4), block_size=8).save(
+            tmp_path / "p.json"
+        )
         out = tmp_path / "out.json"
         command = [
             sys.executable,
@@ -476,7 +537,11 @@ class TestEvaluation:
         what = json.loads(out.read_text())
         assert [row["name"] for row in what["rows"]] == ["dense", "p.json", "random:0.5"]
         assert what["shifted"] is True
-        assert what["rows"][1]["iou"]["low"] <= what["rows"][1]["iou"]["mean"] <= what["rows"][1]["iou"]["high"]
+        assert (
+            what["rows"][1]["iou"]["low"]
+            <= what["rows"][1]["iou"]["mean"]
+            <= what["rows"][1]["iou"]["high"]
+        )
 
     def test_the_command_refuses(self):
         command = [sys.executable, "examples/testbed/evaluate.py", "--pattern", "sideways"]
@@ -490,7 +555,8 @@ class TestShipped:
         model = load()
         size = model.size
         trained, fresh = (
-            evaluate.evaluate(one, {}, scenes.held_out(20, seed=7))[0].iou.mean for one in (model, untrained(size))
+            evaluate.evaluate(one, {}, scenes.held_out(20, seed=7))[0].iou.mean
+            for one in (model, untrained(size))
         )
         assert trained > 0.6
         assert fresh < 0.2
@@ -503,11 +569,15 @@ class TestShipped:
     def test_heads(self):
         found = heads.measure(load(), scenes.held_out(1), grid=16)
         assert len(found) == load().size.depth * load().size.heads
-        assert all(0 < head.keys <= 1 and 0 < head.blocks <= 1 and 0 <= head.near <= 1 for head in found)
+        assert all(
+            0 < head.keys <= 1 and 0 < head.blocks <= 1 and 0 <= head.near <= 1 for head in found
+        )
 
     def test_other_grids(self):
         """Smaller images still work: positions are in normalised coordinates."""
-        found = evaluate.evaluate(load(), {}, scenes.held_out(10), replace(HARD, clutter=0.2), grid=24)[0]
+        found = evaluate.evaluate(
+            load(), {}, scenes.held_out(10), replace(HARD, clutter=0.2), grid=24
+        )[0]
         assert found.iou.mean > 0.4
 
 
@@ -515,7 +585,9 @@ class TestTuned:
     def test_simpler_plans_skip_as_much_and_no_more(self):
         model = load()
         images = tuned.calibration_scenes(model, 0, 3)
-        plan = bsa.tune(model, images, sparsity=0.6, target=tuned.encode, order="raster", **tuned.LAYOUT)
+        plan = bsa.tune(
+            model, images, sparsity=0.6, target=tuned.encode, order="raster", **tuned.LAYOUT
+        )
         spec, most = bsa.inspect(model), plan.report["sparsity"]
         for name, one in tuned.simpler_plans(model, plan, 0):
             kept = evaluate.kept_blocks(one, spec)[0]
@@ -534,7 +606,9 @@ class TestTuned:
 
     def test_the_commands(self, capsys, monkeypatch):
         monkeypatch.setattr(tuned, "CALIBRATION", 9)
-        monkeypatch.setattr(sys, "argv", ["tuned.py", "--seeds", "1", "--scenes", "4", "--sparsity", "0.6"])
+        monkeypatch.setattr(
+            sys, "argv", ["tuned.py", "--seeds", "1", "--scenes", "4", "--sparsity", "0.6"]
+        )
         tuned.main()
         out = capsys.readouterr().out
         for name in (
@@ -547,6 +621,8 @@ class TestTuned:
             "image to prompt",
         ):
             assert name in out
-        monkeypatch.setattr(sys, "argv", ["tuned.py", "--max-error", "0.2", "--runs", "2", "--scenes", "4"])
+        monkeypatch.setattr(
+            sys, "argv", ["tuned.py", "--max-error", "0.2", "--runs", "2", "--scenes", "4"]
+        )
         tuned.main()
         assert "in 2 of 2 runs" in capsys.readouterr().out

@@ -14,12 +14,16 @@ from torch import Tensor, nn
 class Attention(image_encoder.Attention):
     def forward(self, x: Tensor) -> Tensor:
         (batch, height, width, _), grid = x.shape, tuple(x.shape[1:3])
-        q, k, v = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(x).reshape(batch, height * width, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        )
         bias = None
         if self.use_rel_pos:
             nothing = q.new_zeros(batch * self.num_heads, height * width, height * width)
             tables = (self.rel_pos_h, self.rel_pos_w)
-            bias = image_encoder.add_decomposed_rel_pos(nothing, q.flatten(0, 1), *tables, grid, grid)
+            bias = image_encoder.add_decomposed_rel_pos(
+                nothing, q.flatten(0, 1), *tables, grid, grid
+            )
             bias = bias.unflatten(0, (batch, self.num_heads))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(out.transpose(1, 2).reshape(batch, height, width, -1))
@@ -38,7 +42,9 @@ class ImageEncoderViT(image_encoder.ImageEncoderViT):
         x = self.patch_embed(x)
         positions, side = self.pos_embed, x.shape[1]
         if positions.shape[1] != side:
-            positions = F.interpolate(positions.permute(0, 3, 1, 2), (side, side), mode="bicubic", antialias=True)
+            positions = F.interpolate(
+                positions.permute(0, 3, 1, 2), (side, side), mode="bicubic", antialias=True
+            )
             positions = positions.permute(0, 2, 3, 1)
         x = x + positions
         for block in self.blocks:

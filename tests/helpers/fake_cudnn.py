@@ -31,13 +31,24 @@ def block_sparse_attention_forward(
     kv_splits: int = 1,
     use_clc: bool | None = None,
 ) -> dict[str, Tensor]:
-    _check(q_tensor, k_tensor, v_tensor, q2k_block_index, q2k_block_nums, block_sizes, sparse_block_size, layout)
+    _check(
+        q_tensor,
+        k_tensor,
+        v_tensor,
+        q2k_block_index,
+        q2k_block_nums,
+        block_sizes,
+        sparse_block_size,
+        layout,
+    )
     if pack_gqa is not False and q_tensor.shape[1] > k_tensor.shape[1]:
         raise ValueError("as on 10.x: packed, lists are per key head")
     if not allow_empty_block_nums:
         assert (q2k_block_nums > 0).all(), "garbage on 10.x"
     assert not any(x.requires_grad for x in (q_tensor, k_tensor, v_tensor))
-    out, lse = _attend(q_tensor, k_tensor, v_tensor, q2k_block_index, q2k_block_nums, block_sizes, softmax_scale)
+    out, lse = _attend(
+        q_tensor, k_tensor, v_tensor, q2k_block_index, q2k_block_nums, block_sizes, softmax_scale
+    )
     return TupleDict(o_tensor=out.to(q_tensor.dtype).contiguous(), lse_tensor=lse.float())
 
 
@@ -71,7 +82,9 @@ def block_sparse_attention_backward(
         leaves = [x.detach().double().requires_grad_() for x in tensors]
         out, _ = _attend(*leaves, q2k_block_index, q2k_block_nums, block_sizes, softmax_scale)
         grads = torch.autograd.grad(out, leaves, do_tensor.double())
-    return TupleDict(zip(("dq_tensor", "dk_tensor", "dv_tensor"), (x.to(q_tensor.dtype) for x in grads)))
+    return TupleDict(
+        zip(("dq_tensor", "dk_tensor", "dv_tensor"), (x.to(q_tensor.dtype) for x in grads))
+    )
 
 
 class TupleDict(dict):
@@ -82,7 +95,11 @@ class TupleDict(dict):
 def _check(q, k, v, index, nums, sizes, block, layout):
     if layout != "bhsd" or block != 128:  # 64 is the default on 9.0
         raise NotImplementedError("the stand-in knows bhsd and blocks of 128")
-    if not q.dim() == k.dim() == v.dim() == 4 or q.shape[1] % k.shape[1] or q.shape[-1] != k.shape[-1]:
+    if (
+        not q.dim() == k.dim() == v.dim() == 4
+        or q.shape[1] % k.shape[1]
+        or q.shape[-1] != k.shape[-1]
+    ):
         raise ValueError("shapes")
     if q.dtype not in (torch.float16, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
         raise ValueError("dtypes")
@@ -92,7 +109,11 @@ def _check(q, k, v, index, nums, sizes, block, layout):
         if x.stride(-1) != 1 or x.data_ptr() % 16 or any(step % 8 for step in x.stride()[:-1]):
             raise NotImplementedError("rows must be 16-byte aligned")
     rows, columns = (-(-x.shape[2] // 128) for x in (q, k))
-    for x, shape in ((index, (*q.shape[:2], rows, index.shape[-1])), (nums, (*q.shape[:2], rows)), (sizes, (columns,))):
+    for x, shape in (
+        (index, (*q.shape[:2], rows, index.shape[-1])),
+        (nums, (*q.shape[:2], rows)),
+        (sizes, (columns,)),
+    ):
         if x.dtype != torch.int32 or x.shape != shape:
             raise ValueError(f"metadata of {x.dtype} {tuple(x.shape)}")
 
@@ -104,8 +125,12 @@ def _attend(q, k, v, index, nums, sizes, scale):
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     listed = torch.arange(index.shape[-1]) < nums[..., None]
     index = torch.where(listed, index, -1).long()
-    kept = torch.nn.functional.one_hot(index + 1, len(sizes) + 1)[..., 1:].sum(-2).bool()  # (B, H, R, C)
-    seen = kept.repeat_interleave(128, 2)[:, :, : q.shape[2]].repeat_interleave(128, 3)[..., : k.shape[2]]
+    kept = (
+        torch.nn.functional.one_hot(index + 1, len(sizes) + 1)[..., 1:].sum(-2).bool()
+    )  # (B, H, R, C)
+    seen = kept.repeat_interleave(128, 2)[:, :, : q.shape[2]].repeat_interleave(128, 3)[
+        ..., : k.shape[2]
+    ]
     position = torch.arange(k.shape[2])
     seen = seen & (position % 128 < sizes[position // 128])
     logits = (scale * q @ k.mT).masked_fill(~seen, -torch.inf)

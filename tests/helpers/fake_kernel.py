@@ -63,7 +63,9 @@ def block_sparse_attn_func(
     else:
         scale = dim**-0.5 if softmax_scale is None else softmax_scale
         if max(numbered) == 1:
-            numbered = [2 * (kind == 1) or kind for kind in numbered]  # tell the oracle these are explicit
+            numbered = [
+                2 * (kind == 1) or kind for kind in numbered
+            ]  # tell the oracle these are explicit
             base_blockmask = torch.cat([base_blockmask[:, :1]] * 2, 1)
         out, lse = attend(
             q,
@@ -150,11 +152,15 @@ def backward_operator(
     assert dout.shape == out.shape == q.shape
     assert rng_state is not None
     ends = (cu_seqlens_q, cu_seqlens_k)
-    base = decode(col_blockmask, head_mask_type, streaming_info, ends[::-1], (max_seqlen_k_, max_seqlen_q_))
+    base = decode(
+        col_blockmask, head_mask_type, streaming_info, ends[::-1], (max_seqlen_k_, max_seqlen_q_)
+    )
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     with torch.enable_grad():
         again, _ = _attend(*leaves, ends, head_mask_type, streaming_info, None if base is None else base.mT, max_seqlen_q_, softmax_scale, is_causal, False)  # fmt: skip
-        again = again + 0 * sum(x.sum() for x in leaves)  # where nothing is seen nothing depends on them
+        again = again + 0 * sum(
+            x.sum() for x in leaves
+        )  # where nothing is seen nothing depends on them
     for to, grad in zip((dq, dk, dv), torch.autograd.grad(again, leaves, dout.double())):
         to.copy_(grad)
 
@@ -178,7 +184,11 @@ def decode(
         return None
     assert lists.dtype == torch.int32
     assert lists.is_contiguous()
-    assert lists.shape == (len(ends[0]) - 1, len(slices), *(math.ceil(limit / 128) for limit in limits))
+    assert lists.shape == (
+        len(ends[0]) - 1,
+        len(slices),
+        *(math.ceil(limit / 128) for limit in limits),
+    )
     assert ((lists.diff(dim=-1) < 0) | (lists[..., 1:] == -1)).all()
     # Of each list, as many entries are read as the image itself has blocks.
     own = -(-ends[1].diff() // 128)
@@ -190,14 +200,20 @@ def decode(
 def _attend(q, k, v, ends, head_mask_type, streaming_info, base, longest, scale, causal, exact):
     numbered = head_mask_type.tolist()
     if max(numbered) == 1:  # tell the oracle that it is explicit
-        numbered, base = [2 * (kind == 1) or kind for kind in numbered], torch.cat([base[:, :1]] * 2, 1)
+        numbered, base = (
+            [2 * (kind == 1) or kind for kind in numbered],
+            torch.cat([base[:, :1]] * 2, 1),
+        )
     bounds = [x.tolist() for x in ends]
     return attend(q, k, v, *bounds, numbered, streaming_info.tolist(), base, causal=causal, exact=exact, scale=scale, longest=longest)  # fmt: skip
 
 
 def make_modules() -> dict[str, types.ModuleType]:
     """By import name."""
-    package, interface = (types.ModuleType(f"block_sparse_attn{rest}") for rest in ("", ".block_sparse_attn_interface"))
+    package, interface = (
+        types.ModuleType(f"block_sparse_attn{rest}")
+        for rest in ("", ".block_sparse_attn_interface")
+    )
     for module in (package, interface):
         module.__file__ = __file__
         module.block_sparse_attn_func = block_sparse_attn_func

@@ -7,13 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-SMALL = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, patch_size=8, image_size=64)
+SMALL = dict(
+    hidden_size=48, num_hidden_layers=3, num_attention_heads=4, patch_size=8, image_size=64
+)
 
 
 def vit(**changes) -> nn.Module:
     from transformers import ViTConfig, ViTModel
 
-    return ViTModel(ViTConfig(**{**SMALL, "intermediate_size": 96, **changes}), add_pooling_layer=False)
+    return ViTModel(
+        ViTConfig(**{**SMALL, "intermediate_size": 96, **changes}), add_pooling_layer=False
+    )
 
 
 def dinov2(**changes) -> nn.Module:
@@ -25,13 +29,17 @@ def dinov2(**changes) -> nn.Module:
 def dinov2_with_registers(**changes) -> nn.Module:
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-    return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**{**SMALL, "mlp_ratio": 2, **changes}))
+    return Dinov2WithRegistersModel(
+        Dinov2WithRegistersConfig(**{**SMALL, "mlp_ratio": 2, **changes})
+    )
 
 
 def dinov3(**changes) -> nn.Module:
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-    return DINOv3ViTModel(DINOv3ViTConfig(**{**SMALL, "intermediate_size": 96, "num_register_tokens": 4, **changes}))
+    return DINOv3ViTModel(
+        DINOv3ViTConfig(**{**SMALL, "intermediate_size": 96, "num_register_tokens": 4, **changes})
+    )
 
 
 def clip(**changes) -> nn.Module:
@@ -50,7 +58,9 @@ def siglip2(**changes) -> nn.Module:
     from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
     sizes = {key: value for key, value in SMALL.items() if key != "image_size"}
-    return Siglip2VisionModel(Siglip2VisionConfig(**{**sizes, "intermediate_size": 96, "num_patches": 64, **changes}))
+    return Siglip2VisionModel(
+        Siglip2VisionConfig(**{**sizes, "intermediate_size": 96, "num_patches": 64, **changes})
+    )
 
 
 def sam3(**changes) -> nn.Module:
@@ -76,7 +86,15 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "siglip": siglip,
     "siglip2": siglip2,
 }
-START = {"vit": 1, "dinov2": 1, "dinov2_with_registers": 5, "dinov3": 5, "clip": 1, "siglip": 0, "siglip2": 0}
+START = {
+    "vit": 1,
+    "dinov2": 1,
+    "dinov2_with_registers": 5,
+    "dinov3": 5,
+    "clip": 1,
+    "siglip": 0,
+    "siglip2": 0,
+}
 
 
 def make(name: str, seed: int = 0, **changes) -> nn.Module:
@@ -98,13 +116,18 @@ def image(height: int = 64, width: int = 64, batch: int = 1, seed: int = 1) -> t
 
 def features(model: nn.Module, pixels: torch.Tensor, **options) -> torch.Tensor:
     kind = type(getattr(model, "_orig_mod", model)).__name__  # compiled or not
-    if kind in ("ViTModel", "CLIPVisionModel", "SiglipVisionModel") and pixels.shape[-2:] != (64, 64):
+    if kind in ("ViTModel", "CLIPVisionModel", "SiglipVisionModel") and pixels.shape[-2:] != (
+        64,
+        64,
+    ):
         options["interpolate_pos_encoding"] = True
     if kind == "Siglip2VisionModel":
         batch, _, height, width = pixels.shape
         options = {"pixel_attention_mask": None, **options}
         options["spatial_shapes"] = torch.tensor([[height // 8, width // 8]] * batch)
-        pixels = nn.functional.unfold(pixels, 8, stride=8).transpose(1, 2)  # (B, patches, channels * 8 * 8)
+        pixels = nn.functional.unfold(pixels, 8, stride=8).transpose(
+            1, 2
+        )  # (B, patches, channels * 8 * 8)
     out = model(pixels, **options)
     return out if isinstance(out, torch.Tensor) else out.last_hidden_state
 

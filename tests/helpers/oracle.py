@@ -83,12 +83,20 @@ def attend(
     for image in range(images):
         n_q, n_k = bounds_q[image + 1] - bounds_q[image], bounds_k[image + 1] - bounds_k[image]
         for head, kind in enumerate(number_slices(head_mask_type)):
-            pair = (0, 0) if streaming_info is None else tuple(streaming_info[2 * head : 2 * head + 2])
-            blocks = base_blockmask[min(image, len(base_blockmask) - 1), kind - 1] if kind > 0 else None
+            pair = (
+                (0, 0) if streaming_info is None else tuple(streaming_info[2 * head : 2 * head + 2])
+            )
+            blocks = (
+                base_blockmask[min(image, len(base_blockmask) - 1), kind - 1] if kind > 0 else None
+            )
             keys = k[bounds_k[image] : bounds_k[image + 1], head // group]
             values = v[bounds_k[image] : bounds_k[image + 1], head // group]
             for i in range(n_q):
-                seen = [j for j in range(n_k) if sees(kind, pair, blocks, i, j, n_q, n_k, causal, exact, size)]
+                seen = [
+                    j
+                    for j in range(n_k)
+                    if sees(kind, pair, blocks, i, j, n_q, n_k, causal, exact, size)
+                ]
                 if not seen:
                     continue
                 logits = scale * keys[seen] @ q[bounds_q[image] + i, head]

@@ -51,7 +51,9 @@ class Blocks:
     @classmethod
     def of(cls, layout: TokenLayout) -> Blocks:
         tokens = model_order(layout.grid, layout.start, layout.end)
-        return cls([tokens[index] for index in packed_order(layout)], layout.grid, layout.block_size)
+        return cls(
+            [tokens[index] for index in packed_order(layout)], layout.grid, layout.block_size
+        )
 
     @cached_property
     def count(self) -> int:
@@ -59,7 +61,10 @@ class Blocks:
 
     @cached_property
     def contents(self) -> list[list[Position]]:
-        return [list(self.positions[i : i + self.block_size]) for i in range(0, len(self.positions), self.block_size)]
+        return [
+            list(self.positions[i : i + self.block_size])
+            for i in range(0, len(self.positions), self.block_size)
+        ]
 
     @cached_property
     def special_tokens(self) -> np.ndarray:
@@ -95,7 +100,9 @@ class Blocks:
 
     def any_rule(self, qualifies: np.ndarray) -> np.ndarray:
         """Blocks with at least one pair of tokens that qualifies; special tokens see all and are seen by all."""
-        return self.reduce(qualifies | self.special_tokens[:, None] | self.special_tokens, np.logical_or)
+        return self.reduce(
+            qualifies | self.special_tokens[:, None] | self.special_tokens, np.logical_or
+        )
 
     def within(self, radius: int, metric: str = "l1") -> np.ndarray:
         return self.any_rule(self.token_distance(metric) <= radius)
@@ -113,9 +120,13 @@ class Blocks:
 
     @cached_property
     def centroids(self) -> list[tuple[Fraction, ...] | None]:
-        patches = [[position for position in block if position is not None] for block in self.contents]
+        patches = [
+            [position for position in block if position is not None] for block in self.contents
+        ]
         return [
-            tuple(Fraction(sum(axis), len(block)) for axis in zip(*block, strict=True)) if block else None
+            tuple(Fraction(sum(axis), len(block)) for axis in zip(*block, strict=True))
+            if block
+            else None
             for block in patches
         ]
 
@@ -125,12 +136,17 @@ class Blocks:
             return float("inf")
         return (first[0] - second[0]) ** 2 + (first[1] - second[1]) ** 2
 
-    def nearest(self, k: int, among: Sequence[int] | None = None, metric: str = "chebyshev") -> np.ndarray:
+    def nearest(
+        self, k: int, among: Sequence[int] | None = None, metric: str = "chebyshev"
+    ) -> np.ndarray:
         """Each of `among` keeps the k nearest of `among`: by distance, then centroids, then the lower index."""
         among = range(self.count) if among is None else among
         distance, mask = self.distance(metric), np.zeros((self.count, self.count), dtype=bool)
         for row in among:
-            ranked = sorted((distance[row, column], self.centroid_distance(row, column), column) for column in among)
+            ranked = sorted(
+                (distance[row, column], self.centroid_distance(row, column), column)
+                for column in among
+            )
             mask[row, [column for *_, column in ranked[:k]]] = True
         return mask
 

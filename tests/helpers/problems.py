@@ -47,7 +47,9 @@ class Varlen:
 
 
 @st.composite
-def varlens(draw, max_tokens: int = 300, dtype: torch.dtype = torch.float64, exact: bool | None = None) -> Varlen:
+def varlens(
+    draw, max_tokens: int = 300, dtype: torch.dtype = torch.float64, exact: bool | None = None
+) -> Varlen:
     """Packed problems in blocks of 128, logits of standard deviation about 1."""
     lengths_q = draw(st.lists(st.integers(1, max_tokens), min_size=1, max_size=2))
     other_keys = draw(st.booleans())
@@ -59,7 +61,10 @@ def varlens(draw, max_tokens: int = 300, dtype: torch.dtype = torch.float64, exa
     exact = (causal and draw(st.booleans())) if exact is None else exact
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     q = torch.randn(sum(lengths_q), heads, dim, generator=generator, dtype=dtype)
-    k, v = (torch.randn(sum(lengths_k), key_heads, dim, generator=generator, dtype=dtype) for _ in range(2))
+    k, v = (
+        torch.randn(sum(lengths_k), key_heads, dim, generator=generator, dtype=dtype)
+        for _ in range(2)
+    )
     types = [draw(st.sampled_from([-1, 0, 1])) for _ in range(heads)]
     slices = types.count(1)
     if draw(st.booleans()):  # the explicit convention, heads sharing slices
@@ -76,7 +81,9 @@ def varlens(draw, max_tokens: int = 300, dtype: torch.dtype = torch.float64, exa
     streaming = None
     if -1 in types or draw(st.booleans()):
         limit = 200 if exact else 2
-        streaming = torch.tensor([draw(st.integers(0, limit)) for _ in range(2 * heads)], dtype=torch.int32)
+        streaming = torch.tensor(
+            [draw(st.integers(0, limit)) for _ in range(2 * heads)], dtype=torch.int32
+        )
     return Varlen(
         q,
         k,

@@ -20,16 +20,22 @@ def hiera(**changes: Any) -> nn.Module:
     from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
     from sam2.modeling.position_encoding import PositionEmbeddingSine
 
-    options = dict(embed_dim=WIDTH, num_heads=1, stages=STAGES, window_spec=WINDOWS, global_att_blocks=GLOBAL)
+    options = dict(
+        embed_dim=WIDTH, num_heads=1, stages=STAGES, window_spec=WINDOWS, global_att_blocks=GLOBAL
+    )
     trunk = Hiera(**options, **changes)
-    neck = FpnNeck(PositionEmbeddingSine(NECK), NECK, trunk.channel_list, fpn_top_down_levels=[2, 3])
+    neck = FpnNeck(
+        PositionEmbeddingSine(NECK), NECK, trunk.channel_list, fpn_top_down_levels=[2, 3]
+    )
     return ImageEncoder(trunk, neck)
 
 
 def timm(fused: bool = True, **changes: Any) -> nn.Module:
     from timm.models.hieradet_sam2 import HieraDet
 
-    options = dict(embed_dim=WIDTH, num_heads=1, stages=STAGES, window_spec=WINDOWS, global_att_blocks=GLOBAL)
+    options = dict(
+        embed_dim=WIDTH, num_heads=1, stages=STAGES, window_spec=WINDOWS, global_att_blocks=GLOBAL
+    )
     model = HieraDet(**options, num_classes=0, **changes)
     for block in model.blocks:
         block.attn.fused_attn = fused
@@ -52,7 +58,10 @@ def transformers(attention: str = "sdpa") -> nn.Module:
         window_positional_embedding_background_size=[14, 14],
     )
     config = Sam2VisionConfig(
-        backbone_config=backbone, backbone_channel_list=widths[::-1], fpn_hidden_size=NECK, fpn_top_down_levels=[2, 3]
+        backbone_config=backbone,
+        backbone_channel_list=widths[::-1],
+        fpn_hidden_size=NECK,
+        fpn_top_down_levels=[2, 3],
     )
     config._attn_implementation = attention
     return Sam2VisionModel(config)
@@ -74,7 +83,9 @@ def memory() -> nn.Module:
     from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
     from sam2.modeling.sam.transformer import RoPEAttention
 
-    options = dict(embedding_dim=CHANNELS, num_heads=1, downsample_rate=1, feat_sizes=[SIDE, SIDE], dropout=0.1)
+    options = dict(
+        embedding_dim=CHANNELS, num_heads=1, downsample_rate=1, feat_sizes=[SIDE, SIDE], dropout=0.1
+    )
     layer = MemoryAttentionLayer(
         activation="relu",
         d_model=CHANNELS,
@@ -99,7 +110,10 @@ def video(attention: str = "sdpa", library: str = "sam2_video") -> nn.Module:
         memory_attention_feed_forward_hidden_size=2 * CHANNELS,
         memory_encoder_output_channels=MEMORY_CHANNELS,
     )
-    config.memory_attention_rope_feat_sizes = [SIDE, SIDE]  # Sam3TrackerVideo derives its own from the image size
+    config.memory_attention_rope_feat_sizes = [
+        SIDE,
+        SIDE,
+    ]  # Sam3TrackerVideo derives its own from the image size
     config._attn_implementation = attention
     modeling = getattr(transformers.models, library)
     return getattr(getattr(modeling, f"modeling_{library}"), f"{name}MemoryAttention")(config)
@@ -127,7 +141,9 @@ def redraw(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def make(name: str, models: dict[str, Callable[..., nn.Module]] = ENCODERS, seed: int = 0) -> nn.Module:
+def make(
+    name: str, models: dict[str, Callable[..., nn.Module]] = ENCODERS, seed: int = 0
+) -> nn.Module:
     torch.manual_seed(seed)
     return redraw(models[name]())
 

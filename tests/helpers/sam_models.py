@@ -16,8 +16,16 @@ SIZE, PATCH, DIM, DEPTH, HEADS, WINDOW, GLOBAL, OUT, MLP = 96, 8, 32, 4, 2, 5, (
 
 
 def _transformers(size: int, attention: str, depth: int, more: dict[str, Any]) -> dict[str, Any]:
-    own = dict(hidden_size=DIM, num_hidden_layers=depth, num_attention_heads=HEADS, image_size=size, patch_size=PATCH)
-    windows = dict(window_size=WINDOW, global_attn_indexes=list(GLOBAL), output_channels=OUT, mlp_dim=MLP)
+    own = dict(
+        hidden_size=DIM,
+        num_hidden_layers=depth,
+        num_attention_heads=HEADS,
+        image_size=size,
+        patch_size=PATCH,
+    )
+    windows = dict(
+        window_size=WINDOW, global_attn_indexes=list(GLOBAL), output_channels=OUT, mlp_dim=MLP
+    )
     return {**own, **windows, "attn_implementation": attention, **more}
 
 
@@ -33,16 +41,23 @@ def sam_hq(size: int = SIZE, attention: str = "sdpa", depth: int = DEPTH, **more
     return SamHQVisionModel(SamHQVisionConfig(**_transformers(size, attention, depth, more)))
 
 
-def deepseek_ocr2(size: int = SIZE, attention: str = "sdpa", depth: int = DEPTH, **more: Any) -> nn.Module:
+def deepseek_ocr2(
+    size: int = SIZE, attention: str = "sdpa", depth: int = DEPTH, **more: Any
+) -> nn.Module:
     from transformers.models.deepseek_ocr2 import modeling_deepseek_ocr2 as module
-    from transformers.models.deepseek_ocr2.configuration_deepseek_ocr2 import DeepseekOcr2SamVisionConfig
+    from transformers.models.deepseek_ocr2.configuration_deepseek_ocr2 import (
+        DeepseekOcr2SamVisionConfig,
+    )
 
     config = DeepseekOcr2SamVisionConfig(**_transformers(size, attention, depth, more))
     return module.DeepseekOcr2SamVisionEncoder(config)
 
 
 def segment_anything(
-    size: int = SIZE, depth: int = DEPTH, use_rel_pos: bool = True, kind: type[nn.Module] | None = None
+    size: int = SIZE,
+    depth: int = DEPTH,
+    use_rel_pos: bool = True,
+    kind: type[nn.Module] | None = None,
 ) -> nn.Module:
     from segment_anything.modeling.image_encoder import ImageEncoderViT
 
@@ -68,7 +83,9 @@ def deepseek_ocr(**changes: Any) -> nn.Module:
     return segment_anything(kind=ImageEncoderViT, **changes)
 
 
-def timm(size: int | tuple[int, int] = SIZE, depth: int = DEPTH, use_rel_pos: bool = True, **more: Any) -> nn.Module:
+def timm(
+    size: int | tuple[int, int] = SIZE, depth: int = DEPTH, use_rel_pos: bool = True, **more: Any
+) -> nn.Module:
     from timm.models.vision_transformer_sam import VisionTransformerSAM
 
     return VisionTransformerSAM(
@@ -96,7 +113,9 @@ def timm_unfused(**more: Any) -> nn.Module:
     return model
 
 
-def own(size: int | tuple[int, int] = SIZE, depth: int = DEPTH, use_rel_pos: bool = True, **more: Any) -> nn.Module:
+def own(
+    size: int | tuple[int, int] = SIZE, depth: int = DEPTH, use_rel_pos: bool = True, **more: Any
+) -> nn.Module:
     return create_encoder(
         depth,
         DIM,
@@ -128,7 +147,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "bsa_vision.encoder": own,
 }
 # Other sizes than their own: these interpolate, the others refuse.
-ANY_SIZE = {name for name in MODELS if "deepseek" in name or "timm" in name} - {"timm, rope"} | {"bsa_vision.encoder"}
+ANY_SIZE = {name for name in MODELS if "deepseek" in name or "timm" in name} - {"timm, rope"} | {
+    "bsa_vision.encoder"
+}
 
 
 def redraw(model: nn.Module) -> nn.Module:
@@ -170,7 +191,11 @@ def from_segment_anything(state: dict[str, Tensor], name: str) -> dict[str, Tens
     """segment_anything's encoder weights under the names of another code base."""
     renames: dict[str, str] = {}
     if "transformers" in name:
-        renames = {"patch_embed.proj": "patch_embed.projection", "blocks.": "layers.", ".norm": ".layer_norm"}
+        renames = {
+            "patch_embed.proj": "patch_embed.projection",
+            "blocks.": "layers.",
+            ".norm": ".layer_norm",
+        }
         renames |= {"neck.0.": "neck.conv1.", "neck.1.": "neck.layer_norm1."}
         renames |= {"neck.2.": "neck.conv2.", "neck.3.": "neck.layer_norm2."}
     elif "timm" in name:

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 SIZE, PATCH = 96, 8
-SMALL = dict(img_size=SIZE, patch_size=PATCH, embed_dim=48, depth=2, num_heads=4, mlp_ratio=2, num_classes=0)
+SMALL = dict(
+    img_size=SIZE, patch_size=PATCH, embed_dim=48, depth=2, num_heads=4, mlp_ratio=2, num_classes=0
+)
 
 
 def vit(**changes: Any) -> nn.Module:
@@ -37,7 +39,9 @@ def gated(**changes: Any) -> nn.Module:
 
     model = vit(**changes)
     for block in model.blocks:
-        block.attn = Attention(48, 4, qkv_bias=True, gated=True, scale_norm=True, norm_layer=nn.LayerNorm)
+        block.attn = Attention(
+            48, 4, qkv_bias=True, gated=True, scale_norm=True, norm_layer=nn.LayerNorm
+        )
     return model
 
 
@@ -72,7 +76,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "eva, scale norm": partial(eva, use_rot_pos_emb=True, scale_attn_inner=True, swiglu_mlp=True),
     "eva, dinov3": dinov3,
     "rope, mixed": partial(eva, use_rot_pos_emb=True, rope_type="mixed", attn_type="rope"),
-    "rope, grouped heads": partial(eva, use_rot_pos_emb=True, attn_type="rope", num_kv_heads=2, qkv_fused=False),
+    "rope, grouped heads": partial(
+        eva, use_rot_pos_emb=True, attn_type="rope", num_kv_heads=2, qkv_fused=False
+    ),
 }
 ANY_SIZE = {"vit, any size", "eva, dinov3"}
 

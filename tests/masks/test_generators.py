@@ -68,7 +68,13 @@ SAM = {
     "grid": (7, 11),
 }
 ENCODER = {key: value for key, value in SAM.items() if key != "num_prompt_tokens"}
-CROSS = {"num_decoder_tokens": 45, "num_encoder_tokens": 77, "block_size": 10, "batch_size": 2, "num_heads": 4}
+CROSS = {
+    "num_decoder_tokens": 45,
+    "num_encoder_tokens": 77,
+    "block_size": 10,
+    "batch_size": 2,
+    "num_heads": 4,
+}
 CALLS = {
     generate_vit_spatial_locality_mask: VIT,
     generate_vit_random_sparse_mask: VIT,
@@ -77,7 +83,11 @@ CALLS = {
     generate_vit_multiscale_mask: VIT,
     generate_sam_image_to_prompt_mask: SAM,
     generate_sam_hierarchical_mask: SAM,
-    generate_sam_region_focused_mask: {**SAM, "prompt_positions": [(1, 2), (6, 10)], "focus_radius": 2},
+    generate_sam_region_focused_mask: {
+        **SAM,
+        "prompt_positions": [(1, 2), (6, 10)],
+        "focus_radius": 2,
+    },
     generate_sam_hybrid_encoder_mask: {**ENCODER, "num_dense_heads": 1},
     generate_sam_cross_attention_mask: CROSS,
 }
@@ -89,7 +99,9 @@ SAM_ON_A_GRID = (
     generate_sam_hybrid_encoder_mask,
 )
 
-every_generator = pytest.mark.parametrize("generator", CALLS, ids=lambda generator: generator.__name__)
+every_generator = pytest.mark.parametrize(
+    "generator", CALLS, ids=lambda generator: generator.__name__
+)
 sides = st.tuples(st.integers(1, 12), st.integers(1, 17))
 block_sizes = st.integers(1, 40)
 
@@ -106,7 +118,9 @@ def same(mask: torch.Tensor, heads: list[np.ndarray], batch_size: int = 2) -> bo
     assert mask.is_contiguous()
     assert mask.shape[:2] == (batch_size, len(heads))
     return all(
-        np.array_equal(head.numpy(), expected) for image in mask for head, expected in zip(image, heads, strict=True)
+        np.array_equal(head.numpy(), expected)
+        for image in mask
+        for head, expected in zip(image, heads, strict=True)
     )
 
 
@@ -134,8 +148,13 @@ class TestCommonRules:
 
     def test_shape_and_type(self, generator):
         base = call(generator)
-        rows = {generator_: 8 for generator_ in CALLS} | dict.fromkeys(SAM_ON_A_GRID, 9)  # 78, 82 tokens
-        rows |= {generate_sam_hybrid_encoder_mask: 8, generate_sam_cross_attention_mask: 5}  # 77, 45
+        rows = {generator_: 8 for generator_ in CALLS} | dict.fromkeys(
+            SAM_ON_A_GRID, 9
+        )  # 78, 82 tokens
+        rows |= {
+            generate_sam_hybrid_encoder_mask: 8,
+            generate_sam_cross_attention_mask: 5,
+        }  # 77, 45
         columns = rows | {generate_sam_cross_attention_mask: 8}
         slices = 3 if "hybrid" in generator.__name__ else 4
         assert base.shape == (2, slices, rows[generator], columns[generator])
@@ -165,10 +184,15 @@ class TestCommonRules:
             default = generator(**CALLS[generator])
             explicit = generator(**CALLS[generator], device="cpu")
         expected, default, explicit = (
-            result if isinstance(result, tuple) else (result,) for result in (expected, default, explicit)
+            result if isinstance(result, tuple) else (result,)
+            for result in (expected, default, explicit)
         )
         for on_cpu, on_meta, asked in zip(expected, default, explicit, strict=True):
-            assert (on_meta.device.type, on_meta.shape, on_meta.dtype) == ("meta", on_cpu.shape, on_cpu.dtype)
+            assert (on_meta.device.type, on_meta.shape, on_meta.dtype) == (
+                "meta",
+                on_cpu.shape,
+                on_cpu.dtype,
+            )
             assert (on_cpu.device.type, asked.device.type) == ("cpu", "cpu")
             assert torch.equal(asked, on_cpu)
 
@@ -221,7 +245,13 @@ class TestRandom:
 
 class TestSpatialLocality:
     @property_test
-    @given(grid=sides, block_size=block_sizes, radius=st.integers(0, 8), cls=st.booleans(), patch=st.integers(1, 16))
+    @given(
+        grid=sides,
+        block_size=block_sizes,
+        radius=st.integers(0, 8),
+        cls=st.booleans(),
+        patch=st.integers(1, 16),
+    )
     def test_brute_force(self, grid, block_size, radius, cls, patch):
         pixels = (grid[0] * patch, grid[1] * patch)
         base = generate_vit_spatial_locality_mask(pixels, patch, block_size, 2, 3, radius, cls)
@@ -239,7 +269,9 @@ class TestSpatialLocality:
             sam((7, 11), 1, 10).within(2),
         ]
         assert not any(np.array_equal(base[0, 0], other) for other in others)
-        turned = call(generate_vit_spatial_locality_mask, img_size=(44, 28), batch_size=1, num_heads=1)
+        turned = call(
+            generate_vit_spatial_locality_mask, img_size=(44, 28), batch_size=1, num_heads=1
+        )
         assert same(turned, [vit((11, 7), 10).within(2)], 1)
 
     def test_l1_and_not_chebyshev(self):
@@ -262,7 +294,9 @@ class TestRandomSparse:
     @property_test
     @given(grid=sides, block_size=block_sizes, sparsity=st.floats(0, 1), seed=st.integers(0, 2**32))
     def test_keeps_k_and_its_own(self, grid, block_size, sparsity, seed):
-        base = generate_vit_random_sparse_mask(grid, 1, block_size, 2, 3, sparsity, False, seed=seed)
+        base = generate_vit_random_sparse_mask(
+            grid, 1, block_size, 2, 3, sparsity, False, seed=seed
+        )
         blocks = vit(grid, block_size, False).count
         assert base.shape == (2, 3, blocks, blocks)
         assert torch.equal(base[0], base[1])
@@ -287,7 +321,9 @@ class TestRandomSparse:
         assert set(count.unique().tolist()) == {4, 5}
 
     def test_every_other_block_is_as_likely(self):
-        base = call(generate_vit_random_sparse_mask, batch_size=1, num_heads=2000, include_cls_token=False)
+        base = call(
+            generate_vit_random_sparse_mask, batch_size=1, num_heads=2000, include_cls_token=False
+        )
         share = base[0].double().mean(0)
         others = share[~torch.eye(8, dtype=torch.bool)]
         assert (others - 3 / 7).abs().max() < 0.06
@@ -316,10 +352,16 @@ class TestStrided:
 class TestVitHybrid:
     @property_test
     @given(
-        grid=sides, block_size=block_sizes, sparsity=st.floats(0, 1), cls=st.booleans(), dense_heads=st.integers(0, 5)
+        grid=sides,
+        block_size=block_sizes,
+        sparsity=st.floats(0, 1),
+        cls=st.booleans(),
+        dense_heads=st.integers(0, 5),
     )
     def test_brute_force(self, grid, block_size, sparsity, cls, dense_heads):
-        base, head_mask_type = generate_vit_hybrid_mask(grid, 1, block_size, 2, 5, dense_heads, sparsity, cls)
+        base, head_mask_type = generate_vit_hybrid_mask(
+            grid, 1, block_size, 2, 5, dense_heads, sparsity, cls
+        )
         blocks = vit(grid, block_size, cls)
         expected = blocks.keep_special(blocks.nearest(kept(sparsity, blocks.count)))
         assert same(base, [expected] * (5 - dense_heads))
@@ -344,7 +386,11 @@ class TestVitHybrid:
         blocks = vit((12, 17), 10)
         k = kept(0.7, blocks.count)
         assert same(base, [blocks.keep_special(blocks.nearest(k))], 1)
-        for other in (blocks.nearest(k + 1), blocks.nearest(k - 1), blocks.nearest(k, metric="axis")):
+        for other in (
+            blocks.nearest(k + 1),
+            blocks.nearest(k - 1),
+            blocks.nearest(k, metric="axis"),
+        ):
             assert not np.array_equal(base[0, 0], blocks.keep_special(other))
 
 
@@ -353,7 +399,11 @@ class TestMultiscale:
     @given(grid=sides, block_size=block_sizes, num_heads=st.integers(1, 6), cls=st.booleans())
     def test_brute_force(self, grid, block_size, num_heads, cls):
         g = max(grid)
-        radii = [2 * g] if num_heads == 1 else [2 * (1 + i * (g - 1) // (num_heads - 1)) for i in range(num_heads)]
+        radii = (
+            [2 * g]
+            if num_heads == 1
+            else [2 * (1 + i * (g - 1) // (num_heads - 1)) for i in range(num_heads)]
+        )
         blocks = vit(grid, block_size, cls)
         base = generate_vit_multiscale_mask(grid, 1, block_size, 2, num_heads, cls)
         assert same(base, [blocks.within(radius) for radius in radii])
@@ -377,8 +427,12 @@ class TestImageToPrompt:
         tokens = grid[0] * grid[1]
         image_blocks = tokens // block_size
         blocks = sam(grid, prompts, block_size)
-        assert blocks.special.tolist() == [False] * image_blocks + [True] * (blocks.count - image_blocks)
-        base = generate_sam_image_to_prompt_mask(tokens, prompts, block_size, 2, 3, image_sparsity=sparsity, grid=grid)
+        assert blocks.special.tolist() == [False] * image_blocks + [True] * (
+            blocks.count - image_blocks
+        )
+        base = generate_sam_image_to_prompt_mask(
+            tokens, prompts, block_size, 2, 3, image_sparsity=sparsity, grid=grid
+        )
         k = kept(sparsity, image_blocks)
         assert same(base, [blocks.keep_special(blocks.nearest(k, range(image_blocks)))] * 3)
         assert (base[:, :, :image_blocks, :image_blocks].sum(-1) == min(k, image_blocks)).all()
@@ -388,7 +442,9 @@ class TestImageToPrompt:
     @pytest.mark.parametrize("sparsity", [0, 0.25, 0.5, 0.75, 0.9, 1])
     @pytest.mark.parametrize(("tokens", "block_size"), [(4096, 128), (4096, 64), (1024, 16)])
     def test_sparsity_asked_for_is_realised(self, tokens, block_size, sparsity):
-        base = generate_sam_image_to_prompt_mask(tokens, 5, block_size, 1, 2, image_sparsity=sparsity)
+        base = generate_sam_image_to_prompt_mask(
+            tokens, 5, block_size, 1, 2, image_sparsity=sparsity
+        )
         image_blocks = tokens // block_size
         assert base.shape[-1] == image_blocks + 1
         realised = 1 - base[..., :image_blocks, :image_blocks].double().mean().item()
@@ -398,7 +454,9 @@ class TestImageToPrompt:
 
     def test_prompts_do_not_count_among_the_k(self):
         """Twin: with k from all blocks, or with prompt blocks as candidates, the mask is another."""
-        base = generate_sam_image_to_prompt_mask(132, 25, 10, 1, 1, image_sparsity=0.7, grid=(12, 11))
+        base = generate_sam_image_to_prompt_mask(
+            132, 25, 10, 1, 1, image_sparsity=0.7, grid=(12, 11)
+        )
         blocks = sam((12, 11), 25, 10)
         assert (blocks.count, int(blocks.special.sum())) == (16, 3)
         assert same(base, [blocks.keep_special(blocks.nearest(4, range(13)))], 1)
@@ -428,10 +486,14 @@ class TestImageToPrompt:
 
 class TestHierarchical:
     @property_test
-    @given(grid=sides, prompts=st.integers(0, 9), block_size=block_sizes, num_heads=st.integers(1, 6))
+    @given(
+        grid=sides, prompts=st.integers(0, 9), block_size=block_sizes, num_heads=st.integers(1, 6)
+    )
     def test_brute_force(self, grid, prompts, block_size, num_heads):
         blocks, g = sam(grid, prompts, block_size), max(grid)
-        base = generate_sam_hierarchical_mask(grid[0] * grid[1], prompts, block_size, 2, num_heads, grid=grid)
+        base = generate_sam_hierarchical_mask(
+            grid[0] * grid[1], prompts, block_size, 2, num_heads, grid=grid
+        )
         assert same(base, [blocks.within(1 + i * g // num_heads) for i in range(num_heads)])
 
     def test_radii(self):
@@ -453,42 +515,68 @@ def focused(blocks: Blocks, positions, radius: int) -> np.ndarray:
 
 class TestRegionFocused:
     @property_test
-    @given(grid=sides, prompts=st.integers(0, 9), block_size=block_sizes, radius=st.integers(0, 9), data=st.data())
+    @given(
+        grid=sides,
+        prompts=st.integers(0, 9),
+        block_size=block_sizes,
+        radius=st.integers(0, 9),
+        data=st.data(),
+    )
     def test_one_list_for_the_batch(self, grid, prompts, block_size, radius, data):
-        positions = data.draw(st.lists(st.tuples(*(st.integers(0, side - 1) for side in grid)), max_size=4))
+        positions = data.draw(
+            st.lists(st.tuples(*(st.integers(0, side - 1) for side in grid)), max_size=4)
+        )
         base = generate_sam_region_focused_mask(
             grid[0] * grid[1], prompts, positions, block_size, 2, 3, radius, grid=grid
         )
         assert same(base, [focused(sam(grid, prompts, block_size), positions, radius)] * 3)
 
     @property_test
-    @given(grid=sides, prompts=st.integers(0, 9), block_size=block_sizes, radius=st.integers(0, 9), data=st.data())
+    @given(
+        grid=sides,
+        prompts=st.integers(0, 9),
+        block_size=block_sizes,
+        radius=st.integers(0, 9),
+        data=st.data(),
+    )
     def test_one_list_per_image(self, grid, prompts, block_size, radius, data):
         position = st.tuples(*(st.integers(0, side - 1) for side in grid))
-        per_image = data.draw(st.lists(st.lists(position, min_size=1, max_size=3), min_size=3, max_size=3))
+        per_image = data.draw(
+            st.lists(st.lists(position, min_size=1, max_size=3), min_size=3, max_size=3)
+        )
         base = generate_sam_region_focused_mask(
             grid[0] * grid[1], prompts, per_image, block_size, 3, 2, radius, grid=grid
         )
         assert base.is_contiguous()
         for image, positions in zip(base, per_image, strict=True):
-            assert same(image[None], [focused(sam(grid, prompts, block_size), positions, radius)] * 2, 1)
+            assert same(
+                image[None], [focused(sam(grid, prompts, block_size), positions, radius)] * 2, 1
+            )
 
     @pytest.mark.parametrize("per_image", [[[(0, 0), (1, 1)], [(6, 10), (5, 5)]], [[(0, 0)], []]])
     def test_images_differ(self, per_image):
         base = call(generate_sam_region_focused_mask, prompt_positions=per_image, focus_radius=4)
         assert not torch.equal(base[0], base[1])
         for image, positions in zip(base, per_image, strict=True):
-            one = call(generate_sam_region_focused_mask, prompt_positions=positions, focus_radius=4, batch_size=1)
+            one = call(
+                generate_sam_region_focused_mask,
+                prompt_positions=positions,
+                focus_radius=4,
+                batch_size=1,
+            )
             assert torch.equal(image, one[0])
 
     def test_radius_position_and_local_reach_count(self):
         """Twin: each part of the definition shows."""
-        base = generate_sam_region_focused_mask(12 * 17, 3, [(1, 2), (10, 14)], 4, 1, 1, 3, grid=(12, 17))
+        base = generate_sam_region_focused_mask(
+            12 * 17, 3, [(1, 2), (10, 14)], 4, 1, 1, 3, grid=(12, 17)
+        )
         blocks = sam((12, 17), 3, 4)
         assert same(base, [focused(blocks, [(1, 2), (10, 14)], 3)], 1)
         others = [
             focused(blocks, [(1, 2), (10, 14)], 4),
-            focused(blocks, [(1, 2)], 3) | focused(blocks, [(10, 14)], 3),  # two regions that do not see each other
+            focused(blocks, [(1, 2)], 3)
+            | focused(blocks, [(10, 14)], 3),  # two regions that do not see each other
             focused(blocks, [(2, 1), (10, 14)], 3),
             blocks.within(2),
         ]
@@ -511,18 +599,24 @@ class TestRegionFocused:
     )
     def test_kinds_of_positions(self, positions):
         expected = call(generate_sam_region_focused_mask)
-        assert torch.equal(call(generate_sam_region_focused_mask, prompt_positions=positions), expected)
+        assert torch.equal(
+            call(generate_sam_region_focused_mask, prompt_positions=positions), expected
+        )
 
     def test_tensor_per_image(self):
         positions = torch.tensor([[[1, 2], [6, 10]], [[0, 0], [3, 3]]])
         base = call(generate_sam_region_focused_mask, prompt_positions=positions)
-        assert torch.equal(base, call(generate_sam_region_focused_mask, prompt_positions=positions.tolist()))
+        assert torch.equal(
+            base, call(generate_sam_region_focused_mask, prompt_positions=positions.tolist())
+        )
         assert not torch.equal(base[0], base[1])
 
 
 class TestHybridEncoder:
     @property_test
-    @given(grid=sides, block_size=block_sizes, sparsity=st.floats(0, 1), dense_heads=st.integers(0, 5))
+    @given(
+        grid=sides, block_size=block_sizes, sparsity=st.floats(0, 1), dense_heads=st.integers(0, 5)
+    )
     def test_brute_force(self, grid, block_size, sparsity, dense_heads):
         base, head_mask_type = generate_sam_hybrid_encoder_mask(
             grid[0] * grid[1], block_size, 2, 5, dense_heads, sparsity, grid=grid
@@ -542,7 +636,12 @@ class TestHybridEncoder:
 
 class TestCrossAttention:
     @property_test
-    @given(queries=st.integers(1, 90), keys=st.integers(1, 300), block_size=block_sizes, sparsity=st.floats(0, 1))
+    @given(
+        queries=st.integers(1, 90),
+        keys=st.integers(1, 300),
+        block_size=block_sizes,
+        sparsity=st.floats(0, 1),
+    )
     def test_rectangular_and_keeps_k(self, queries, keys, block_size, sparsity):
         base = generate_sam_cross_attention_mask(queries, keys, block_size, 2, 3, sparsity)
         rows, columns = (len(range(0, tokens, block_size)) for tokens in (queries, keys))
@@ -609,27 +708,87 @@ def test_bad_sizes(generator, name, value):
             {"img_size": (29, 44)},
             r"\(29, 44\) is not a whole number of patches of 4.*\(32, 44\)",
         ),
-        (generate_vit_hybrid_mask, {"img_size": 30}, r"\(30, 30\) is not a whole number of patches of 4.*\(32, 32\)"),
+        (
+            generate_vit_hybrid_mask,
+            {"img_size": 30},
+            r"\(30, 30\) is not a whole number of patches of 4.*\(32, 32\)",
+        ),
         (generate_vit_multiscale_mask, {"img_size": 0}, r"img_size.*=0: .*at least 1; give"),
-        (generate_vit_multiscale_mask, {"img_size": (28, -4)}, r"img_size.*=-4: .*at least 1; give"),
-        (generate_vit_multiscale_mask, {"img_size": (28.0, 44)}, r"img_size.*=28\.0: .*whole number.*; give"),
+        (
+            generate_vit_multiscale_mask,
+            {"img_size": (28, -4)},
+            r"img_size.*=-4: .*at least 1; give",
+        ),
+        (
+            generate_vit_multiscale_mask,
+            {"img_size": (28.0, 44)},
+            r"img_size.*=28\.0: .*whole number.*; give",
+        ),
         (generate_vit_multiscale_mask, {"img_size": 28.0}, r"img_size=28\.0: .*; give"),
         (generate_vit_multiscale_mask, {"img_size": True}, r"img_size.*=True: .*; give"),
-        (generate_vit_multiscale_mask, {"img_size": (28, 44, 3)}, r"img_size=\(28, 44, 3\): .*pair.*; give"),
-        (generate_vit_spatial_locality_mask, {"locality_radius": -1}, r"locality_radius=-1: .*at least 0; give"),
-        (generate_vit_spatial_locality_mask, {"locality_radius": 1.5}, r"locality_radius=1\.5: .*whole number.*; give"),
+        (
+            generate_vit_multiscale_mask,
+            {"img_size": (28, 44, 3)},
+            r"img_size=\(28, 44, 3\): .*pair.*; give",
+        ),
+        (
+            generate_vit_spatial_locality_mask,
+            {"locality_radius": -1},
+            r"locality_radius=-1: .*at least 0; give",
+        ),
+        (
+            generate_vit_spatial_locality_mask,
+            {"locality_radius": 1.5},
+            r"locality_radius=1\.5: .*whole number.*; give",
+        ),
         (generate_vit_strided_mask, {"stride": 0}, r"stride=0: .*at least 1; give"),
         (generate_vit_strided_mask, {"stride": True}, r"stride=True: .*whole number.*; give"),
-        (generate_vit_hybrid_mask, {"num_global_heads": 5}, r"num_global_heads=5 .*num_heads=4: .*0 to 4; lower"),
-        (generate_vit_hybrid_mask, {"num_global_heads": -1}, r"num_global_heads=-1: .*at least 0; give"),
-        (generate_vit_hybrid_mask, {"num_global_heads": True}, r"num_global_heads=True: .*whole number.*; give"),
-        (generate_sam_hybrid_encoder_mask, {"num_dense_heads": 5}, r"num_dense_heads=5 .*num_heads=4: .*0 to 4; lower"),
-        (generate_sam_hybrid_encoder_mask, {"num_dense_heads": -2}, r"num_dense_heads=-2: .*at least 0; give"),
-        (generate_sam_image_to_prompt_mask, {"num_prompt_tokens": -1}, r"num_prompt_tokens=-1: .*at least 0; give"),
-        (generate_sam_hierarchical_mask, {"num_prompt_tokens": 5.0}, r"num_prompt_tokens=5\.0: .*whole number.*; give"),
-        (generate_sam_hierarchical_mask, {"num_prompt_tokens": True}, r"num_prompt_tokens=True: .*; give"),
+        (
+            generate_vit_hybrid_mask,
+            {"num_global_heads": 5},
+            r"num_global_heads=5 .*num_heads=4: .*0 to 4; lower",
+        ),
+        (
+            generate_vit_hybrid_mask,
+            {"num_global_heads": -1},
+            r"num_global_heads=-1: .*at least 0; give",
+        ),
+        (
+            generate_vit_hybrid_mask,
+            {"num_global_heads": True},
+            r"num_global_heads=True: .*whole number.*; give",
+        ),
+        (
+            generate_sam_hybrid_encoder_mask,
+            {"num_dense_heads": 5},
+            r"num_dense_heads=5 .*num_heads=4: .*0 to 4; lower",
+        ),
+        (
+            generate_sam_hybrid_encoder_mask,
+            {"num_dense_heads": -2},
+            r"num_dense_heads=-2: .*at least 0; give",
+        ),
+        (
+            generate_sam_image_to_prompt_mask,
+            {"num_prompt_tokens": -1},
+            r"num_prompt_tokens=-1: .*at least 0; give",
+        ),
+        (
+            generate_sam_hierarchical_mask,
+            {"num_prompt_tokens": 5.0},
+            r"num_prompt_tokens=5\.0: .*whole number.*; give",
+        ),
+        (
+            generate_sam_hierarchical_mask,
+            {"num_prompt_tokens": True},
+            r"num_prompt_tokens=True: .*; give",
+        ),
         (generate_sam_region_focused_mask, {"focus_radius": -1}, r"radius=-1: .*at least 0; give"),
-        (generate_sam_region_focused_mask, {"focus_radius": 2.5}, r"radius=2\.5: .*whole number.*; give"),
+        (
+            generate_sam_region_focused_mask,
+            {"focus_radius": 2.5},
+            r"radius=2\.5: .*whole number.*; give",
+        ),
         (
             generate_sam_region_focused_mask,
             {"focus_radius": -1, "prompt_positions": []},
@@ -663,8 +822,14 @@ def test_bad_sparsity(generator, name, value):
     ("changes", "match"),
     [
         ({"grid": None}, r"num_image_tokens=77 is not a square.*: .*grid=\(h, w\)"),
-        ({"grid": None, "num_image_tokens": 4095}, r"num_image_tokens=4095 is not a square.*: .*grid=\(h, w\)"),
-        ({"grid": (7, 12)}, r"grid=\(7, 12\) holds 84 patches, num_image_tokens=77: .*equal; correct"),
+        (
+            {"grid": None, "num_image_tokens": 4095},
+            r"num_image_tokens=4095 is not a square.*: .*grid=\(h, w\)",
+        ),
+        (
+            {"grid": (7, 12)},
+            r"grid=\(7, 12\) holds 84 patches, num_image_tokens=77: .*equal; correct",
+        ),
         ({"grid": (1, 1)}, r"grid=\(1, 1\) holds 1 patches, num_image_tokens=77: .*equal; correct"),
         ({"grid": (-7, -11)}, r"grid\[0\]=-7: .*at least 1; give"),
         ({"grid": (7.0, 11)}, r"grid\[0\]=7\.0: .*whole number.*; give"),
@@ -700,9 +865,18 @@ def test_token_counts_that_fit_no_grid(generator, changes, match):
         (5, r"prompt_positions=5: .*pairs.*; "),
         (None, r"prompt_positions=None: .*pairs.*; "),
         (torch.tensor(5), r"prompt_positions=.*5.*: .*pairs.*; "),
-        ([[(1, 2)]], r"lists for 1 images, batch_size=2: .*one list .*whole batch.*one such list per image"),
-        ([[(1, 2)], [(3, 4)], [(5, 6)]], r"lists for 3 images, batch_size=2: .*one such list per image"),
-        (torch.ones(3, 1, 2, dtype=torch.int64), r"lists for 3 images, batch_size=2: .*one such list per image"),
+        (
+            [[(1, 2)]],
+            r"lists for 1 images, batch_size=2: .*one list .*whole batch.*one such list per image",
+        ),
+        (
+            [[(1, 2)], [(3, 4)], [(5, 6)]],
+            r"lists for 3 images, batch_size=2: .*one such list per image",
+        ),
+        (
+            torch.ones(3, 1, 2, dtype=torch.int64),
+            r"lists for 3 images, batch_size=2: .*one such list per image",
+        ),
     ],
     ids=repr,
 )
@@ -729,7 +903,13 @@ def run_script(path: Path | str, cwd: Path) -> str:
 
 SCRIPTS = {
     "vit_masks.py": ["spatial locality", "random sparse", "strided", "hybrid", "multiscale"],
-    "sam_masks.py": ["image to prompt", "hierarchical", "region focused", "hybrid encoder", "cross attention"],
+    "sam_masks.py": [
+        "image to prompt",
+        "hierarchical",
+        "region focused",
+        "hybrid encoder",
+        "cross attention",
+    ],
 }
 
 
@@ -737,10 +917,14 @@ SCRIPTS = {
 @pytest.mark.parametrize("from_root", [True, False], ids=["from the root", "from elsewhere"])
 def test_scripts(script, from_root, tmp_path):
     path, cwd = (f"masks/{script}", ROOT) if from_root else (ROOT / "masks" / script, tmp_path)
-    entry = r"^(.+): \((\d+), (\d+), (\d+), (\d+)\), sparsity (\d+\.\d)%; head \d+:\n((?:[ ░▒▓█]+\n)+)"
+    entry = (
+        r"^(.+): \((\d+), (\d+), (\d+), (\d+)\), sparsity (\d+\.\d)%; head \d+:\n((?:[ ░▒▓█]+\n)+)"
+    )
     found = re.findall(entry, run_script(path, cwd), re.MULTILINE)
     for expected in SCRIPTS[script]:
-        _, _, _, rows, columns, sparsity, drawing = next(entry for entry in found if entry[0].startswith(expected))
+        _, _, _, rows, columns, sparsity, drawing = next(
+            entry for entry in found if entry[0].startswith(expected)
+        )
         lines = drawing.splitlines()
         assert (len(lines), {len(line) for line in lines}) == (int(rows), {2 * int(columns)})
         assert 0 < float(sparsity) < 100
@@ -750,11 +934,19 @@ def test_scripts(script, from_root, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_draw_with_the_checkout_they_lie_in(script, tmp_path):
     """Not with an installed `masks`, nor with a folder of that name where they are run."""
-    shutil.copytree(ROOT / "masks", tmp_path / "checkout" / "masks", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "masks",
+        tmp_path / "checkout" / "masks",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
     drawing = tmp_path / "checkout" / "masks" / "drawing.py"
-    drawing.write_text(drawing.read_text(encoding="utf-8").replace('" ░▒▓█"', '" .:+#"'), encoding="utf-8")
+    drawing.write_text(
+        drawing.read_text(encoding="utf-8").replace('" ░▒▓█"', '" .:+#"'), encoding="utf-8"
+    )
     (tmp_path / "elsewhere" / "masks").mkdir(parents=True)
-    (tmp_path / "elsewhere" / "masks" / "__init__.py").write_text("raise ImportError('a foreign package')")
+    (tmp_path / "elsewhere" / "masks" / "__init__.py").write_text(
+        "raise ImportError('a foreign package')"
+    )
     printed = run_script(tmp_path / "checkout" / "masks" / script, tmp_path / "elsewhere")
     assert "##" in printed
     assert "█" not in printed

@@ -14,7 +14,9 @@ from bsa_vision.masks import layout as layout_module
 from tests.helpers.oracles_masks import Blocks, layouts, model_order, packed_order
 
 METRICS = ("chebyshev", "l1", "axis")
-STRADDLING = TokenLayout((7, 11), start=1, end=2, order="tile", tile=(2, 4), block_size=10)  # blocks straddle tiles
+STRADDLING = TokenLayout(
+    (7, 11), start=1, end=2, order="tile", tile=(2, 4), block_size=10
+)  # blocks straddle tiles
 
 property_test = settings(max_examples=50, deadline=None)
 
@@ -82,7 +84,9 @@ class TestOrder:
         tile_size = tile_h * tile_w
         for number in range(full_rows * full_columns):
             top, left = number // full_columns * tile_h, number % full_columns * tile_w
-            raster = [(top + row, left + column) for row in range(tile_h) for column in range(tile_w)]
+            raster = [
+                (top + row, left + column) for row in range(tile_h) for column in range(tile_w)
+            ]
             assert packed[number * tile_size : (number + 1) * tile_size] == raster
         for row, column in packed[full_rows * full_columns * tile_size : layout.num_patches]:
             assert row >= full_rows * tile_h or column >= full_columns * tile_w
@@ -107,7 +111,10 @@ class TestOrder:
             (TokenLayout((4, 6), order="tile", tile=(2, 6)), True),  # a tile as wide as the grid
             (TokenLayout((4, 6), order="tile", tile=(9, 9)), True),  # one ragged tile
             (TokenLayout((4, 6), end=1, order="tile", tile=(2, 6)), True),
-            (TokenLayout((4, 6), start=1, order="tile", tile=(2, 6)), False),  # CLS moves to the end
+            (
+                TokenLayout((4, 6), start=1, order="tile", tile=(2, 6)),
+                False,
+            ),  # CLS moves to the end
             (TokenLayout((4, 6), order="tile", tile=(1, 1)), True),
         ],
     )
@@ -127,7 +134,9 @@ class TestContents:
         row, column = layout.coordinates
         expected = [(-1, -1) if position is None else position for position in blocks.positions]
         assert list(zip(row.tolist(), column.tolist(), strict=True)) == expected
-        assert layout.block_of.tolist() == [i // layout.block_size for i in range(layout.num_tokens)]
+        assert layout.block_of.tolist() == [
+            i // layout.block_size for i in range(layout.num_tokens)
+        ]
         assert layout.special_blocks.dtype == torch.bool
         assert layout.special_blocks.tolist() == blocks.special.tolist()
 
@@ -151,7 +160,9 @@ class TestBlockDistance:
     @pytest.mark.parametrize(
         "layout",
         [
-            TokenLayout((29, 41), start=1, block_size=1),  # more rectangles than are taken at a time
+            TokenLayout(
+                (29, 41), start=1, block_size=1
+            ),  # more rectangles than are taken at a time
             TokenLayout((29, 41), order="tile", tile=(3, 2), block_size=7),
             TokenLayout((32, 33), start=5, order="tile"),
             STRADDLING,
@@ -162,7 +173,9 @@ class TestBlockDistance:
         ids=repr,
     )
     def test_equals_brute_force_on_chosen_layouts(self, layout, metric):
-        assert np.array_equal(layout.block_distance(metric).numpy(), Blocks.of(layout).distance(metric))
+        assert np.array_equal(
+            layout.block_distance(metric).numpy(), Blocks.of(layout).distance(metric)
+        )
 
     def test_blocks_without_patches(self):
         layout = TokenLayout((3, 4), start=2, end=3, block_size=2)
@@ -175,11 +188,18 @@ class TestBlockDistance:
     def test_metrics_and_orders_differ(self):
         """Twin: the oracle can tell metrics, orders and tiles apart."""
         tile = TokenLayout((11, 14), order="tile", tile=(2, 4), block_size=10)
-        raster, other = dataclasses.replace(tile, order="raster"), dataclasses.replace(tile, tile=(4, 2))
-        matrices = [layout.block_distance(metric) for layout in (raster, tile, other) for metric in METRICS]
+        raster, other = (
+            dataclasses.replace(tile, order="raster"),
+            dataclasses.replace(tile, tile=(4, 2)),
+        )
+        matrices = [
+            layout.block_distance(metric) for layout in (raster, tile, other) for metric in METRICS
+        ]
         for i, first in enumerate(matrices):
             assert not any(torch.equal(first, second) for second in matrices[i + 1 :])
-            assert np.array_equal(first.numpy(), Blocks.of((raster, tile, other)[i // 3]).distance(METRICS[i % 3]))
+            assert np.array_equal(
+                first.numpy(), Blocks.of((raster, tile, other)[i // 3]).distance(METRICS[i % 3])
+            )
 
     def test_default_metric_is_chebyshev(self):
         assert torch.equal(STRADDLING.block_distance(), STRADDLING.block_distance("chebyshev"))
@@ -188,8 +208,13 @@ class TestBlockDistance:
     @given(layouts())
     def test_centroid_distance_equals_fractions(self, layout):
         blocks = Blocks.of(layout)
-        expected = [[float(blocks.centroid_distance(a, b)) for b in range(blocks.count)] for a in range(blocks.count)]
-        torch.testing.assert_close(layout.centroid_distance(), torch.tensor(expected, dtype=torch.float64))
+        expected = [
+            [float(blocks.centroid_distance(a, b)) for b in range(blocks.count)]
+            for a in range(blocks.count)
+        ]
+        torch.testing.assert_close(
+            layout.centroid_distance(), torch.tensor(expected, dtype=torch.float64)
+        )
 
     @pytest.mark.parametrize("metric", METRICS)
     @property_test
@@ -207,17 +232,26 @@ class TestBlockDistance:
     def test_distance_to_box(self, metric, layout, data):
         """The nearest of its patches."""
         (top, bottom), (left, right) = (
-            sorted(data.draw(st.lists(st.integers(0, side - 1), min_size=2, max_size=2))) for side in layout.grid
+            sorted(data.draw(st.lists(st.integers(0, side - 1), min_size=2, max_size=2)))
+            for side in layout.grid
         )
-        patches = [(row, column) for row in range(top, bottom + 1) for column in range(left, right + 1)]
-        expected = torch.stack([layout.distance_to_patch(*patch, metric) for patch in patches]).amin(0)
+        patches = [
+            (row, column) for row in range(top, bottom + 1) for column in range(left, right + 1)
+        ]
+        expected = torch.stack(
+            [layout.distance_to_patch(*patch, metric) for patch in patches]
+        ).amin(0)
         assert torch.equal(layout.distance_to_box(top, left, bottom, right, metric), expected)
 
     def test_boxes_that_are_none(self):
         layout = TokenLayout((6, 8))
-        with pytest.raises(ValueError, match=r"patch \(6, 2\) lies outside the grid of 6 x 8 patches"):
+        with pytest.raises(
+            ValueError, match=r"patch \(6, 2\) lies outside the grid of 6 x 8 patches"
+        ):
             layout.distance_to_box(1, 1, 6, 2)
-        with pytest.raises(ValueError, match=r"box of patches \(3, 1\) to \(2, 2\) is empty: .*swap them"):
+        with pytest.raises(
+            ValueError, match=r"box of patches \(3, 1\) to \(2, 2\) is empty: .*swap them"
+        ):
             layout.distance_to_box(3, 1, 2, 2)
 
     def test_distance_to_patch_default_is_l1(self):
@@ -234,7 +268,14 @@ class TestValue:
 
     @pytest.mark.parametrize(
         "change",
-        [{"grid": (11, 7)}, {"start": 2}, {"end": 1}, {"order": "raster"}, {"tile": (4, 2)}, {"block_size": 11}],
+        [
+            {"grid": (11, 7)},
+            {"start": 2},
+            {"end": 1},
+            {"order": "raster"},
+            {"tile": (4, 2)},
+            {"block_size": 11},
+        ],
         ids=lambda change: next(iter(change)),
     )
     def test_equality_and_hash_see_every_field(self, change):
@@ -254,7 +295,9 @@ class TestValue:
 
     @pytest.mark.parametrize("grid", [[7, 11], torch.Size([7, 11]), (np.int64(7), np.int32(11))])
     def test_grids_as_any_pair_of_whole_numbers(self, grid):
-        layout = TokenLayout(grid, start=np.int64(1), end=2, order="tile", tile=[2, 4], block_size=np.int64(10))
+        layout = TokenLayout(
+            grid, start=np.int64(1), end=2, order="tile", tile=[2, 4], block_size=np.int64(10)
+        )
         assert layout == STRADDLING
         assert hash(layout) == hash(STRADDLING)
         assert pickle.dumps(layout) == pickle.dumps(
@@ -262,7 +305,9 @@ class TestValue:
         )
 
     def test_defaults(self):
-        assert TokenLayout((3, 5)) == TokenLayout((3, 5), start=0, end=0, order="raster", tile=(8, 16), block_size=128)
+        assert TokenLayout((3, 5)) == TokenLayout(
+            (3, 5), start=0, end=0, order="raster", tile=(8, 16), block_size=128
+        )
 
     def test_only_the_grid_is_positional(self):
         with pytest.raises(TypeError):
@@ -340,12 +385,16 @@ class TestBadArguments:
 
     @pytest.mark.parametrize("metric", ["euclidean", "L1", None])
     def test_metric_of_block_distance(self, metric):
-        with pytest.raises(ValueError, match=f"metric={metric!r}: allowed are 'chebyshev', 'l1', 'axis'; choose"):
+        with pytest.raises(
+            ValueError, match=f"metric={metric!r}: allowed are 'chebyshev', 'l1', 'axis'; choose"
+        ):
             STRADDLING.block_distance(metric)
 
     @pytest.mark.parametrize("metric", ["euclidean", "L1", None])
     def test_metric_of_distance_to_patch(self, metric):
-        with pytest.raises(ValueError, match=f"metric={metric!r}: allowed are 'chebyshev', 'l1', 'axis'; choose"):
+        with pytest.raises(
+            ValueError, match=f"metric={metric!r}: allowed are 'chebyshev', 'l1', 'axis'; choose"
+        ):
             STRADDLING.distance_to_patch(0, 0, metric)
 
 
@@ -360,7 +409,8 @@ class TestFrames:
         assert many.num_patches == frames * one.num_patches
         assert many.num_tokens == layout.start + many.num_patches + layout.end
         patches = many.permutation[
-            (many.permutation >= layout.start) & (many.permutation < layout.start + many.num_patches)
+            (many.permutation >= layout.start)
+            & (many.permutation < layout.start + many.num_patches)
         ]
         for frame, inside in enumerate((patches - layout.start).split(one.num_patches)):
             assert torch.equal(inside - frame * one.num_patches, one.permutation)
@@ -378,7 +428,11 @@ class TestFrames:
         (row, column), (key_row, key_column) = layout.coordinates, keys.coordinates
         down = (row[:, None] - key_row[None]).abs()
         across = (column[:, None] - key_column[None]).abs()
-        gaps = {"chebyshev": torch.maximum(down, across), "l1": down + across, "axis": torch.minimum(down, across)}
+        gaps = {
+            "chebyshev": torch.maximum(down, across),
+            "l1": down + across,
+            "axis": torch.minimum(down, across),
+        }
         gap = gaps[metric].masked_fill((row < 0)[:, None] | (key_row < 0)[None], sum(layout.grid))
         expected = torch.full(found.shape, sum(layout.grid))
         for a in range(layout.num_blocks):
@@ -405,12 +459,16 @@ class TestPatternsAmongFrames:
 
     def test_joined(self):
         joined = Pattern("local_window", radius=2) & Pattern("axial")
-        parts = [part(self.LAYOUT, keys=self.KEYS) for part in (Pattern("local_window", radius=2), Pattern("axial"))]
+        parts = [
+            part(self.LAYOUT, keys=self.KEYS)
+            for part in (Pattern("local_window", radius=2), Pattern("axial"))
+        ]
         assert torch.equal(joined(self.LAYOUT, keys=self.KEYS), parts[0] & parts[1])
 
     @pytest.mark.parametrize("name", ["nearest", "strided", "random_blocks", "window"])
     def test_others_say_so(self, name):
         with pytest.raises(
-            ValueError, match=f"pattern '{name}' is for keys that are the queries' own tokens: .* local_window"
+            ValueError,
+            match=f"pattern '{name}' is for keys that are the queries' own tokens: .* local_window",
         ):
             Pattern(name)(self.LAYOUT, keys=self.KEYS)

@@ -60,7 +60,9 @@ def shares_window(blocks: Blocks, size: int, shift: int) -> np.ndarray:
     """(N, N): patches with no window boundary between them; boundaries lie before shift, shift +- size, ..."""
     row, column = blocks.rows_columns
     boundaries = [b for b in range(1, 64) if (b - shift) % size == 0]
-    row, column = (np.array([sum(b <= place for b in boundaries) for place in axis]) for axis in (row, column))
+    row, column = (
+        np.array([sum(b <= place for b in boundaries) for place in axis]) for axis in (row, column)
+    )
     return (row[:, None] == row) & (column[:, None] == column)
 
 
@@ -89,7 +91,8 @@ class TestAgainstBruteForce:
         for radius, metric in ((2, "chebyshev"), (4, "chebyshev"), (3, "l1"), (3, "axis")):
             assert not same(mask, blocks.within(radius, metric))
         assert not same(
-            local_window(dataclasses.replace(PLAIN, order="tile", tile=(3, 4)), 3), blocks.within(3, "chebyshev")
+            local_window(dataclasses.replace(PLAIN, order="tile", tile=(3, 4)), 3),
+            blocks.within(3, "chebyshev"),
         )
 
     @property_test
@@ -102,7 +105,9 @@ class TestAgainstBruteForce:
 
     def test_axial_width_counts(self):
         """Twin: every width is another mask where every patch is a block."""
-        kept_blocks = [int(axial(TokenLayout((6, 8), block_size=1), width).sum()) for width in range(6)]
+        kept_blocks = [
+            int(axial(TokenLayout((6, 8), block_size=1), width).sum()) for width in range(6)
+        ]
         assert len(set(kept_blocks)) == 6
         assert kept_blocks[0] == 48 * (6 + 8 - 1)
 
@@ -125,7 +130,9 @@ class TestAgainstBruteForce:
         def rank(*keys):
             mask = np.zeros_like(distance, dtype=bool)
             for row in range(blocks.count):
-                order = sorted(range(blocks.count), key=lambda column: [key(row, column) for key in keys])
+                order = sorted(
+                    range(blocks.count), key=lambda column: [key(row, column) for key in keys]
+                )
                 mask[row, order[: kept(0.7, blocks.count)]] = True
             return mask
 
@@ -176,7 +183,9 @@ class TestAgainstBruteForce:
     @given(layout=layouts(), size=st.integers(1, 20), shift=st.integers(0, 25))
     def test_window(self, layout, size, shift):
         blocks = Blocks.of(layout)
-        assert same(window(layout, size, shift), blocks.any_rule(shares_window(blocks, size, shift)))
+        assert same(
+            window(layout, size, shift), blocks.any_rule(shares_window(blocks, size, shift))
+        )
 
     @property_test
     @given(layout=layouts(), size=st.integers(1, 20), shift=st.integers(0, 25))
@@ -189,10 +198,16 @@ class TestAgainstBruteForce:
         pairs = patches[:, None] & patches
         wanted = shares_window(blocks, size, shift)
         assert not (wanted & pairs & ~computed).any()
-        assert window_is_exact(layout, size, shift) == np.array_equal(computed[pairs], wanted[pairs])
+        assert window_is_exact(layout, size, shift) == np.array_equal(
+            computed[pairs], wanted[pairs]
+        )
 
     def test_labels_name_windows_and_nothing_else(self):
-        swin = Pattern("window", size=4) | Pattern("window", size=4, shift=2) | Pattern("strided", stride=3)
+        swin = (
+            Pattern("window", size=4)
+            | Pattern("window", size=4, shift=2)
+            | Pattern("strided", stride=3)
+        )
         exact, cover = swin.labels(TokenLayout((8, 12), order="tile", tile=(4, 4), block_size=16))
         assert exact == "window(size=4) is exact: every block lies in one window"
         assert cover.startswith("window(size=4, shift=2) is a cover (any-rule)")
@@ -214,7 +229,12 @@ class TestAgainstBruteForce:
         assert not same(window(row, 4, shift=3), expected)
 
     @property_test
-    @given(layout=layouts(), sparsity=st.floats(0, 1), seed=st.integers(0, 2**40), stream=st.integers(0, 200))
+    @given(
+        layout=layouts(),
+        sparsity=st.floats(0, 1),
+        seed=st.integers(0, 2**40),
+        stream=st.integers(0, 200),
+    )
     def test_random_blocks(self, layout, sparsity, seed, stream):
         blocks = Blocks.of(layout)
         mask = random_blocks(layout, sparsity, seed, stream)
@@ -233,12 +253,18 @@ class TestAgainstBruteForce:
 class TestRandomBlocks:
     def test_seeds_and_streams_differ(self):
         layout = TokenLayout((16, 16), block_size=8)
-        draws = [random_blocks(layout, 0.5, seed, stream) for seed in range(4) for stream in range(8)]
+        draws = [
+            random_blocks(layout, 0.5, seed, stream) for seed in range(4) for stream in range(8)
+        ]
         assert len({tuple(draw.flatten().tolist()) for draw in draws}) == len(draws)
 
     def test_every_other_block_is_as_likely(self):
         layout = TokenLayout((6, 6), block_size=4)
-        share = torch.stack([random_blocks(layout, 0.5, 0, stream) for stream in range(2000)]).double().mean(0)
+        share = (
+            torch.stack([random_blocks(layout, 0.5, 0, stream) for stream in range(2000)])
+            .double()
+            .mean(0)
+        )
         others = share[~torch.eye(9, dtype=torch.bool)]
         assert (share.diagonal() == 1).all()
         assert (others - (kept(0.5, 9) - 1) / 8).abs().max() < 0.06
@@ -266,7 +292,9 @@ class TestEveryPattern:
         "layout", [LAYOUT, PLAIN, dataclasses.replace(LAYOUT, order="raster"), TokenLayout((1, 1))]
     )
     def test_special_rows_and_columns_are_kept(self, name, layout):
-        params = EXAMPLES[name] if layout.grid != (1, 1) or name != "region" else {"centers": [(0, 0)]}
+        params = (
+            EXAMPLES[name] if layout.grid != (1, 1) or name != "region" else {"centers": [(0, 0)]}
+        )
         mask = PATTERNS[name](layout, **params)
         specials = torch.from_numpy(Blocks.of(layout).special)
         assert mask.shape == (layout.num_blocks, layout.num_blocks)
@@ -309,8 +337,14 @@ class TestEveryPattern:
         (lambda: random_blocks(LAYOUT, 2), r"sparsity=2: .*0 to 1; give"),
         (lambda: random_blocks(LAYOUT, 0.5, -1), r"seed=-1: .*at least 0; give"),
         (lambda: random_blocks(LAYOUT, 0.5, 1.0), r"seed=1\.0: .*whole number.*; give"),
-        (lambda: region(LAYOUT, [(9, 0)]), r"\(9, 0\) lies outside the grid of 9 x 13 .*0 to 8.*0 to 12; divide"),
-        (lambda: region(LAYOUT, [(0, 13)]), r"\(0, 13\) lies outside the grid of 9 x 13 .*0 to 8.*0 to 12; divide"),
+        (
+            lambda: region(LAYOUT, [(9, 0)]),
+            r"\(9, 0\) lies outside the grid of 9 x 13 .*0 to 8.*0 to 12; divide",
+        ),
+        (
+            lambda: region(LAYOUT, [(0, 13)]),
+            r"\(0, 13\) lies outside the grid of 9 x 13 .*0 to 8.*0 to 12; divide",
+        ),
         (lambda: region(LAYOUT, [(0, -1)]), r"-1: .*at least 0; give"),
         (lambda: region(LAYOUT, [(0, 1, 2)]), r"\(0, 1, 2\): .*pair.*; give"),
         (lambda: region(LAYOUT, [(0, 1)], -3), r"radius=-3: .*at least 0; give"),
@@ -335,7 +369,9 @@ class TestPattern:
     def test_parameters_are_used(self, name):
         """Twin: with its defaults (regions: other centers) each pattern is another mask."""
         other = {"centers": [[8, 0]]} if name == "region" else {}
-        assert not torch.equal(Pattern(name, **EXAMPLES[name])(TILED), Pattern(name, **other)(TILED))
+        assert not torch.equal(
+            Pattern(name, **EXAMPLES[name])(TILED), Pattern(name, **other)(TILED)
+        )
 
     def test_streams(self):
         pattern = Pattern("random_blocks", seed=3)
@@ -360,7 +396,9 @@ class TestPattern:
 
     def test_or_and_and_differ(self):
         """Twin: the masks above are not all the same."""
-        a, b, c = (Pattern(name, **EXAMPLES[name])(PLAIN) for name in ("local_window", "strided", "window"))
+        a, b, c = (
+            Pattern(name, **EXAMPLES[name])(PLAIN) for name in ("local_window", "strided", "window")
+        )
         masks = (a, b, c, a | b, a & b, a & (b | c), a & b | c)
         assert len({tuple(mask.flatten().tolist()) for mask in masks}) == len(masks)
 
@@ -370,7 +408,8 @@ class TestPattern:
             *(Pattern(name, **params) for name, params in EXAMPLES.items()),
             Pattern("region", centers=((1, 2), (3, 4))),
             Pattern("local_window") | Pattern("strided", stride=3),
-            Pattern("local_window") & (Pattern("strided", stride=3) | Pattern("region", centers=[(1, 2)])),
+            Pattern("local_window")
+            & (Pattern("strided", stride=3) | Pattern("region", centers=[(1, 2)])),
         ],
         ids=repr,
     )
@@ -413,7 +452,10 @@ class TestPattern:
         assert {first: "found"}.get(second) == "found"
 
     def test_tuples_are_lists(self):
-        first, second = Pattern("region", centers=((1, 2), (3, 4))), Pattern("region", centers=[[1, 2], [3, 4]])
+        first, second = (
+            Pattern("region", centers=((1, 2), (3, 4))),
+            Pattern("region", centers=[[1, 2], [3, 4]]),
+        )
         assert first == second
         assert hash(first) == hash(second)
 
@@ -422,7 +464,9 @@ class TestPattern:
         assert whole != decimal or hash(whole) == hash(decimal)
 
     def test_repr_names_everything(self):
-        pattern = Pattern("local_window", radius=4) | Pattern("strided", stride=8) & Pattern("dense")
+        pattern = Pattern("local_window", radius=4) | Pattern("strided", stride=8) & Pattern(
+            "dense"
+        )
         assert repr(pattern) == "(local_window(radius=4) | (strided(stride=8) & dense()))"
 
     def test_spec_is_a_copy(self):
@@ -447,8 +491,13 @@ class TestPattern:
         assert pattern == Pattern("region", centers=[(1, 2)]) | Pattern("dense")
 
     def test_unknown_name(self):
-        for make in (lambda: Pattern("gaussian"), lambda: Pattern.from_spec({"pattern": "gaussian"})):
-            with pytest.raises(ValueError, match=r"'gaussian' is unknown: allowed are dense, .*window; choose"):
+        for make in (
+            lambda: Pattern("gaussian"),
+            lambda: Pattern.from_spec({"pattern": "gaussian"}),
+        ):
+            with pytest.raises(
+                ValueError, match=r"'gaussian' is unknown: allowed are dense, .*window; choose"
+            ):
                 make()
 
     @pytest.mark.parametrize(
@@ -461,8 +510,14 @@ class TestPattern:
         ],
     )
     def test_unknown_parameter(self, name, param, allowed):
-        for make in (lambda: Pattern(name, **{param: 1}), lambda: Pattern.from_spec({"pattern": name, param: 1})):
-            with pytest.raises(ValueError, match=f"'{name}' has no parameter '{param}': allowed are {allowed}; remove"):
+        for make in (
+            lambda: Pattern(name, **{param: 1}),
+            lambda: Pattern.from_spec({"pattern": name, param: 1}),
+        ):
+            with pytest.raises(
+                ValueError,
+                match=f"'{name}' has no parameter '{param}': allowed are {allowed}; remove",
+            ):
                 make()
 
     @pytest.mark.parametrize(
@@ -490,7 +545,9 @@ class TestPattern:
         with pytest.raises((ValueError, TypeError), match=r"pattern.*: .+; "):
             Pattern.from_spec(spec)
 
-    @pytest.mark.parametrize("other", [torch.ones(2, 2, dtype=torch.bool), {"pattern": "dense"}, None])
+    @pytest.mark.parametrize(
+        "other", [torch.ones(2, 2, dtype=torch.bool), {"pattern": "dense"}, None]
+    )
     def test_joins_only_patterns(self, other):
         with pytest.raises(TypeError):
             Pattern("local_window") | other
@@ -506,7 +563,9 @@ class TestStackHeads:
         assert base.dtype == torch.bool
         assert base.is_contiguous()
         for image in base:
-            assert all(torch.equal(head, expected) for head, expected in zip(image, heads, strict=True))
+            assert all(
+                torch.equal(head, expected) for head, expected in zip(image, heads, strict=True)
+            )
 
     def test_images_do_not_share_memory(self):
         base = stack_heads([local_window(PLAIN, 0)], 2)
@@ -542,7 +601,9 @@ class TestDraw:
     def test_sizes_and_extremes(self, rows, columns):
         size = (min(rows, 32), min(columns, 32))
         for value, shade in ((True, "█"), (False, " ")):
-            assert draw(torch.full((rows, columns), value)) == "\n".join([shade * 2 * size[1]] * size[0])
+            assert draw(torch.full((rows, columns), value)) == "\n".join(
+                [shade * 2 * size[1]] * size[0]
+            )
 
     def test_a_single_kept_block_stays_visible(self):
         mask = torch.zeros(200, 200, dtype=torch.bool)
@@ -555,6 +616,7 @@ class TestDraw:
     @pytest.mark.parametrize("shape", [(4,), (1, 4, 4), (1, 2, 4, 4)])
     def test_wrong_rank(self, shape):
         with pytest.raises(
-            ValueError, match=rf"mask of shape \({', '.join(map(str, shape))},?\): expected \(R, C\); pick"
+            ValueError,
+            match=rf"mask of shape \({', '.join(map(str, shape))},?\): expected \(R, C\); pick",
         ):
             draw(torch.ones(shape, dtype=torch.bool))

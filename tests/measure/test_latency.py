@@ -30,10 +30,14 @@ def latency_file():
 MODULE = __import__("sys").modules["bsa_vision.measure.latency"]
 # Round numbers: a kept pair costs half a dense one, a call and each row of blocks something on top.
 ROUND = Latency("round numbers", dense_call=1e-3, dense_pair=1e-9, sparse_call=5e-3, sparse_row=1e-5, sparse_pair=0.5e-9, dense_in_loop=True)  # fmt: skip
-SLOW = replace(ROUND, sparse_pair=2e-9, dense_in_loop=False)  # as without the compiled loop, exaggerated
+SLOW = replace(
+    ROUND, sparse_pair=2e-9, dense_in_loop=False
+)  # as without the compiled loop, exaggerated
 
 
-@pytest.mark.parametrize("number", [float("nan"), -1.0, 0, float("inf"), True, "x", None, 10**400, [1.0]])
+@pytest.mark.parametrize(
+    "number", [float("nan"), -1.0, 0, float("inf"), True, "x", None, 10**400, [1.0]]
+)
 @pytest.mark.parametrize("field", ["dense_pair", "sparse_call"])
 def test_files_with_numbers_that_cannot_be_are_measured_anew(number, field):
     good = {name: value for name, value in asdict(ROUND).items() if name != "what"}
@@ -43,7 +47,9 @@ def test_files_with_numbers_that_cannot_be_are_measured_anew(number, field):
     assert not MODULE._is_latency({**good, "dense_pair": 0.0})
 
 
-@pytest.mark.parametrize("data", [b"[" * 200_000, b"\xff\xfe{}", b"", b"[]", b'{"a": ' + b"9" * 5000 + b"}"])
+@pytest.mark.parametrize(
+    "data", [b"[" * 200_000, b"\xff\xfe{}", b"", b"[]", b'{"a": ' + b"9" * 5000 + b"}"]
+)
 def test_damaged_cache_files_hold_nothing(data):
     latency_file().parent.mkdir(parents=True, exist_ok=True)
     latency_file().write_bytes(data)
@@ -60,7 +66,9 @@ class TestModel:
         masks = bsa.HeadMasks(base, [1, 1, 0])
         assert masks.kept_pairs(500, 500) == (500 * 256, 500 * 500, 500 * 500)
         heads = ROUND.of_heads(masks, 500)
-        assert heads == pytest.approx((4e-5 + 0.5e-9 * 128_000, 4e-5 + 0.5e-9 * 250_000, 0.5e-9 * 250_000))
+        assert heads == pytest.approx(
+            (4e-5 + 0.5e-9 * 128_000, 4e-5 + 0.5e-9 * 250_000, 0.5e-9 * 250_000)
+        )
         assert ROUND.of_masks(masks, 500, images=3) == pytest.approx(5e-3 + 3 * sum(heads))
         assert SLOW.of_heads(masks, 500)[2] == pytest.approx(1e-9 * 250_000)
 
@@ -81,9 +89,13 @@ class TestModel:
         generator = torch.Generator().manual_seed(seed)
         base = torch.rand(2, 2, -(-rows // block), -(-columns // block), generator=generator) < 0.5
         masks = bsa.HeadMasks(base, block_size=block, allow_empty_rows=True)
-        spelled = base.repeat_interleave(block, 2)[:, :, :rows].repeat_interleave(block, 3)[..., :columns]
+        spelled = base.repeat_interleave(block, 2)[:, :, :rows].repeat_interleave(block, 3)[
+            ..., :columns
+        ]
         means = spelled.double().sum((2, 3)).mean(0)
-        assert all(abs(a - b) <= 0.5 for a, b in zip(masks.kept_pairs(rows, columns), means.tolist()))
+        assert all(
+            abs(a - b) <= 0.5 for a, b in zip(masks.kept_pairs(rows, columns), means.tolist())
+        )
 
     @pytest.mark.parametrize("density", [0.05, 0.3, 0.9])
     def test_break_even(self, density):
@@ -109,7 +121,9 @@ class TestMeasured:
     def test_constants_are_those_of_this_machine(self):
         before = torch.get_rng_state()
         here = measure(head_dim=16)
-        assert torch.equal(torch.get_rng_state(), before)  # describing a model changes nobody's random numbers
+        assert torch.equal(
+            torch.get_rng_state(), before
+        )  # describing a model changes nobody's random numbers
         assert "float32, head dim 16" in here.what
         assert torch.__version__ in here.what
         assert here.dense_pair > 0
@@ -123,7 +137,9 @@ class TestMeasured:
         monkeypatch.setattr(MODULE, "_known", {})
         calls = []
         what = MODULE.describe(64, torch.float32, torch.device("cpu"))
-        monkeypatch.setattr(MODULE, "measure", lambda *a: calls.append(a) or replace(ROUND, what=what))
+        monkeypatch.setattr(
+            MODULE, "measure", lambda *a: calls.append(a) or replace(ROUND, what=what)
+        )
         first = bsa.latency()
         assert bsa.latency() == first
         assert len(calls) == 1
@@ -173,7 +189,9 @@ class TestMeasured:
 
 
 ONES = {name: {"call": 1, "row": 0, "pair": 0} for name in ("flex", "kernel", "gather")}
-SPOILT = [json.dumps({"WHAT": ONES}).replace("1", x, 1) for x in ("NaN", "-1", "true", "1" + "0" * 400)]
+SPOILT = [
+    json.dumps({"WHAT": ONES}).replace("1", x, 1) for x in ("NaN", "-1", "true", "1" + "0" * 400)
+]
 
 
 class TestBackends:
@@ -190,7 +208,8 @@ class TestBackends:
         plain, with_rel_pos = found.values()
         assert set(plain) == set(with_rel_pos) == {"gather"}  # what skips nothing is no candidate
         assert all(
-            cost.call > 0 and cost.row >= 0 and cost.pair >= 0 for cost in (*plain.values(), *with_rel_pos.values())
+            cost.call > 0 and cost.row >= 0 and cost.pair >= 0
+            for cost in (*plain.values(), *with_rel_pos.values())
         )
         assert plain != with_rel_pos
         what = measured_costs.describe(torch.device("cpu"), torch.float32, 32, False)
@@ -216,9 +235,12 @@ class TestBackends:
 
     def test_auto_takes_the_cheapest(self, monkeypatch):
         what = self.on_a_gpu(monkeypatch)
-        assert choose(self.problem(1024, 0.5)) == "kernel"  # nothing is known: the order of the table
+        assert (
+            choose(self.problem(1024, 0.5)) == "kernel"
+        )  # nothing is known: the order of the table
         measured_costs.remember(
-            what, {"kernel": Cost(1e-4, 0, 1e-11), "flex": Cost(2e-5, 0, 4e-11), "gather": Cost(1, 0, 0)}
+            what,
+            {"kernel": Cost(1e-4, 0, 1e-11), "flex": Cost(2e-5, 0, 4e-11), "gather": Cost(1, 0, 0)},
         )
         assert choose(self.problem(256, 0.5)) == "flex"  # a cheap call
         assert choose(self.problem(8192, 0.5)) == "kernel"  # cheap pairs
@@ -234,10 +256,17 @@ class TestBackends:
         problem = self.problem(1024, 0.5)
         assert [choose(problem) for _ in range(3)] == ["kernel"] * 3
         assert len(asked) == 1
-        for change in (dict(scale=0.0), dict(return_lse=True), dict(is_causal=True), dict(dropout_p=0.1)):
+        for change in (
+            dict(scale=0.0),
+            dict(return_lse=True),
+            dict(is_causal=True),
+            dict(dropout_p=0.1),
+        ):
             choose(replace(problem, **change))
         assert len(asked) == 5
-        measured_costs.remember(what, dict.fromkeys(("kernel", "gather"), Cost(1, 0, 0)) | {"flex": Cost(0, 0, 0)})
+        measured_costs.remember(
+            what, dict.fromkeys(("kernel", "gather"), Cost(1, 0, 0)) | {"flex": Cost(0, 0, 0)}
+        )
         assert choose(problem) == "flex"
 
     def test_what_is_not_measured_is_not_passed_over(self, monkeypatch):
@@ -262,7 +291,8 @@ class TestBackends:
         monkeypatch.setattr(BACKENDS["flex"], "why_not", lambda problem: None)
         monkeypatch.setattr(BACKENDS["flex"], "run", explode)
         with pytest.warns(
-            RuntimeWarning, match="'flex' failed while it was measured, and is left out: RuntimeError: out of"
+            RuntimeWarning,
+            match="'flex' failed while it was measured, and is left out: RuntimeError: out of",
         ):
             found = MODULE.measure_backends(32)
         assert all(set(one) == {"gather"} for one in found.values())
@@ -273,7 +303,8 @@ class TestBackends:
         assert choose(self.problem(1024, 0.5, rel_pos)) == "kernel"
 
     @pytest.mark.parametrize(
-        "content", ["", "[]", '{"WHAT": 3}', '{"WHAT": {"flex": 1}}', '{"WHAT": {"flex": {"call": "x"}}}']
+        "content",
+        ["", "[]", '{"WHAT": 3}', '{"WHAT": {"flex": 1}}', '{"WHAT": {"flex": {"call": "x"}}}'],
     )
     def test_a_spoilt_file(self, monkeypatch, tmp_path, content):
         what = self.on_a_gpu(monkeypatch)
@@ -284,7 +315,12 @@ class TestBackends:
         monkeypatch.setattr(measured_costs, "cheapest", None)
         q = torch.zeros(1, 2, 256, 16)
         assert (
-            choose(Problem(q, q, q, bsa.HeadMasks(torch.eye(2, dtype=torch.bool).expand(1, 2, 2, 2)), 1.0)) == "gather"
+            choose(
+                Problem(
+                    q, q, q, bsa.HeadMasks(torch.eye(2, dtype=torch.bool).expand(1, 2, 2, 2)), 1.0
+                )
+            )
+            == "gather"
         )
 
 
@@ -342,13 +378,17 @@ class TestPrune:
     def test_errors(self):
         model = make("vit")
         plan, spec = bsa.dense_plan(model), bsa.inspect(model)
-        with pytest.raises(TypeError, match=r"spec is a .*ViT.*: expected a ModelSpec; pass bsa.inspect"):
+        with pytest.raises(
+            TypeError, match=r"spec is a .*ViT.*: expected a ModelSpec; pass bsa.inspect"
+        ):
             plan.prune(model, latency=ROUND)
         for wrong in (-0.1, 1, "much", True):
             with pytest.raises(ValueError, match=r"min_gain=.*expected a fraction.*give e.g. 0.05"):
                 plan.prune(spec, latency=ROUND, min_gain=wrong)
         for wrong in (0, -1, 1.5):
-            with pytest.raises(ValueError, match=r"images=.*number of images per call.*give e.g. 1"):
+            with pytest.raises(
+                ValueError, match=r"images=.*number of images per call.*give e.g. 1"
+            ):
                 plan.prune(spec, latency=ROUND, images=wrong)
         with pytest.raises(bsa.PlanError, match="another model"):
             plan.prune(replace(spec, family="other"), latency=ROUND)
@@ -357,7 +397,9 @@ class TestPrune:
 class TestDescribe:
     def report(self, latency, **options):
         model = make("vit")
-        plan = bsa.uniform_plan(model, "local_window", radius=1, order="raster", block_size=4, **options)
+        plan = bsa.uniform_plan(
+            model, "local_window", radius=1, order="raster", block_size=4, **options
+        )
         return bsa.describe(bsa.sparsify_(model, plan), latency=latency)
 
     def test_says_what_is_to_be_expected(self):
@@ -382,7 +424,11 @@ class TestDescribe:
 
     def test_dense_layers_gain_and_lose_nothing(self):
         report = self.report(SLOW, layers=[0])
-        assert (report.layers[1].expected, report.layers[1].break_even, report.layers[1].better_dense) == (1.0, 0, ())
+        assert (
+            report.layers[1].expected,
+            report.layers[1].break_even,
+            report.layers[1].better_dense,
+        ) == (1.0, 0, ())
 
 
 def layer_masks():

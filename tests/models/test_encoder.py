@@ -22,7 +22,9 @@ def relative(a, b):
 
 def vit(**changes):
     torch.manual_seed(0)
-    sizes = dict(depth=2, dim=32, heads=2, image_size=96, patch_size=8, out_channels=None, rel_pos=False)
+    sizes = dict(
+        depth=2, dim=32, heads=2, image_size=96, patch_size=8, out_channels=None, rel_pos=False
+    )
     return redraw(create_encoder(**{**sizes, **changes}))
 
 
@@ -57,9 +59,18 @@ class TestCheckpoints:
                 lambda s: s.pop("blocks.1.attn.qkv.bias"),
                 r"1 missing: blocks\.1\.attn\.qkv\.bias\).*create the encoder with",
             ),
-            (lambda s: [s.pop(key) for key in list(s) if "blocks.2" in key], r"14 missing: blocks\.2.* and 11 more"),
-            (lambda s: s.update({"blocks.4.norm1.weight": torch.ones(32)}), r"1 unexpected: blocks\.4\.norm1\.weight"),
-            (lambda s: s.update(pos_embed=torch.ones(1, 8, 8, 32)), r"pos_embed \(1, 8, 8, 32\) for \(1, 12, 12, 32\)"),
+            (
+                lambda s: [s.pop(key) for key in list(s) if "blocks.2" in key],
+                r"14 missing: blocks\.2.* and 11 more",
+            ),
+            (
+                lambda s: s.update({"blocks.4.norm1.weight": torch.ones(32)}),
+                r"1 unexpected: blocks\.4\.norm1\.weight",
+            ),
+            (
+                lambda s: s.update(pos_embed=torch.ones(1, 8, 8, 32)),
+                r"pos_embed \(1, 8, 8, 32\) for \(1, 12, 12, 32\)",
+            ),
         ],
     )
     def test_a_checkpoint_that_does_not_fit(self, spoil, message):
@@ -86,7 +97,8 @@ class TestCheckpoints:
         ours, state = make("bsa_vision.encoder"), make("segment_anything", seed=1).state_dict()
         before = copy.deepcopy(ours.state_dict())
         with pytest.raises(
-            ValueError, match=r"holds pos_embed: every value must be a dense tensor of floating-point numbers"
+            ValueError,
+            match=r"holds pos_embed: every value must be a dense tensor of floating-point numbers",
         ):
             ours.load_checkpoint({**state, "pos_embed": value})
         assert all(torch.equal(tensor, before[key]) for key, tensor in ours.state_dict().items())
@@ -98,33 +110,48 @@ class TestCheckpoints:
         other, pixels = make("bsa_vision.encoder", size=size), image(*size)
         state = trained.state_dict()
         with pytest.raises(
-            ValueError, match=r"of another shape: pos_embed.*only the image size differs, pass resize=True"
+            ValueError,
+            match=r"of another shape: pos_embed.*only the image size differs, pass resize=True",
         ):
             other.load_checkpoint(state)
-        with pytest.warns(UserWarning, match=r"resized for another image size: pos_embed \(1, 12, 12, 32\) to"):
+        with pytest.warns(
+            UserWarning, match=r"resized for another image size: pos_embed \(1, 12, 12, 32\) to"
+        ):
             assert other.load_checkpoint(state, resize=True) is other
         with torch.no_grad():
             assert relative(other(pixels), trained(pixels)) < 1e-6
             assert relative(make("bsa_vision.encoder", size=size)(pixels), trained(pixels)) > 1e-2
         resized = other.state_dict()
         changed = [key for key in state if state[key].shape != resized[key].shape]
-        assert {key.rpartition(".")[2] for key in changed} <= {"pos_embed", "rel_pos_h", "rel_pos_w"}
+        assert {key.rpartition(".")[2] for key in changed} <= {
+            "pos_embed",
+            "rel_pos_h",
+            "rel_pos_w",
+        }
         assert all(torch.equal(state[key], resized[key]) for key in state if key not in changed)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             make("bsa_vision.encoder").load_checkpoint(state, resize=True)
 
     def test_resizing_is_for_sizes_only(self):
-        ours, state = make("bsa_vision.encoder", size=(64, 64)), make("segment_anything", seed=1).state_dict()
+        ours, state = (
+            make("bsa_vision.encoder", size=(64, 64)),
+            make("segment_anything", seed=1).state_dict(),
+        )
         before = copy.deepcopy(ours.state_dict())
         state["blocks.0.mlp.lin1.weight"] = torch.ones(7, 32)
-        with pytest.warns(UserWarning, match="resized"), pytest.raises(ValueError, match="1 of another shape: blocks"):
+        with (
+            pytest.warns(UserWarning, match="resized"),
+            pytest.raises(ValueError, match="1 of another shape: blocks"),
+        ):
             ours.load_checkpoint(state, resize=True)
         assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
 
     def test_a_file_that_is_no_state_dict(self, tmp_path):
         torch.save([torch.ones(1)], tmp_path / "list.pth")
-        with pytest.raises(ValueError, match=r"list\.pth holds list, not a state dict.*pass the state dict itself"):
+        with pytest.raises(
+            ValueError, match=r"list\.pth holds list, not a state dict.*pass the state dict itself"
+        ):
             make("bsa_vision.encoder").load_checkpoint(tmp_path / "list.pth")
 
     @pytest.mark.parametrize("size", SAM)
@@ -177,7 +204,10 @@ class TestPatterns:
         masked = redraw(own())
         with torch.no_grad():
             dense = masked(image())
-            assert relative(sparse(image()), bsa.sparsify_(masked, plan, backend="reference")(image())) < 1e-5
+            assert (
+                relative(sparse(image()), bsa.sparsify_(masked, plan, backend="reference")(image()))
+                < 1e-5
+            )
             assert relative(sparse(image()), dense) > 1e-2
             assert torch.equal(bsa.restore_(sparse)(image()), dense)
 
@@ -196,7 +226,9 @@ class TestPatterns:
         with pytest.raises(bsa.PlanError, match="pattern 'sideways' is unknown"):
             own(patterns="sideways")
         for few in (["local_window"], []):
-            with pytest.raises(bsa.PlanError, match=rf"patterns\[1\] has {len(few)} entries, the encoder 2 heads"):
+            with pytest.raises(
+                bsa.PlanError, match=rf"patterns\[1\] has {len(few)} entries, the encoder 2 heads"
+            ):
                 own(patterns={1: few})
         with pytest.raises(bsa.PlanError, match="all 2 layers of this model attend within windows"):
             create_encoder(2, 32, 2, (), 4, patterns="axial")
@@ -306,17 +338,47 @@ class TestViT:
             r"dim=30 with heads=4: dim must be a multiple of heads; choose e\.g\. heads=3",
         ),
         (lambda: create_encoder(2.0, 32, 2), r"depth=2\.0: expected a whole number"),
-        (lambda: create_encoder(2, 32, 2, 1), r"global_attn_indexes=1: expected layer indices; give a list, \[1\]"),
+        (
+            lambda: create_encoder(2, 32, 2, 1),
+            r"global_attn_indexes=1: expected layer indices; give a list, \[1\]",
+        ),
         (lambda: create_encoder(2, 32, 2, (1,), 2.5), r"window_size=2\.5: expected a whole number"),
-        (lambda: create_encoder(2, 32, 2, out_channels=0), r"out_channels=0: expected a whole number of at least 1"),
-        (lambda: create_encoder(2, 32, 2, mlp_ratio=-1), r"mlp_ratio=-1 with dim=32: the MLP needs at least 1 channel"),
-        (lambda: create_encoder(2, 32, 2, num_special=-1), r"num_special=-1: expected a whole number"),
-        (lambda: create_encoder(2, 32, 2, image_size=96.0), r"image_size\[0\]=96\.0: expected a whole number"),
-        (lambda: create_encoder(2, 32, 2, (2,)), r"global_attn_indexes=\(2,\): the encoder has layers 0 to 1"),
-        (lambda: create_encoder(2, 32, 2, (1,), 0), r"window_size=0 with windowed layers: expected at least 1 patch"),
-        (lambda: own(size=100), r"image_size=\(100, 100\): both sides must be whole numbers of 8 pixel patches"),
-        (lambda: create_encoder(2, 32, 2, num_special=1), r"num_special=1 with rel_pos=True.*set rel_pos=False"),
-        (lambda: own()(torch.randn(1, 3, 96, 100)), r"\(1, 3, 96, 100\): expected .* whole numbers of 8 pixel patches"),
+        (
+            lambda: create_encoder(2, 32, 2, out_channels=0),
+            r"out_channels=0: expected a whole number of at least 1",
+        ),
+        (
+            lambda: create_encoder(2, 32, 2, mlp_ratio=-1),
+            r"mlp_ratio=-1 with dim=32: the MLP needs at least 1 channel",
+        ),
+        (
+            lambda: create_encoder(2, 32, 2, num_special=-1),
+            r"num_special=-1: expected a whole number",
+        ),
+        (
+            lambda: create_encoder(2, 32, 2, image_size=96.0),
+            r"image_size\[0\]=96\.0: expected a whole number",
+        ),
+        (
+            lambda: create_encoder(2, 32, 2, (2,)),
+            r"global_attn_indexes=\(2,\): the encoder has layers 0 to 1",
+        ),
+        (
+            lambda: create_encoder(2, 32, 2, (1,), 0),
+            r"window_size=0 with windowed layers: expected at least 1 patch",
+        ),
+        (
+            lambda: own(size=100),
+            r"image_size=\(100, 100\): both sides must be whole numbers of 8 pixel patches",
+        ),
+        (
+            lambda: create_encoder(2, 32, 2, num_special=1),
+            r"num_special=1 with rel_pos=True.*set rel_pos=False",
+        ),
+        (
+            lambda: own()(torch.randn(1, 3, 96, 100)),
+            r"\(1, 3, 96, 100\): expected .* whole numbers of 8 pixel patches",
+        ),
     ],
 )
 def test_bad_input(make_it, message):

@@ -16,7 +16,9 @@ from tests.helpers.timm_models import MODELS as TIMM
 
 
 def counted(model, pixels) -> int:
-    model.requires_grad_(False)  # the counter's hooks stumble over parameters that are handed on as they are
+    model.requires_grad_(
+        False
+    )  # the counter's hooks stumble over parameters that are handed on as they are
     # The counter knows no formula for torch's fused attention on CPUs: plain products.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         features(model, pixels)
@@ -43,10 +45,14 @@ class TestAgainstTorchsCounter:
             encoder = sam_model_registry[size]().image_encoder
         cost = check(encoder, 1024, 1024)
         # models.md of the facts: 22, 10 and 6 % of the encoder's FLOPs are products in global layers.
-        assert cost.share() == pytest.approx({"vit_b": 0.22, "vit_l": 0.10, "vit_h": 0.06}[size], abs=0.01)
+        assert cost.share() == pytest.approx(
+            {"vit_b": 0.22, "vit_l": 0.10, "vit_h": 0.06}[size], abs=0.01
+        )
         assert cost.ceiling() == pytest.approx(1 / (1 - cost.share()))
 
-    @pytest.mark.parametrize("name", [name for name in SAMS if name not in ("bsa_vision.encoder", "timm, rope")])
+    @pytest.mark.parametrize(
+        "name", [name for name in SAMS if name not in ("bsa_vision.encoder", "timm, rope")]
+    )
     def test_sam_in_every_code_base(self, name):
         """Windows that need padding, and the convolutions that come after the neck in DeepSeek-OCR."""
         with torch.device("meta"):
@@ -76,12 +82,16 @@ class TestAgainstTorchsCounter:
         model = create_encoder(2, 32, 2, (1,), 5, image_size=96, patch_size=8, out_channels=16)
         cost = bsa.cost(bsa.inspect(model))
         products = sum(layer.products for layer in cost.layers)
-        assert counted(model, torch.zeros(1, 3, 96, 96)) == pytest.approx(cost.flops - products, rel=0.01)
+        assert counted(model, torch.zeros(1, 3, 96, 96)) == pytest.approx(
+            cost.flops - products, rel=0.01
+        )
 
 
 def test_by_hand():
     """A layer of 4 x 4 patches and one of windows of 3 x 3 patches, of which 2 x 2 cover them."""
-    model = create_encoder(2, 8, 2, (1,), 3, image_size=16, patch_size=4, out_channels=6, mlp_ratio=2)
+    model = create_encoder(
+        2, 8, 2, (1,), 3, image_size=16, patch_size=4, out_channels=6, mlp_ratio=2
+    )
     cost = bsa.cost(bsa.inspect(model))
     windowed, whole = cost.layers
     assert (windowed.windows, windowed.tokens, whole.windows, whole.tokens) == (4, 9, 1, 16)
@@ -92,16 +102,26 @@ def test_by_hand():
     assert windowed.linear == 2 * (36 * (8 * 24 + 8 * 8) + 16 * 2 * 8 * 16)
     assert cost.outside == 2 * 16 * (3 * 16 * 8 + 8 * 6 + 6 * 6 * 9)
     assert (whole.moved, whole.matrix) == (4 * 16 * 8 * 4, 2 * 16 * 16 * 4)
-    assert cost.gain({"self.1": 1.0}) == pytest.approx(cost.ceiling()) == pytest.approx(cost.ceiling(["self.1"]))
+    assert (
+        cost.gain({"self.1": 1.0})
+        == pytest.approx(cost.ceiling())
+        == pytest.approx(cost.ceiling(["self.1"]))
+    )
     assert cost.gain({}) == 1
-    assert cost.share(["self.0", "self.1"]) == pytest.approx((whole.products + windowed.products) / cost.flops)
+    assert cost.share(["self.0", "self.1"]) == pytest.approx(
+        (whole.products + windowed.products) / cost.flops
+    )
 
 
 def test_a_window_as_large_as_the_image_is_a_window():
     model = create_encoder(4, 32, 2, (1, 3), 14, image_size=224)
     cost = bsa.cost(bsa.inspect(model))
     assert [layer.is_global for layer in cost.layers] == [False, True, False, True]
-    assert cost.ceiling() == cost.ceiling(["self.1", "self.3"]) < cost.ceiling([layer.key for layer in cost.layers])
+    assert (
+        cost.ceiling()
+        == cost.ceiling(["self.1", "self.3"])
+        < cost.ceiling([layer.key for layer in cost.layers])
+    )
     assert "in the global layers" in cost.sentence
 
 
@@ -116,15 +136,22 @@ def test_larger_images_and_half_precision():
 def test_what_it_says():
     model = create_encoder(2, 8, 2, (1,), 3, image_size=16, patch_size=4)
     text = str(bsa.cost(bsa.inspect(model)))
-    assert text.splitlines()[-1].startswith("sam at 16 x 16 px: sparsity in the global layers can gain at most 1.")
+    assert text.splitlines()[-1].startswith(
+        "sam at 16 x 16 px: sparsity in the global layers can gain at most 1."
+    )
     assert "over exact attention" in text
     with torch.device("meta"):
         vit_h = create_encoder(**SAM["vit_h"])
-    assert "can gain at most 1.06x over exact attention, 6% of" in bsa.cost(bsa.inspect(vit_h)).sentence
+    assert (
+        "can gain at most 1.06x over exact attention, 6% of"
+        in bsa.cost(bsa.inspect(vit_h)).sentence
+    )
 
 
 def test_bad_input():
-    with pytest.raises(TypeError, match=r"spec is a Linear: expected a ModelSpec; pass bsa\.inspect"):
+    with pytest.raises(
+        TypeError, match=r"spec is a Linear: expected a ModelSpec; pass bsa\.inspect"
+    ):
         bsa.cost(torch.nn.Linear(2, 2))
     spec = bsa.ModelSpec("vit", (bsa.LayerSpec("a", 0, 2, 4),), (4, 4), (4, 4))
     with pytest.raises(ValueError, match="does not say how many weights its layers have"):

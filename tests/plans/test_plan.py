@@ -15,7 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bsa_vision import HeadMasks, LayerSpec, ModelSpec, PlanError, SparsityPlan
-from bsa_vision.masks import PATTERNS, Pattern, TokenLayout, local_window, random_blocks, stack_heads
+from bsa_vision.masks import (
+    PATTERNS,
+    Pattern,
+    TokenLayout,
+    local_window,
+    random_blocks,
+    stack_heads,
+)
 from bsa_vision.plans.plan_file import dumps, loads
 from bsa_vision.plans.static_mask import Static
 
@@ -48,7 +55,11 @@ class TestBuilding:
     def test_replace_is_one_head_at_a_time_and_returns_a_new_plan(self):
         plan = uniform(radius=2)
         changed = plan.replace(layers=["self.2"], heads=[1], pattern="strided", stride=3)
-        assert changed.layers["self.2"] == ("local_window(radius=2)", "strided(stride=3)", "local_window(radius=2)")
+        assert changed.layers["self.2"] == (
+            "local_window(radius=2)",
+            "strided(stride=3)",
+            "local_window(radius=2)",
+        )
         assert changed.layers["self.1"] == plan.layers["self.1"]
         assert plan == uniform(radius=2)
 
@@ -75,7 +86,9 @@ class TestBuilding:
 
             return near
 
-        plan = uniform(make(0)).replace(heads=[1], pattern=make(5)).replace(heads=[2], pattern=make(1))
+        plan = (
+            uniform(make(0)).replace(heads=[1], pattern=make(5)).replace(heads=[2], pattern=make(1))
+        )
         assert len(plan.patterns) == 3
         densities = [1 - s for s in plan.compile("self.0", plan.layout(SPEC)).head_sparsity]
         assert densities[0] < densities[2] < densities[1]
@@ -83,14 +96,20 @@ class TestBuilding:
     def test_random_heads_and_layers_draw_anew(self):
         plan = uniform("random_blocks", sparsity=0.5, seed=3)
         layout = plan.layout(SPEC)
-        slices = [mask for key in plan.layers for mask in plan.compile(key, layout).base_blockmask[0]]
+        slices = [
+            mask for key in plan.layers for mask in plan.compile(key, layout).base_blockmask[0]
+        ]
         assert len({mask.numpy().tobytes() for mask in slices}) == len(slices)
         again = uniform("random_blocks", sparsity=0.5, seed=3).compile("self.2", layout)
         assert torch.equal(again.base_blockmask, plan.compile("self.2", layout).base_blockmask)
 
     def test_from_head_masks(self):
         layout = TokenLayout((9, 14), start=5, block_size=8)
-        hm = HeadMasks(stack_heads([local_window(layout, 1), random_blocks(layout)], 2), [0, 2, 1], block_size=8)
+        hm = HeadMasks(
+            stack_heads([local_window(layout, 1), random_blocks(layout)], 2),
+            [0, 2, 1],
+            block_size=8,
+        )
         plan = SparsityPlan.from_head_masks(SPEC, {"model.layer.2.attention": hm})
         assert plan.order == "raster"
         assert plan.layers["self.0"] == ("dense",) * 3
@@ -156,7 +175,10 @@ class TestCompiling:
         plan = uniform(radius=1)
         for grid in ((9, 14), (20, 7), (3, 3)):
             layout = plan.layout(SPEC, grid)
-            assert torch.equal(plan.compile("self.0", layout).block_mask(*[layout.num_tokens] * 2)[0, 0], own(layout))
+            assert torch.equal(
+                plan.compile("self.0", layout).block_mask(*[layout.num_tokens] * 2)[0, 0],
+                own(layout),
+            )
 
     def test_made_once_from_any_thread(self):
         calls = []
@@ -169,7 +191,10 @@ class TestCompiling:
         layout = plan.layout(SPEC)
         first = plan.compile("self.0", layout)
         seen = []
-        threads = [threading.Thread(target=lambda: seen.append(plan.compile("self.0", layout))) for _ in range(8)]
+        threads = [
+            threading.Thread(target=lambda: seen.append(plan.compile("self.0", layout)))
+            for _ in range(8)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -184,15 +209,21 @@ class TestCompiling:
 
     def test_an_empty_row_is_refused(self):
         bare = ModelSpec("vit", (LayerSpec("attn", 0, 1, 8),), (4, 4), (8, 8))
-        plan = SparsityPlan.uniform(bare, lambda layout: torch.zeros(2, 2, dtype=torch.bool), **SMALL)
-        with pytest.raises(PlanError, match=r"layer 'self.0' of the plan: query block 0.*keeps no key block"):
+        plan = SparsityPlan.uniform(
+            bare, lambda layout: torch.zeros(2, 2, dtype=torch.bool), **SMALL
+        )
+        with pytest.raises(
+            PlanError, match=r"layer 'self.0' of the plan: query block 0.*keeps no key block"
+        ):
             plan.compile("self.0", plan.layout(bare))
 
 
 class TestFiles:
     def test_round_trip(self, tmp_path):
         plan = uniform(radius=2, dense_heads=1).replace(
-            layers=[1], heads=[2], pattern=Pattern("axial") | Pattern("region", centers=[(1, 2)]) & Pattern("strided")
+            layers=[1],
+            heads=[2],
+            pattern=Pattern("axial") | Pattern("region", centers=[(1, 2)]) & Pattern("strided"),
         )
         plan.save(tmp_path / "plan.json")
         loaded = SparsityPlan.load(tmp_path / "plan.json")
@@ -226,7 +257,8 @@ class TestFiles:
         layout = plan.layout(SPEC)
         frozen = loads(dumps(plan.freeze(layout)))
         assert torch.equal(
-            frozen.compile("self.1", layout).base_blockmask, plan.compile("self.1", layout).base_blockmask
+            frozen.compile("self.1", layout).base_blockmask,
+            plan.compile("self.1", layout).base_blockmask,
         )
 
     def test_what_cannot_be_read_back_is_not_written(self, tmp_path):
@@ -235,7 +267,9 @@ class TestFiles:
         before = path.read_text()
         for notes in ({"x": torch.ones(1)}, {"x": float("nan")}):
             with pytest.raises(PlanError, match="JSON cannot"):
-                SparsityPlan(SPEC.fingerprint, {}, {"self.0": ("dense",) * 3}, notes=notes).save(path)
+                SparsityPlan(SPEC.fingerprint, {}, {"self.0": ("dense",) * 3}, notes=notes).save(
+                    path
+                )
         assert path.read_text() == before
         with pytest.raises(PlanError, match="names must be strings"):
             SparsityPlan(SPEC.fingerprint, {}, {"self.0": ("dense",) * 3}, notes={1: "x"})
@@ -262,7 +296,9 @@ class TestFiles:
         layout = plan.layout(SPEC)
         frozen = plan.freeze(layout)
         for key in plan.layers:
-            assert torch.equal(frozen.compile(key, layout).base_blockmask, plan.compile(key, layout).base_blockmask)
+            assert torch.equal(
+                frozen.compile(key, layout).base_blockmask, plan.compile(key, layout).base_blockmask
+            )
 
     def test_a_failed_write_loses_nothing(self, tmp_path, monkeypatch):
         path = tmp_path / "plan.json"
@@ -286,7 +322,14 @@ class TestFiles:
 
 GOOD = json.loads(dumps(uniform(radius=2)))
 STATIC = json.loads(
-    dumps(uniform(Static(torch.eye(17, dtype=torch.bool), TokenLayout((9, 14), start=5, order="tile", **SMALL))))
+    dumps(
+        uniform(
+            Static(
+                torch.eye(17, dtype=torch.bool),
+                TokenLayout((9, 14), start=5, order="tile", **SMALL),
+            )
+        )
+    )
 )
 
 
@@ -308,14 +351,31 @@ BAD_FILES = {
         "no 'format': 'bsa-vision/plan'.*written by plan.save",
     ),
     "a list": ("[]", "this is not a plan of bsa-vision"),
-    "a newer version": (damaged(lambda d: d.update(version=2)), "version 2: this bsa-vision reads version 1"),
-    "unknown key": (damaged(lambda d: d.update(seed=1)), r"unknown keys \['seed'\].*allowed are format"),
+    "a newer version": (
+        damaged(lambda d: d.update(version=2)),
+        "version 2: this bsa-vision reads version 1",
+    ),
+    "unknown key": (
+        damaged(lambda d: d.update(seed=1)),
+        r"unknown keys \['seed'\].*allowed are format",
+    ),
     "missing key": (damaged(lambda d: d.pop("layers")), r"lacks \['layers'\]"),
-    "model key": (damaged(lambda d: d["model"].update(width=3)), r"'model' has unknown keys \['width'\]"),
-    "model type": (damaged(lambda d: d["model"].update(heads="3")), "model.heads is '3': expected int"),
-    "layout": (damaged(lambda d: d["layout"].update(order="spiral")), "order='spiral': allowed are 'raster', 'tile'"),
+    "model key": (
+        damaged(lambda d: d["model"].update(width=3)),
+        r"'model' has unknown keys \['width'\]",
+    ),
+    "model type": (
+        damaged(lambda d: d["model"].update(heads="3")),
+        "model.heads is '3': expected int",
+    ),
+    "layout": (
+        damaged(lambda d: d["layout"].update(order="spiral")),
+        "order='spiral': allowed are 'raster', 'tile'",
+    ),
     "unknown pattern": (
-        damaged(lambda d: d["patterns"].update({"local_window(radius=2)": {"pattern": "localish"}})),
+        damaged(
+            lambda d: d["patterns"].update({"local_window(radius=2)": {"pattern": "localish"}})
+        ),
         "pattern 'localish' is unknown: allowed are dense",
     ),
     "unknown parameter": (
@@ -330,7 +390,10 @@ BAD_FILES = {
         damaged(lambda d: d["layers"].update({"self.0": ["near"] * 3})),
         "uses pattern 'near', which is not declared",
     ),
-    "heads": (damaged(lambda d: d["layers"].update({"self.0": ["dense"]})), "names 1 heads, the model has 3"),
+    "heads": (
+        damaged(lambda d: d["layers"].update({"self.0": ["dense"]})),
+        "names 1 heads, the model has 3",
+    ),
     "layer type": (
         damaged(lambda d: d["layers"].update({"self.0": "dense"})),
         "layer 'self.0' is 'dense': expected a list",
@@ -341,7 +404,10 @@ BAD_FILES = {
     ),
     "version is true": (damaged(lambda d: d.update(version=True)), "version True"),
     "scores": (damaged(lambda d: d.update(scores=[1])), r"'scores' is \[1\]: expected an object"),
-    "scores of a layer": (damaged(lambda d: d.update(scores={"self.0": "abc"})), "scores of layer 'self.0' are 'abc'"),
+    "scores of a layer": (
+        damaged(lambda d: d.update(scores={"self.0": "abc"})),
+        "scores of layer 'self.0' are 'abc'",
+    ),
     "notes": (damaged(lambda d: d.update(notes="x")), "'notes' is 'x': expected an object"),
     "nested too deep": ("[" * 100000, "not JSON"),
     "no layers": (damaged(lambda d: d.update(layers={})), "with 0 layers.*at least one layer"),
@@ -349,7 +415,10 @@ BAD_FILES = {
         damaged(lambda d: d["layers"].update({"self.00": ["dense"] * 3})),
         "'self.00' is not one of 4 layers",
     ),
-    "other digits": (damaged(lambda d: d["layers"].update({"self.\u0661": ["dense"] * 3})), "is not one of 4 layers"),
+    "other digits": (
+        damaged(lambda d: d["layers"].update({"self.\u0661": ["dense"] * 3})),
+        "is not one of 4 layers",
+    ),
     "dense declared": (
         damaged(lambda d: d["patterns"].update(dense={"pattern": "special"})),
         "'dense' always means every",
@@ -389,9 +458,15 @@ TEXT = json.dumps(GOOD)
         (TEXT.replace('"layers"', '"layers": {}, "layers"').encode(), "'layers' is written twice"),
         (TEXT.replace('"radius"', '"radius": 1, "radius"').encode(), "'radius' is written twice"),
         (TEXT.replace('"version": 1', '"version": ' + "1" * 5000).encode(), "not JSON"),
-        (TEXT.replace('"notes": {}', '"notes": {"x": ' + "[" * 60 + "]" * 60 + "}").encode(), "more than 50 deep"),
+        (
+            TEXT.replace('"notes": {}', '"notes": {"x": ' + "[" * 60 + "]" * 60 + "}").encode(),
+            "more than 50 deep",
+        ),
         (TEXT.replace('"notes": {}', '"notes": {"x": NaN}').encode(), "NaN is no number of JSON"),
-        (TEXT.replace('"notes": {}', '"notes": {"x": -Infinity}').encode(), "-Infinity is no number of JSON"),
+        (
+            TEXT.replace('"notes": {}', '"notes": {"x": -Infinity}').encode(),
+            "-Infinity is no number of JSON",
+        ),
         (TEXT.replace('"notes": {}', '"notes": {"x": [1e999]}').encode(), "too large for a float"),
         (b"\xff\xfe" + TEXT.encode(), "not JSON"),
         (b"\xef\xbb\xbf" + TEXT.encode(), "not JSON"),
@@ -409,13 +484,32 @@ def test_bytes_that_are_no_plan(data, message, tmp_path):
 def test_nothing_but_plan_errors_comes_of_changed_bytes():
     """Values replaced, bytes changed, lost, and doubled; every other change of one character at least is refused or loads."""
     draw = random.Random(0)
-    others = [b"null", b"true", b"-1", b"1e999", b"NaN", b"9" * 30, b"[]", b"{}", b'"x"', b"\xff", b"1.5", b"}", b'"']
+    others = [
+        b"null",
+        b"true",
+        b"-1",
+        b"1e999",
+        b"NaN",
+        b"9" * 30,
+        b"[]",
+        b"{}",
+        b'"x"',
+        b"\xff",
+        b"1.5",
+        b"}",
+        b'"',
+    ]
     loaded = 0
     for text in (TEXT.encode(), json.dumps(STATIC).encode()) * 400:
         data = bytearray(text)
-        values = [m.span() for m in re.finditer(rb'(?<=[:\[,]) ?("[^"]*"|[\d.]+|\[[^\[\]]*\]|\{[^{}]*\})', text)]
+        values = [
+            m.span()
+            for m in re.finditer(rb'(?<=[:\[,]) ?("[^"]*"|[\d.]+|\[[^\[\]]*\]|\{[^{}]*\})', text)
+        ]
         place = draw.randrange(len(data))
-        first, last = draw.choice([draw.choice(values), (place, place + draw.randrange(9)), (place, place)])
+        first, last = draw.choice(
+            [draw.choice(values), (place, place + draw.randrange(9)), (place, place)]
+        )
         data[first:last] = draw.choice([*others, data[place : place + 9], b""])
         try:
             loads(bytes(data))
@@ -439,12 +533,27 @@ def test_no_file():
 LAYOUT = TokenLayout((9, 14), start=5, block_size=8)
 THREE = stack_heads([local_window(LAYOUT, 1)] * 3, 1)
 BAD_PLANS = {
-    "unknown pattern": (lambda: uniform("near"), "pattern 'near' is unknown: allowed are dense.*choose one"),
-    "unknown parameter": (lambda: uniform("local_window", raduis=2), "no parameter 'raduis'.*correct its name"),
-    "dense parameters": (lambda: uniform("dense", radius=2), "'dense' has no parameters, got radius"),
+    "unknown pattern": (
+        lambda: uniform("near"),
+        "pattern 'near' is unknown: allowed are dense.*choose one",
+    ),
+    "unknown parameter": (
+        lambda: uniform("local_window", raduis=2),
+        "no parameter 'raduis'.*correct its name",
+    ),
+    "dense parameters": (
+        lambda: uniform("dense", radius=2),
+        "'dense' has no parameters, got radius",
+    ),
     "not a pattern": (lambda: uniform(3), "pattern=3: expected a name, a Pattern, or a function"),
-    "parameters of a function": (lambda: uniform(own, radius=2), "takes no further parameters, got radius"),
-    "dense_heads": (lambda: uniform(radius=1, dense_heads=4), "dense_heads=4: the model has 3 heads"),
+    "parameters of a function": (
+        lambda: uniform(own, radius=2),
+        "takes no further parameters, got radius",
+    ),
+    "dense_heads": (
+        lambda: uniform(radius=1, dense_heads=4),
+        "dense_heads=4: the model has 3 heads",
+    ),
     "no such layer to compile": (
         lambda: uniform(radius=1).compile("self.99", TokenLayout((4, 4))),
         "no layer 'self.99' in this plan: it has self.0",
@@ -458,18 +567,27 @@ BAD_PLANS = {
         lambda: uniform(radius=1).replace(heads=[3], pattern="dense"),
         r"heads=\[3\] match no head.*0 to 2",
     ),
-    "no heads": (lambda: uniform(radius=1).replace(heads=[], pattern="dense"), r"heads=\[\] match no head"),
+    "no heads": (
+        lambda: uniform(radius=1).replace(heads=[], pattern="dense"),
+        r"heads=\[\] match no head",
+    ),
     "no masks": (lambda: SparsityPlan.from_head_masks(SPEC, {}), "got no masks"),
     "layer name": (
-        lambda: SparsityPlan.from_head_masks(SPEC, {"blocks.1.attn": HeadMasks(THREE, layout=LAYOUT)}),
+        lambda: SparsityPlan.from_head_masks(
+            SPEC, {"blocks.1.attn": HeadMasks(THREE, layout=LAYOUT)}
+        ),
         "no attention layer 'blocks.1.attn'.*it has model.layer.0.attention",
     ),
     "heads of masks": (
-        lambda: SparsityPlan.from_head_masks(SPEC, {"self.1": HeadMasks(THREE[:, :2], layout=LAYOUT)}),
+        lambda: SparsityPlan.from_head_masks(
+            SPEC, {"self.1": HeadMasks(THREE[:, :2], layout=LAYOUT)}
+        ),
         "has 3 heads, its HeadMasks 2",
     ),
     "size of masks": (
-        lambda: SparsityPlan.from_head_masks(SPEC, {"self.1": HeadMasks(THREE[..., :9, :9], block_size=8)}),
+        lambda: SparsityPlan.from_head_masks(
+            SPEC, {"self.1": HeadMasks(THREE[..., :9, :9], block_size=8)}
+        ),
         r"\(9, 9\) blocks, TokenLayout\(grid=\(9, 14\), start=5.* has 17.*image_size",
     ),
     "masks differ in the batch": (
@@ -480,7 +598,12 @@ BAD_PLANS = {
     ),
     "cross attention": (
         lambda: SparsityPlan.from_head_masks(
-            SPEC, {"self.1": HeadMasks(THREE, layout=LAYOUT, kv_layout=TokenLayout((131, 1), block_size=8))}
+            SPEC,
+            {
+                "self.1": HeadMasks(
+                    THREE, layout=LAYOUT, kv_layout=TokenLayout((131, 1), block_size=8)
+                )
+            },
         ),
         "other keys than queries",
     ),
@@ -489,7 +612,9 @@ BAD_PLANS = {
             SPEC,
             {
                 "self.0": HeadMasks(THREE, layout=LAYOUT),
-                "self.1": HeadMasks(THREE, layout=TokenLayout((9, 14), start=5, order="tile", block_size=8)),
+                "self.1": HeadMasks(
+                    THREE, layout=TokenLayout((9, 14), start=5, order="tile", block_size=8)
+                ),
             },
         ),
         "one plan has one order",

@@ -41,32 +41,46 @@ class TestGeometry:
         from segment_anything.utils.transforms import ResizeLongestSide
 
         theirs = ResizeLongestSide(1024)
-        assert resized_to_fit((height, width), (1024, 1024)) == theirs.get_preprocess_shape(height, width, 1024)
+        assert resized_to_fit((height, width), (1024, 1024)) == theirs.get_preprocess_shape(
+            height, width, 1024
+        )
         x, y = (data.draw(st.floats(0, side, exclude_max=True)) for side in (width, height))
         column, row = theirs.apply_coords(np.array([[x, y]]), (height, width))[0]
-        ((top, left, bottom, right),) = bsa.Prompts([(x, y)], image_size=(height, width)).on_patches((64, 64), (16, 16))
+        ((top, left, bottom, right),) = bsa.Prompts(
+            [(x, y)], image_size=(height, width)
+        ).on_patches((64, 64), (16, 16))
         row, column = round(row, 6), round(column, 6)
-        assert (top, left) == (bottom, right) == (min(int(row // 16), 63), min(int(column // 16), 63))
+        assert (
+            (top, left) == (bottom, right) == (min(int(row // 16), 63), min(int(column // 16), 63))
+        )
 
     @pytest.mark.parametrize(("height", "width"), [(480, 640), (1500, 700), (333, 1000)])
     def test_as_transformers_does_it(self, height, width):
         from transformers import SamImageProcessor, SamProcessor
 
-        x, y, box = 0.7 * width, 0.4 * height, (0.1 * width, 0.2 * height, 0.6 * width, 0.9 * height)
+        x, y, box = (
+            0.7 * width,
+            0.4 * height,
+            (0.1 * width, 0.2 * height, 0.6 * width, 0.9 * height),
+        )
         photograph = np.zeros((height, width, 3), dtype=np.uint8)
         given = SamProcessor(SamImageProcessor())(
             photograph, input_points=[[[x, y]]], input_boxes=[[list(box)]], return_tensors="pt"
         )
         column, row = given["input_points"].flatten().tolist()
         x0, y0, x1, y1 = given["input_boxes"].flatten().tolist()
-        click, rectangle = bsa.Prompts([(x, y)], [box], (height, width)).on_patches((64, 64), (16, 16))
+        click, rectangle = bsa.Prompts([(x, y)], [box], (height, width)).on_patches(
+            (64, 64), (16, 16)
+        )
         assert click == (row // 16, column // 16) * 2
         assert rectangle == (y0 // 16, x0 // 16, -(-y1 // 16) - 1, -(-x1 // 16) - 1)
 
     def test_a_click_in_the_photograph_is_not_one_in_the_input(self):
         click = [(600, 300)]
         assert bsa.Prompts(click).on_patches((64, 64), (16, 16)) == ((18, 37, 18, 37),)
-        assert bsa.Prompts(click, image_size=(2048, 2048)).on_patches((64, 64), (16, 16)) == ((9, 18, 9, 18),)
+        assert bsa.Prompts(click, image_size=(2048, 2048)).on_patches((64, 64), (16, 16)) == (
+            (9, 18, 9, 18),
+        )
 
     def test_borders_alone_are_not_touched(self):
         boxes = [(16, 16, 32, 48), (15.9, 16, 32.1, 48)]
@@ -79,14 +93,18 @@ class TestGeometry:
     def test_inputs_that_are_not_square(self):
         """Resized to fit, padded at the bottom and the right."""
         assert resized_to_fit((100, 400), (512, 1024)) == (256, 1024)
-        assert bsa.Prompts([(399, 99)], image_size=(100, 400)).on_patches((32, 64), (16, 16)) == ((15, 63, 15, 63),)
+        assert bsa.Prompts([(399, 99)], image_size=(100, 400)).on_patches((32, 64), (16, 16)) == (
+            (15, 63, 15, 63),
+        )
 
     def test_sizes_as_processors_give_them(self):
         for size in (torch.tensor([48, 64]), np.array([48, 64]), [48, 64]):
             assert bsa.Prompts([(3, 4)], image_size=size).image_size == (48, 64)
 
     def test_tensors_and_arrays(self):
-        assert bsa.Prompts(torch.tensor([[3, 4]]), np.array([[1, 2, 3, 4]])) == bsa.Prompts([(3, 4)], [(1, 2, 3, 4)])
+        assert bsa.Prompts(torch.tensor([[3, 4]]), np.array([[1, 2, 3, 4]])) == bsa.Prompts(
+            [(3, 4)], [(1, 2, 3, 4)]
+        )
 
     @pytest.mark.parametrize(
         ("make_it", "message"),
@@ -96,12 +114,30 @@ class TestGeometry:
                 lambda: bsa.Prompts([(640, 10)], image_size=(480, 640)),
                 r"point \(640, 10\) lies outside the image of 640 x 480 pixels",
             ),
-            (lambda: bsa.Prompts([(10, 500)], image_size=(480, 640)), r"y 0 to below 480; give \(x, y\), x first"),
-            (lambda: bsa.Prompts([(-1, 5)], image_size=(480, 640)), r"point \(-1, 5\) lies outside"),
-            (lambda: bsa.Prompts([(float("nan"), 5)], image_size=(480, 640)), r"point \(nan, 5\) lies outside"),
-            (lambda: bsa.Prompts(boxes=[(1, 2, 700, 4)], image_size=(480, 640)), r"box \(1, 2, 700, 4\) lies outside"),
-            (lambda: bsa.Prompts(boxes=[(5, 2, 3, 4)]), r"box \(5, 2, 3, 4\) is empty: .*order the corners"),
-            (lambda: bsa.Prompts((3, 4)), r"points=\(3, 4\): expected a list of \(x, y\) in pixels; wrap"),
+            (
+                lambda: bsa.Prompts([(10, 500)], image_size=(480, 640)),
+                r"y 0 to below 480; give \(x, y\), x first",
+            ),
+            (
+                lambda: bsa.Prompts([(-1, 5)], image_size=(480, 640)),
+                r"point \(-1, 5\) lies outside",
+            ),
+            (
+                lambda: bsa.Prompts([(float("nan"), 5)], image_size=(480, 640)),
+                r"point \(nan, 5\) lies outside",
+            ),
+            (
+                lambda: bsa.Prompts(boxes=[(1, 2, 700, 4)], image_size=(480, 640)),
+                r"box \(1, 2, 700, 4\) lies outside",
+            ),
+            (
+                lambda: bsa.Prompts(boxes=[(5, 2, 3, 4)]),
+                r"box \(5, 2, 3, 4\) is empty: .*order the corners",
+            ),
+            (
+                lambda: bsa.Prompts((3, 4)),
+                r"points=\(3, 4\): expected a list of \(x, y\) in pixels; wrap",
+            ),
             (lambda: bsa.Prompts([(3, 4, 5)]), r"expected a list of \(x, y\) in pixels"),
             (lambda: bsa.Prompts([(3, 4)], image_size=640), r"image_size=640: expected a pair"),
         ],
@@ -117,15 +153,28 @@ class TestPattern:
     def test_by_brute_force(self, layout, data, radius, near):
         boxes = []
         for _ in range(data.draw(st.integers(0, 3))):
-            ends = [sorted(data.draw(st.tuples(*[st.integers(0, side - 1)] * 2))) for side in layout.grid]
+            ends = [
+                sorted(data.draw(st.tuples(*[st.integers(0, side - 1)] * 2)))
+                for side in layout.grid
+            ]
             boxes.append((ends[0][0], ends[1][0], ends[0][1], ends[1][1]))
         blocks = Blocks.of(layout)
-        inside = [(r, c) for t, left, b, right in boxes for r in range(t, b + 1) for c in range(left, right + 1)]
+        inside = [
+            (r, c)
+            for t, left, b, right in boxes
+            for r in range(t, b + 1)
+            for c in range(left, right + 1)
+        ]
         focus = blocks.focus(inside, radius)
         close = blocks.token_distance("l1") <= near
         got = prompt_region(layout, radius, near, boxes)
         # Two blocks in focus see each other, whichever of their patches make them so.
-        in_focus = np.array([focus[i : i + layout.block_size].any() for i in range(0, len(focus), layout.block_size)])
+        in_focus = np.array(
+            [
+                focus[i : i + layout.block_size].any()
+                for i in range(0, len(focus), layout.block_size)
+            ]
+        )
         expected = blocks.any_rule(close) | blocks.keep_special(in_focus[:, None] & in_focus)
         assert np.array_equal(got.numpy(), expected)
 
@@ -148,7 +197,9 @@ class TestPattern:
 
 
 class TestModels:
-    @pytest.mark.parametrize("name", ["segment_anything", "transformers sam", "timm", "bsa_vision.encoder"])
+    @pytest.mark.parametrize(
+        "name", ["segment_anything", "transformers sam", "timm", "bsa_vision.encoder"]
+    )
     def test_each_image_follows_its_own_prompts(self, name):
         """Against one image at a time with its mask in a static plan."""
         model = make(name)
@@ -161,8 +212,12 @@ class TestModels:
             for index, prompts in enumerate((CLICK, OTHER)):
                 mask = prompt_region(plan.layout(spec), 1, 1, prompts.on_patches((12, 12), (8, 8)))
                 masks = bsa.HeadMasks(mask.expand(1, 2, -1, -1), layout=plan.layout(spec))
-                static = bsa.SparsityPlan.from_head_masks(spec, {key: masks for key in ("self.1", "self.3")})
-                expected = features(bsa.sparsify_(model, static, backend="reference"), image()[index : index + 1])
+                static = bsa.SparsityPlan.from_head_masks(
+                    spec, {key: masks for key in ("self.1", "self.3")}
+                )
+                expected = features(
+                    bsa.sparsify_(model, static, backend="reference"), image()[index : index + 1]
+                )
                 bsa.restore_(model)
                 assert relative(got[index : index + 1], expected) < 1e-5
                 assert relative(got[index : index + 1], dense[index : index + 1]) > 1e-2
@@ -178,18 +233,24 @@ class TestModels:
 
     def test_without_prompts_it_is_an_error_and_dense_needs_none(self, model):
         with pytest.raises(
-            ValueError, match=r"layer 'blocks\.1\.attn' has a pattern that follows prompts, and there are none"
+            ValueError,
+            match=r"layer 'blocks\.1\.attn' has a pattern that follows prompts, and there are none",
         ):
             features(model, image())
         with torch.no_grad(), bsa.dense(model):
-            assert torch.equal(features(model, image()), features(make("segment_anything"), image()))
+            assert torch.equal(
+                features(model, image()), features(make("segment_anything"), image())
+            )
 
     def test_contexts_nest_and_end(self, model):
         with torch.no_grad(), bsa.context(model, prompts=CLICK):
             first = features(model, image())
             with bsa.context(model, prompts=OTHER):
                 assert relative(features(model, image()), first) > 1e-3
-                with pytest.raises(ValueError, match="outside"), bsa.context(model, prompts=bsa.Prompts([(999, 1)])):
+                with (
+                    pytest.raises(ValueError, match="outside"),
+                    bsa.context(model, prompts=bsa.Prompts([(999, 1)])),
+                ):
                     features(model, image())
                 assert relative(features(model, image()), first) > 1e-3
             assert torch.equal(features(model, image()), first)
@@ -231,7 +292,9 @@ class TestModels:
             except ValueError as error:
                 errors.append(str(error))
 
-        threads = [threading.Thread(target=run, args=a) for a in (("click", CLICK), ("other", OTHER))]
+        threads = [
+            threading.Thread(target=run, args=a) for a in (("click", CLICK), ("other", OTHER))
+        ]
         with bsa.context(model, prompts=CLICK):
             threads.append(threading.Thread(target=without))
             [thread.start() for thread in threads]
@@ -297,7 +360,8 @@ class TestModels:
                 with torch.no_grad():
                     assert relative(compiled(image()), model(image())) < 1e-5
                 with pytest.raises(
-                    Exception, match=r"follows prompts: a compiled model would look them up again in backward"
+                    Exception,
+                    match=r"follows prompts: a compiled model would look them up again in backward",
                 ):
                     compiled(image())
 
@@ -306,14 +370,19 @@ class TestModels:
         bsa.sparsify_(model, bsa.uniform_plan(model, "prompt_region", **PLAN))
         with bsa.context(model, prompts=CLICK):
             out = model(image())
-            with pytest.raises(RuntimeError, match="follows prompts, and gradient checkpointing runs it again"):
+            with pytest.raises(
+                RuntimeError, match="follows prompts, and gradient checkpointing runs it again"
+            ):
                 out.sum().backward()
 
     def test_plans_save_but_do_not_freeze(self, model, tmp_path):
         plan = bsa.uniform_plan(make("segment_anything"), "prompt_region", **PLAN)
         plan.save(tmp_path / "plan.json")
         assert bsa.SparsityPlan.load(tmp_path / "plan.json") == plan
-        with pytest.raises(bsa.PlanError, match="follows prompts: only what is the same for every image can be frozen"):
+        with pytest.raises(
+            bsa.PlanError,
+            match="follows prompts: only what is the same for every image can be frozen",
+        ):
             plan.freeze(plan.layout(bsa.inspect(make("segment_anything"))))
 
     def test_describe_and_copies(self, model):
@@ -322,17 +391,28 @@ class TestModels:
         empty = bsa.describe(model).layers[1].sparsity
         with bsa.context(model, prompts=OTHER):
             assert bsa.describe(model).layers[1].sparsity < empty
-            copies = [copy.deepcopy(model), *(pickle.loads(pickle.dumps(model, protocol)) for protocol in (0, 2, 5))]
+            copies = [
+                copy.deepcopy(model),
+                *(pickle.loads(pickle.dumps(model, protocol)) for protocol in (0, 2, 5)),
+            ]
         for other in copies:
             with pytest.raises(ValueError, match="there are none"):
                 features(other, image())
-            with torch.no_grad(), bsa.context(other, prompts=CLICK), bsa.context(model, prompts=OTHER):
+            with (
+                torch.no_grad(),
+                bsa.context(other, prompts=CLICK),
+                bsa.context(model, prompts=OTHER),
+            ):
                 assert relative(features(other, image()), features(model, image())) > 1e-2
 
     @pytest.mark.parametrize(
         ("prompts", "error", "message"),
         [
-            (bsa.Prompts([(97, 5)]), ValueError, r"point \(97, 5\) lies outside the image of 96 x 96 pixels"),
+            (
+                bsa.Prompts([(97, 5)]),
+                ValueError,
+                r"point \(97, 5\) lies outside the image of 96 x 96 pixels",
+            ),
             ([(5, 5)], TypeError, r"prompts=\[\(5, 5\)\]: expected bsa\.Prompts, or a list"),
             ([], TypeError, r"expected bsa\.Prompts"),
         ],
@@ -346,7 +426,8 @@ class TestModels:
         for each in (model, bsa.sparsify_(copy.deepcopy(model), bsa.dense_plan(model))):
             with (
                 pytest.raises(
-                    ValueError, match=r"no layer of this model has a pattern that follows prompts.*sparsify_ it"
+                    ValueError,
+                    match=r"no layer of this model has a pattern that follows prompts.*sparsify_ it",
                 ),
                 bsa.context(each, prompts=CLICK),
             ):

@@ -98,7 +98,9 @@ def changed(plan, **values):
 class TestPage:
     @pytest.mark.parametrize("name", ["plan", "sam_plan"])
     def test_is_complete_in_itself(self, name, request, tmp_path):
-        chosen, its_model = (request.getfixturevalue(x) for x in (name, {"plan": "model", "sam_plan": "sam"}[name]))
+        chosen, its_model = (
+            request.getfixturevalue(x) for x in (name, {"plan": "model", "sam_plan": "sam"}[name])
+        )
         found = drawn(chosen, tmp_path, its_model, images(1)[0])
         html = (tmp_path / "page.html").read_text(encoding="utf-8")
         assert set(re.findall(r"https?://[^\"' <)]+", html)) <= NAMESPACES
@@ -107,14 +109,21 @@ class TestPage:
         ids = found.values("id")
         assert len(ids) > 100
         assert len(set(ids)) == len(ids)
-        refers = [*found.values("xlink:href"), *(f"#{name}" for name in re.findall(r"url\(#([^)]*)\)", html))]
-        assert {name for name in refers if not name.startswith("data:")} <= {f"#{name}" for name in ids}
+        refers = [
+            *found.values("xlink:href"),
+            *(f"#{name}" for name in re.findall(r"url\(#([^)]*)\)", html)),
+        ]
+        assert {name for name in refers if not name.startswith("data:")} <= {
+            f"#{name}" for name in ids
+        }
         assert "@import" not in html
         assert re.findall(r"url\((?!#)", html) == []
 
     def test_ids_would_clash(self, plan, monkeypatch, tmp_path):
         """The twin: without a beginning of their own, ids of several figures are the same."""
-        monkeypatch.setattr(plots, "re", SimpleNamespace(findall=re.findall, sub=lambda pattern, to, text: text))
+        monkeypatch.setattr(
+            plots, "re", SimpleNamespace(findall=re.findall, sub=lambda pattern, to, text: text)
+        )
         ids = drawn(plan, tmp_path).values("id")
         assert len(set(ids)) < len(ids)
 
@@ -129,11 +138,19 @@ class TestPage:
         tuned, text = chosen.notes["tuned"], drawn(chosen, tmp_path).text
         for one in tuned["layers"]:
             assert text.count(one["layer"]) >= 3  # in two figures, and the table
-            assert all(head["pattern"] in text and f"{head['error']:.4g}" in text for head in one["heads"])
-        assert f"The plan skips {tuned['sparsity']:.1%} of the blocks of {len(tuned['layers'])} layers" in text
+            assert all(
+                head["pattern"] in text and f"{head['error']:.4g}" in text for head in one["heads"]
+            )
+        assert (
+            f"The plan skips {tuned['sparsity']:.1%} of the blocks of {len(tuned['layers'])} layers"
+            in text
+        )
         back = tuned["images"]["kept back"]
         mean = " in the mean" * (back > 1)
-        assert f"error of the target is {tuned['measured']:.3g}{mean}; {tuned['predicted']:.3g} was predicted" in text
+        assert (
+            f"error of the target is {tuned['measured']:.3g}{mean}; {tuned['predicted']:.3g} was predicted"
+            in text
+        )
         if back > 1:
             assert f"at most {tuned['bound']:.3g}, with 99% confidence" in text
         limit = f"{tuned['certificate']['limit']:.3g}"
@@ -148,7 +165,9 @@ class TestPage:
         assert "What single heads see" not in text
 
     def test_shares_are_rounded_up(self, plan):
-        certificate = dict(images=59, limit=0.05, above=1, share=0.07801, confidence=0.95, adjusted=True)
+        certificate = dict(
+            images=59, limit=0.05, above=1, share=0.07801, confidence=0.95, adjusted=True
+        )
         tuned = {**plan.notes["tuned"], "asked": {"max_error": 0.05}, "certificate": certificate}
         assert html_report._certificate(tuned) == (
             "Of 59 images kept back, 1 had an error above 0.05: with 95% confidence at most 7.9% of images like these have an error above "
@@ -157,11 +176,17 @@ class TestPage:
 
     def test_the_bound_and_a_measured_speedup(self, plan, tmp_path):
         more = dict(
-            asked={"speedup": 1.5}, speedup=1.57, bound=0.123, images={"chosen on": 8, "kept back": 4, "seed": 2}
+            asked={"speedup": 1.5},
+            speedup=1.57,
+            bound=0.123,
+            images={"chosen on": 8, "kept back": 4, "seed": 2},
         )
         text = drawn(changed(plan, **more), tmp_path).text
         confidence = inspect.signature(mean_at_most).parameters["confidence"].default
-        assert f"The mean over all images like these is at most 0.123, with {confidence:.0%} confidence." in text
+        assert (
+            f"The mean over all images like these is at most 0.123, with {confidence:.0%} confidence."
+            in text
+        )
         assert "the target runs 1.57 times as fast as dense" in text
         assert "to be 1.5 times as fast as dense attention" in text
         assert "Measured while tuning" not in drawn(plan, tmp_path).text
@@ -170,7 +195,10 @@ class TestPage:
         layers = copy.deepcopy(plan.notes["tuned"]["layers"])
         layers[0]["layer"] = '<i id="x">&amp;$a$'
         layers[0]["heads"][0]["pattern"] = "<b>a</b>"
-        other = replace(changed(plan, layers=layers), model={**plan.model, "family": "<script>alert(1)</script>"})
+        other = replace(
+            changed(plan, layers=layers),
+            model={**plan.model, "family": "<script>alert(1)</script>"},
+        )
         found = drawn(other, tmp_path)
         assert not {tag for tag, _ in found.tags} & {"script", "b", "i"}
         for name in ("<script>alert(1)</script>", '<i id="x">&amp;$a$', "<b>a</b>"):
@@ -179,7 +207,10 @@ class TestPage:
     def test_a_plan_changed_since(self, plan, model, tmp_path):
         assert "other patterns since" not in drawn(plan, tmp_path).text
         layers = plan.notes["tuned"]["layers"]
-        sparse = [[i for i, head in enumerate(one["heads"]) if head["pattern"] != "dense"] for one in layers]
+        sparse = [
+            [i for i, head in enumerate(one["heads"]) if head["pattern"] != "dense"]
+            for one in layers
+        ]
         most = max(range(len(layers)), key=lambda index: len(sparse[index]))
         other = plan.replace(layers=[most], heads=sparse[most][:2], pattern="nearest", sparsity=0.5)
         found = drawn(other, tmp_path, model, images(1)[0], views=100)
@@ -216,7 +247,10 @@ class TestFigures:
         [
             ("dense", "dense"),
             (repr(Pattern("local_window", radius=8)), "local 8"),
-            (repr(Pattern("local_window", radius=1) | Pattern("strided", stride=4)), "local 1\n+ strided 4"),
+            (
+                repr(Pattern("local_window", radius=1) | Pattern("strided", stride=4)),
+                "local 1\n+ strided 4",
+            ),
             (repr(Pattern("special") | Pattern("local_window", radius=0)), "special\n+ local 0"),
             ("something_of_my_own", "something…"),
         ],
@@ -234,7 +268,8 @@ class TestFigures:
                 (i, j)
                 for i in range(24)
                 for j in range(i)
-                if abs(middles[i, 0] - middles[j, 0]) < 10 and abs(middles[i, 1] - middles[j, 1]) < 8
+                if abs(middles[i, 0] - middles[j, 0]) < 10
+                and abs(middles[i, 1] - middles[j, 1]) < 8
             ]
 
         assert covered(plots._free_places(points, labels)) == []
@@ -262,7 +297,9 @@ def seen_by(model, image):
 class TestViews:
     @pytest.mark.parametrize("name", ["plan", "sam_plan"])
     def test_what_one_query_attends_to(self, name, request):
-        chosen, its_model = (request.getfixturevalue(x) for x in (name, {"plan": "model", "sam_plan": "sam"}[name]))
+        chosen, its_model = (
+            request.getfixturevalue(x) for x in (name, {"plan": "model", "sam_plan": "sam"}[name])
+        )
         image, start = models.image(96, 96, batch=2), bsa.inspect(its_model).start
         key = chosen.notes["tuned"]["layers"][-1]["key"]
         sights = attention_views.look(chosen, its_model, image, [(key, 1), (key, 0)])
@@ -274,24 +311,40 @@ class TestViews:
             expected = attention_row(seen, layout, head, query)
             assert sight.query == (6, 6)
             assert torch.allclose(sight.attention.double(), expected, atol=1e-5)
-            for other in (attention_row(seen, layout, head, query + 1), attention_row(seen, layout, 1 - head, query)):
+            for other in (
+                attention_row(seen, layout, head, query + 1),
+                attention_row(seen, layout, 1 - head, query),
+            ):
                 assert not torch.allclose(sight.attention.double(), other, atol=1e-3)
             of_token = layout.inverse // layout.block_size
-            mask = chosen.compile(key, layout).block_mask(layout.num_tokens, layout.num_tokens)[0, head]
-            assert sight.kept == pytest.approx(float(expected[mask[of_token[query]][of_token]].sum()), abs=1e-5)
+            mask = chosen.compile(key, layout).block_mask(layout.num_tokens, layout.num_tokens)[
+                0, head
+            ]
+            assert sight.kept == pytest.approx(
+                float(expected[mask[of_token[query]][of_token]].sum()), abs=1e-5
+            )
 
     def test_grouped_heads(self):
         layout = TokenLayout((3, 5), start=2, end=1, order="tile", tile=(2, 2), block_size=4)
-        q, k = (torch.randn(1, heads, 18, 4, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2))
+        q, k = (
+            torch.randn(1, heads, 18, 4, generator=torch.Generator().manual_seed(heads))
+            for heads in (4, 2)
+        )
         seen = Observation(LayerSpec("a", 0, 4, 4), layout.grid, q, k, k, 0.7, None, None)
         for head in range(4):
             found = attention_views.attention_of(seen, layout, head, 1, 3).double()
             assert torch.allclose(found, attention_row(seen, layout, head, 2 + 8), atol=1e-6)
-            assert not torch.allclose(found, attention_row(seen, layout, head - 2, 2 + 8), atol=1e-3)
+            assert not torch.allclose(
+                found, attention_row(seen, layout, head - 2, 2 + 8), atol=1e-3
+            )
 
     def test_how_many(self, plan, model, tmp_path):
         image = images(1)[0]
-        sparse = sum(head["pattern"] != "dense" for one in plan.notes["tuned"]["layers"] for head in one["heads"])
+        sparse = sum(
+            head["pattern"] != "dense"
+            for one in plan.notes["tuned"]["layers"]
+            for head in one["heads"]
+        )
         for wanted in (0, 1, 3, 100):
             found = drawn(plan, tmp_path, model, image, views=wanted)
             assert found.views == min(wanted, sparse) == len(found.values("src"))
@@ -299,7 +352,11 @@ class TestViews:
 
     def test_which_heads(self):
         def layer(*errors):
-            return {"heads": [{"pattern": "static" if error else "dense", "error": error} for error in errors]}
+            return {
+                "heads": [
+                    {"pattern": "static" if error else "dense", "error": error} for error in errors
+                ]
+            }
 
         layers = [layer(9, 8, 7), layer(0, 6, 0), layer(0, 5, 1)]
         assert attention_views.choose(layers, 0) == []
@@ -315,7 +372,9 @@ class TestViews:
         before = [dict(module.__dict__) for module in model.modules()]
         attention_views.look(plan, model, image, [("self.1", 0)])
         with pytest.raises(KeyError, match="mine"):
-            attention_views.look(plan, model, image, [("self.1", 0)], lambda model, image: {}["mine"])
+            attention_views.look(
+                plan, model, image, [("self.1", 0)], lambda model, image: {}["mine"]
+            )
         assert [dict(module.__dict__) for module in model.modules()] == before
         model.eval()
 
@@ -323,7 +382,12 @@ class TestViews:
         pixels = torch.randn(2, 3, 4, 6)
         click = torch.zeros(2, 2)
         expected = (pixels[0] - pixels[0].min()) / (pixels[0].max() - pixels[0].min())
-        for image in (pixels, (click, pixels), [pixels, click], {"a": {"b": click}, "c": (pixels,)}):
+        for image in (
+            pixels,
+            (click, pixels),
+            [pixels, click],
+            {"a": {"b": click}, "c": (pixels,)},
+        ):
             assert torch.allclose(attention_views.pixels_of(image), expected.permute(1, 2, 0))
         assert attention_views.pixels_of(torch.ones(1, 3, 2, 2)).tolist() == [[[0.0] * 3] * 2] * 2
 
@@ -332,7 +396,9 @@ class TestViews:
         image = images(1, (64, 96))[0]
         (sight,) = attention_views.look(plan, model, image, [("self.0", 0)])
         assert sight.query == (4, 6)
-        width, height = attention_views.photograph(attention_views.pixels_of(image), sight).get_size_inches()
+        width, height = attention_views.photograph(
+            attention_views.pixels_of(image), sight
+        ).get_size_inches()
         assert height / width == pytest.approx(64 / 96)
 
 
@@ -340,7 +406,11 @@ class TestWrongInput:
     def test_a_plan_that_was_not_tuned(self, plan, model, tmp_path):
         said = "notes hold {}: a report needs what tune leaves there under 'tuned'; make the plan with this version's bsa.tune"
         older = {key: value for key, value in plan.notes["tuned"].items() if key != "certificate"}
-        for notes, holds in (({}, "nothing"), ({"mine": 1}, "'mine'"), ({"tuned": older}, "'tuned'")):
+        for notes, holds in (
+            ({}, "nothing"),
+            ({"mine": 1}, "'mine'"),
+            ({"tuned": older}, "'tuned'"),
+        ):
             with pytest.raises(ValueError, match=said.format(holds)):
                 html_report.report(replace(plan, notes=notes), tmp_path / "page.html")
         assert list(tmp_path.iterdir()) == []
@@ -358,12 +428,17 @@ class TestWrongInput:
     def test_options(self, plan, model, options, said, tmp_path):
         (tmp_path / "page.html").write_text("earlier")
         with pytest.raises(ValueError, match=said):
-            html_report.report(plan, tmp_path / "page.html", **{"model": model, "image": images(1)[0], **options})
+            html_report.report(
+                plan, tmp_path / "page.html", **{"model": model, "image": images(1)[0], **options}
+            )
         assert (tmp_path / "page.html").read_text() == "earlier"
 
     def test_another_model(self, plan, model, tmp_path):
         other = bsa.sparsify_(copy.deepcopy(model), plan)
-        for given, said in ((other, "sparse heads already"), (models.vit(), "this plan is for another model")):
+        for given, said in (
+            (other, "sparse heads already"),
+            (models.vit(), "this plan is for another model"),
+        ):
             with pytest.raises(ValueError, match=said):
                 html_report.report(plan, tmp_path / "page.html", given, images(1)[0])
 
@@ -378,13 +453,16 @@ class TestWrongInput:
         monkeypatch.setattr(atomic_write.os, "replace", full)
         with pytest.raises(OSError, match="no space left"):
             html_report.report(plan, tmp_path / "page.html")
-        assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("page.html", "earlier")]
+        assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [
+            ("page.html", "earlier")
+        ]
 
     def test_without_matplotlib(self, plan, tmp_path, monkeypatch):
         for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         with pytest.raises(
-            ImportError, match=r"drawn with matplotlib, which cannot be imported.*pip install 'bsa-vision\[tune\]'"
+            ImportError,
+            match=r"drawn with matplotlib, which cannot be imported.*pip install 'bsa-vision\[tune\]'",
         ):
             html_report.report(plan, tmp_path / "page.html")

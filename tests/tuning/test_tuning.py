@@ -61,7 +61,10 @@ def calls(draw):
         return torch.randn(shape, generator=generator)
 
     tokens = layout.num_tokens
-    q, k, v = random(images, heads, tokens, dim), *(random(images, heads // group, tokens, dim) for _ in range(2))
+    q, k, v = (
+        random(images, heads, tokens, dim),
+        *(random(images, heads // group, tokens, dim) for _ in range(2)),
+    )
     rel_pos = (
         RelPos(*(random(images, heads, tokens, side) for side in grid))
         if layout.num_tokens == layout.num_patches
@@ -82,7 +85,9 @@ def outputs(seen, layout, mask=None):
     logits = q @ k.transpose(-1, -2) * seen.scale
     if seen.rel_pos is not None:
         patches = torch.arange(layout.num_patches)
-        for term, place in zip(seen.rel_pos, (patches // layout.grid[1], patches % layout.grid[1]), strict=True):
+        for term, place in zip(
+            seen.rel_pos, (patches // layout.grid[1], patches % layout.grid[1]), strict=True
+        ):
             logits = logits + term.double()[..., place]
     if mask is not None:
         of_token = layout.inverse // layout.block_size
@@ -101,7 +106,9 @@ def changes_of(seen, layout):
     logits = q @ k.transpose(-1, -2) * seen.scale
     if seen.rel_pos is not None:
         patches = layout.permutation
-        for term, place in zip(seen.rel_pos, (patches // layout.grid[1], patches % layout.grid[1]), strict=True):
+        for term, place in zip(
+            seen.rel_pos, (patches // layout.grid[1], patches % layout.grid[1]), strict=True
+        ):
             logits = logits + term.double()[:, :, layout.permutation][..., place]
     probs = logits.softmax(-1)
     out = probs @ v
@@ -124,7 +131,10 @@ class TestStatistics:
             off = outputs(seen, layout, masks[:, candidate]) - dense
             expected = off.square().sum((0, 1, 3))  # (H,)
             assert torch.allclose(
-                found.error[:, candidate], expected, rtol=2e-3, atol=1e-5 * float(dense.square().sum())
+                found.error[:, candidate],
+                expected,
+                rtol=2e-3,
+                atol=1e-5 * float(dense.square().sum()),
             )
         queries = torch.full_like(found.error, float(len(seen.q) * layout.num_tokens))
         assert torch.equal(found.kept.sum(-1), queries)
@@ -136,11 +146,15 @@ class TestStatistics:
         seen, layout, _ = call
         found = BlockStatistics.empty(seen.q.shape[1], layout)
         found.add(seen, layout)
-        assert torch.allclose(found.mass.sum(-1), torch.full_like(found.mass[..., 0], float(len(seen.q))), atol=1e-4)
+        assert torch.allclose(
+            found.mass.sum(-1), torch.full_like(found.mass[..., 0], float(len(seen.q))), atol=1e-4
+        )
         assert (found.drop >= 0).all()
         if layout.num_blocks < 2:
             return
-        masks = torch.ones(seen.q.shape[1], 1, layout.num_blocks, layout.num_blocks, dtype=torch.bool)
+        masks = torch.ones(
+            seen.q.shape[1], 1, layout.num_blocks, layout.num_blocks, dtype=torch.bool
+        )
         masks[:, :, 0, -1] = False
         exact = CandidateErrors.empty(*masks.shape[:2])
         exact.add(seen, layout, masks)
@@ -155,16 +169,22 @@ class TestStatistics:
         seen, layout, _ = call
         heads, blocks, size = seen.q.shape[1], layout.num_blocks, layout.block_size
         generator = torch.Generator().manual_seed(seed)
-        some = torch.rand(heads, blocks, blocks, generator=generator).argsort(-1)[..., : max(1, blocks - 1)]
+        some = torch.rand(heads, blocks, blocks, generator=generator).argsort(-1)[
+            ..., : max(1, blocks - 1)
+        ]
         changes = changes_of(seen, layout)  # (B, H, N, C, channels), packed order
         for among in (torch.arange(blocks).expand(heads, blocks, blocks), some):
             found = BlockStatistics.empty(heads, layout, among.shape[-1])
             found.add(seen, layout, among)
             for row in range(blocks):
                 own = changes[:, :, row * size : (row + 1) * size]  # (B, H, i, C, channels)
-                own = own.gather(3, among[None, :, row, None, :, None].expand(*own.shape[:3], -1, own.shape[-1]))
+                own = own.gather(
+                    3, among[None, :, row, None, :, None].expand(*own.shape[:3], -1, own.shape[-1])
+                )
                 expected = torch.einsum("bhikc,bhijc->hkj", own, own)
-                assert torch.allclose(found.gram[:, row], expected, rtol=1e-3, atol=1e-5 * float(found.total))
+                assert torch.allclose(
+                    found.gram[:, row], expected, rtol=1e-3, atol=1e-5 * float(found.total)
+                )
 
     @settings(max_examples=20, deadline=None)
     @given(calls())
@@ -174,9 +194,18 @@ class TestStatistics:
         one.add(seen, layout, masks)
         for image in range(len(seen.q)):
             inside = slice(image, image + 1)
-            rel_pos = None if seen.rel_pos is None else RelPos(*(term[inside] for term in seen.rel_pos))
+            rel_pos = (
+                None if seen.rel_pos is None else RelPos(*(term[inside] for term in seen.rel_pos))
+            )
             part = Observation(
-                seen.layer, seen.grid, seen.q[inside], seen.k[inside], seen.v[inside], seen.scale, rel_pos, seen.weight
+                seen.layer,
+                seen.grid,
+                seen.q[inside],
+                seen.k[inside],
+                seen.v[inside],
+                seen.scale,
+                rel_pos,
+                seen.weight,
             )
             each.add(part, layout, masks)
         assert torch.allclose(one.error, each.error, rtol=1e-4, atol=1e-6)
@@ -188,7 +217,9 @@ def made_up(layout, heads, among=None, seed=0):
     generator = torch.Generator().manual_seed(seed)
     blocks = layout.num_blocks
     changes = torch.randn(heads, blocks, 3, blocks, 2, generator=generator, dtype=torch.float64)
-    changes *= torch.rand(heads, blocks, 1, blocks, 1, generator=generator, dtype=torch.float64) ** 2
+    changes *= (
+        torch.rand(heads, blocks, 1, blocks, 1, generator=generator, dtype=torch.float64) ** 2
+    )
     changes -= changes.mean(3, keepdim=True)  # all together change nothing
     mass = torch.randn(heads, blocks, blocks, generator=generator, dtype=torch.float64).softmax(-1)
     among = torch.arange(blocks).expand(heads, blocks, blocks) if among is None else among
@@ -225,7 +256,9 @@ class TestCandidates:
             *found,
             *(
                 one
-                for head in candidates.static(candidates.order_of_dropping(statistics, self.LAYOUT, among), self.LAYOUT)
+                for head in candidates.static(
+                    candidates.order_of_dropping(statistics, self.LAYOUT, among), self.LAYOUT
+                )
                 for one in head
             ),
         ]:
@@ -258,9 +291,14 @@ class TestCandidates:
         order = candidates.order_of_dropping(statistics, self.LAYOUT, among)[0]
         prices = []
         for row in range(self.LAYOUT.num_blocks):
-            gone, costs = path(changes[0, row], statistics.mass[0, row], order[row].isfinite().tolist())
+            gone, costs = path(
+                changes[0, row], statistics.mass[0, row], order[row].isfinite().tolist()
+            )
             steps = [after - before for before, after in itertools.pairwise(costs)]
-            prices += [(order[row, j].item(), price) for j, price in zip(gone, itertools.accumulate(steps, max))]
+            prices += [
+                (order[row, j].item(), price)
+                for j, price in zip(gone, itertools.accumulate(steps, max))
+            ]
         prices.sort()
         assert [place for place, _ in prices] == list(range(len(prices)))
         assert all(a <= b + 1e-9 for (_, a), (_, b) in itertools.pairwise(prices))
@@ -272,7 +310,9 @@ class TestCandidates:
         assert among.shape == (2, self.LAYOUT.num_blocks, 5)
         statistics, _, _ = made_up(self.LAYOUT, 2, among)
         order = candidates.order_of_dropping(statistics, self.LAYOUT, among)
-        compared = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, among, True) & order.isfinite()
+        compared = (
+            torch.zeros_like(order, dtype=torch.bool).scatter_(-1, among, True) & order.isfinite()
+        )
         rest = ~compared & order.isfinite()
         assert order[rest].max() < 0 <= order[compared].min()
         for head in range(2):  # among themselves by `drop`
@@ -280,7 +320,9 @@ class TestCandidates:
             assert torch.equal(order[head][rest[head]].argsort(), by_drop)
         for mask in (
             mask
-            for head in candidates.static(candidates.order_of_dropping(statistics, self.LAYOUT, among), self.LAYOUT)
+            for head in candidates.static(
+                candidates.order_of_dropping(statistics, self.LAYOUT, among), self.LAYOUT
+            )
             for _, mask in head
         ):
             assert (mask | ~Pattern("special")(self.LAYOUT)).all()
@@ -293,12 +335,19 @@ class TestCandidates:
             kept = (changes[0] * mask[:, None, :, None]).sum(2).square().sum((1, 2))
             return float((kept / (statistics.mass[0] * mask).sum(-1).square()).sum())
 
-        chosen = candidates.static(candidates.order_of_dropping(statistics, self.LAYOUT, among), self.LAYOUT)[0]
-        alone = replace(statistics, gram=torch.diag_embed(statistics.gram.diagonal(dim1=-2, dim2=-1)))
+        chosen = candidates.static(
+            candidates.order_of_dropping(statistics, self.LAYOUT, among), self.LAYOUT
+        )[0]
+        alone = replace(
+            statistics, gram=torch.diag_embed(statistics.gram.diagonal(dim1=-2, dim2=-1))
+        )
         pairs = [
             (mask, other)
             for (_, mask), (_, other) in zip(
-                chosen, candidates.static(candidates.order_of_dropping(alone, self.LAYOUT, among), self.LAYOUT)[0]
+                chosen,
+                candidates.static(
+                    candidates.order_of_dropping(alone, self.LAYOUT, among), self.LAYOUT
+                )[0],
             )
         ]
         different = [(mask, other) for mask, other in pairs if not torch.equal(mask, other)]
@@ -309,12 +358,19 @@ class TestCandidates:
         assert max(ratios) < 1.1  # block by block is not the best there is
 
     def test_no_mask_twice(self):
-        masks = [mask for _, mask in candidates.geometric(candidates.NAMES, TokenLayout((8, 8), order="tile", **SMALL))]
+        masks = [
+            mask
+            for _, mask in candidates.geometric(
+                candidates.NAMES, TokenLayout((8, 8), order="tile", **SMALL)
+            )
+        ]
         assert not any(torch.equal(a, b) for a, b in itertools.combinations(masks, 2))
 
 
 choices = st.lists(
-    st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), min_size=1, max_size=4), min_size=1, max_size=4
+    st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), min_size=1, max_size=4),
+    min_size=1,
+    max_size=4,
 )
 
 
@@ -324,7 +380,10 @@ class TestSolver:
     def test_equals_enumeration(self, heads, limit, kind):
         problem = [Choice([e for e, _ in own], [c for _, c in own]) for own in heads]
         every = [
-            (sum(o.errors[i] for o, i in zip(problem, picks)), sum(o.costs[i] for o, i in zip(problem, picks)))
+            (
+                sum(o.errors[i] for o, i in zip(problem, picks)),
+                sum(o.costs[i] for o, i in zip(problem, picks)),
+            )
             for picks in itertools.product(*(range(len(own)) for own in heads))
         ]
         if kind == "max_error":
@@ -351,13 +410,21 @@ class TestTune:
         ("make", "picture", "target"),
         [
             (lambda: models.make("dinov3"), lambda seed: models.image(96, 96, seed=seed), features),
-            (lambda: timm_models.make("vit, not fused"), lambda seed: timm_models.image(batch=1) + seed / 10, features),
+            (
+                lambda: timm_models.make("vit, not fused"),
+                lambda seed: timm_models.image(batch=1) + seed / 10,
+                features,
+            ),
             (
                 lambda: sam_models.make("bsa_vision.encoder"),
                 lambda seed: sam_models.image(batch=1) + seed / 10,
                 features,
             ),
-            (lambda: sam2_models.make("sam2"), lambda seed: sam2_models.image() + seed / 10, sam2_models.features),
+            (
+                lambda: sam2_models.make("sam2"),
+                lambda seed: sam2_models.image() + seed / 10,
+                sam2_models.features,
+            ),
             (
                 lambda: models.make("dinov3").bfloat16(),
                 lambda seed: models.image(96, 96, seed=seed).bfloat16(),
@@ -369,7 +436,14 @@ class TestTune:
                 features,
             ),
         ],
-        ids=["transformers", "timm", "own sam", "sam2, two images at once", "bfloat16", "three images at once"],
+        ids=[
+            "transformers",
+            "timm",
+            "own sam",
+            "sam2, two images at once",
+            "bfloat16",
+            "three images at once",
+        ],
     )
     def test_at_a_sparsity(self, make, picture, target):
         model, pictures = make(), [picture(seed) for seed in range(4)]
@@ -384,7 +458,9 @@ class TestTune:
             kept = pictures[next(i for i in range(4) if i not in chosen_on(4))]
             dense = target(model, kept)
             bsa.sparsify_(model, plan)
-            assert relative(target(model, kept).double(), dense.double()) == pytest.approx(found["errors"][0], rel=1e-3)
+            assert relative(target(model, kept).double(), dense.double()) == pytest.approx(
+                found["errors"][0], rel=1e-3
+            )
 
     def test_while_training(self):
         """The plan of a model as it is used; what was in training mode is in it afterwards, layer by layer."""
@@ -445,7 +521,9 @@ class TestTune:
 
         monkeypatch.setattr(module, "time_plan", time_plan)
         pairs = 3 * 3 * 149**2  # layers, heads
-        return bsa.Latency("made up", 0, off * attention / pairs, 0, 0, off * attention / pairs, True)
+        return bsa.Latency(
+            "made up", 0, off * attention / pairs, 0, 0, off * attention / pairs, True
+        )
 
     @pytest.mark.parametrize("off", [1.0, 0.4, 3.0])
     def test_at_a_speedup(self, monkeypatch, off):
@@ -453,7 +531,9 @@ class TestTune:
         latency = self.with_times(monkeypatch, attention=0.6, off=off)
         plan = tune(models.make("dinov3"), images(), speedup=1.3, latency=latency, **SMALL)
         assert 1.3 <= plan.report["speedup"] < 1.5
-        assert plan.report["sparsity"] == pytest.approx((1 - 1 / plan.report["speedup"]) / 0.6, abs=0.01)
+        assert plan.report["sparsity"] == pytest.approx(
+            (1 - 1 / plan.report["speedup"]) / 0.6, abs=0.01
+        )
 
     def test_a_speedup_that_costs_something_first(self, monkeypatch):
         """Sparse calls that take longer to begin with: not more is skipped than needed."""
@@ -465,7 +545,8 @@ class TestTune:
     def test_a_speedup_that_cannot_be_had(self, monkeypatch):
         latency = self.with_times(monkeypatch, attention=0.1)
         with pytest.raises(
-            bsa.PlanError, match=r"speedup=1.3 cannot be met: 1\.0\d+ is the most .* about 1\d% of the time"
+            bsa.PlanError,
+            match=r"speedup=1.3 cannot be met: 1\.0\d+ is the most .* about 1\d% of the time",
         ):
             tune(models.make("dinov3"), images(), speedup=1.3, latency=latency, **SMALL)
 
@@ -496,7 +577,10 @@ class TestTune:
 
     def test_same_seed_same_plan(self):
         model = models.make("vit")
-        plans = [tune(model, images(size=(64, 64)), sparsity=0.3, tile=(2, 4), block_size=8) for _ in range(2)]
+        plans = [
+            tune(model, images(size=(64, 64)), sparsity=0.3, tile=(2, 4), block_size=8)
+            for _ in range(2)
+        ]
         assert plans[0] == plans[1]
 
     def test_planted_heads_are_found(self):
@@ -506,7 +590,9 @@ class TestTune:
             for layer in model.model.layer:
                 layer.attention.o_proj.weight[:, :12] = 0  # what head 0 makes is thrown away
         layout = dict(order="tile", **SMALL)
-        options = Options(layers_to_tune(bsa.inspect(model), None), candidates.NAMES, features, layout)
+        options = Options(
+            layers_to_tune(bsa.inspect(model), None), candidates.NAMES, features, layout
+        )
         tuned = calibrate(model, images(), Calibration({}), Store(None), options)
         picks = solve_for(tuned, share=0.8)
         density = [
@@ -521,7 +607,9 @@ class TestTune:
         """Best blocks of each half of the images are judged on the other half; the plan's are those of all."""
         model, given, layout = models.make("dinov3"), images(5), dict(order="tile", **SMALL)
         used, add = [], CandidateErrors.add
-        monkeypatch.setattr(CandidateErrors, "add", lambda *args: (used.append(args[3]), add(*args))[1])
+        monkeypatch.setattr(
+            CandidateErrors, "add", lambda *args: (used.append(args[3]), add(*args))[1]
+        )
         options = Options(layers_to_tune(bsa.inspect(model), [1]), ["static"], features, layout)
         calibration = Calibration({})
         tuned = calibrate(model, given, calibration, Store(None), options)
@@ -539,9 +627,13 @@ class TestTune:
 
         halves = [found_on(given[1::2]), found_on(given[::2])]
         assert not torch.equal(*halves)
-        assert [mask.shape for mask in used] == [(*halves[0].shape[:1], 13, *halves[0].shape[2:])] * 5  # dense first
+        assert [mask.shape for mask in used] == [
+            (*halves[0].shape[:1], 13, *halves[0].shape[2:])
+        ] * 5  # dense first
         assert all(torch.equal(mask[:, 1:], halves[i % 2]) for i, mask in enumerate(used))
-        of_all = torch.stack([torch.stack([mask for _, mask in head[1:]]) for head in tuned.options[0]])
+        of_all = torch.stack(
+            [torch.stack([mask for _, mask in head[1:]]) for head in tuned.options[0]]
+        )
         assert torch.equal(of_all, found_on(given))
         assert calibration.blocks == []  # what is large is not kept
 
@@ -552,7 +644,9 @@ class TestTune:
         assert {key for key, names in plan.layers.items() if set(names) != {"dense"}} == {"self.1"}
 
     def test_saved_and_read(self, tmp_path):
-        plan = tune(models.make("vit"), images(3, (64, 64)), sparsity=0.3, tile=(2, 4), block_size=8)
+        plan = tune(
+            models.make("vit"), images(3, (64, 64)), sparsity=0.3, tile=(2, 4), block_size=8
+        )
         plan.save(tmp_path / "plan.json")
         assert bsa.SparsityPlan.load(tmp_path / "plan.json") == plan
 
@@ -571,12 +665,21 @@ class TestWrongInput:
             ({"sparsity": 1.0}, "sparsity=1.0: expected a fraction from 0 to below 1"),
             ({"max_error": 0}, "max_error=0: expected an error above 0"),
             ({"speedup": 0.5}, "speedup=0.5: expected at least 1"),
-            ({"sparsity": 0.99}, r"sparsity=0.99 cannot be met with these candidates: at most 0\.\d+ can"),
+            (
+                {"sparsity": 0.99},
+                r"sparsity=0.99 cannot be met with these candidates: at most 0\.\d+ can",
+            ),
             ({"sparsity": 0.5, "candidates": ["locl"]}, "allowed are static, local_window"),
             ({"sparsity": 0.5, "layers": [9]}, r"layers=\[9\]: allowed are those that attend"),
-            ({"sparsity": 0.5, "layers": ["model.layer.1.atention"]}, "nearest are .*model.layer.1.attention"),
+            (
+                {"sparsity": 0.5, "layers": ["model.layer.1.atention"]},
+                "nearest are .*model.layer.1.attention",
+            ),
             ({"sparsity": 0.5, "verify": 1.0}, "verify=1.0: expected the share"),
-            ({"max_error": 0.1, "verify": 0.1}, "one image says nothing about how far others are from it"),
+            (
+                {"max_error": 0.1, "verify": 0.1},
+                "one image says nothing about how far others are from it",
+            ),
             ({"max_error": 1e-9, "verify": 0.5}, "max_error=1e-09"),
         ],
     )
@@ -596,13 +699,21 @@ class TestWrongInput:
             with pytest.raises(ValueError, match=f"{len(few)} images: at least 2 are needed"):
                 tune(model, few, sparsity=0.5)
         with pytest.raises(
-            ValueError, match=r"images of 64 x 64 and 64 x 96 and 96 x 96 pixels: one plan is tuned for one size"
+            ValueError,
+            match=r"images of 64 x 64 and 64 x 96 and 96 x 96 pixels: one plan is tuned for one size",
         ):
-            tune(model, [models.image(96, 96), models.image(64, 96), models.image(64, 64)], sparsity=0.5, **SMALL)
+            tune(
+                model,
+                [models.image(96, 96), models.image(64, 96), models.image(64, 64)],
+                sparsity=0.5,
+                **SMALL,
+            )
         broken = images(3)
         for image in broken:
             image[:, :, 5, 5] = torch.nan
-        with pytest.raises(ValueError, match="features of length nan, of these images: they must be finite"):
+        with pytest.raises(
+            ValueError, match="features of length nan, of these images: they must be finite"
+        ):
             tune(model, broken, sparsity=0.5, **SMALL)
         bsa.dense_plan(model)  # still a model without sparse heads
         assert not [m for m in model.modules() if "_bsa_layer" in m.__dict__]
@@ -610,8 +721,14 @@ class TestWrongInput:
     @pytest.mark.parametrize(
         ("given", "said"),
         [
-            (lambda: torch.cat(images(3)), r"images hold Tensor \(3, 96, 96\): expected a list of tensors"),
-            (lambda: [image.numpy() for image in images(3)], r"images hold ndarray \(1, 3, 96, 96\)"),
+            (
+                lambda: torch.cat(images(3)),
+                r"images hold Tensor \(3, 96, 96\): expected a list of tensors",
+            ),
+            (
+                lambda: [image.numpy() for image in images(3)],
+                r"images hold ndarray \(1, 3, 96, 96\)",
+            ),
             (lambda: [{"pixels": image} for image in images(3)], "images hold dict"),
         ],
     )
@@ -621,28 +738,50 @@ class TestWrongInput:
 
     def test_a_target_that_skips_layers(self):
         def first_layers(model, image):
-            return model.model.layer[0](model.embeddings(image), position_embeddings=model.rope_embeddings(image))
+            return model.model.layer[0](
+                model.embeddings(image), position_embeddings=model.rope_embeddings(image)
+            )
 
         with pytest.raises(
-            ValueError, match=r"target ran no attention of model.layer.1.attention, model.layer.2.attention"
+            ValueError,
+            match=r"target ran no attention of model.layer.1.attention, model.layer.2.attention",
         ):
             tune(models.make("dinov3"), images(), sparsity=0.5, target=first_layers, **SMALL)
 
     @pytest.mark.parametrize(
-        "out", [lambda x: (x,), lambda x: 0 * x, lambda x: x / 0], ids=["tuple", "zeros", "infinite"]
+        "out",
+        [lambda x: (x,), lambda x: 0 * x, lambda x: x / 0],
+        ids=["tuple", "zeros", "infinite"],
     )
     def test_odd_targets(self, out):
         with pytest.raises(ValueError, match="target returned"):
-            tune(models.make("dinov3"), images(), sparsity=0.5, target=lambda m, x: out(features(m, x)), **SMALL)
+            tune(
+                models.make("dinov3"),
+                images(),
+                sparsity=0.5,
+                target=lambda m, x: out(features(m, x)),
+                **SMALL,
+            )
 
     def test_a_layer_named_twice(self):
         model = models.make("dinov3")
-        plans = [tune(model, images(), sparsity=0.4, layers=layers, **SMALL) for layers in ([0, "self.0"], [0])]
+        plans = [
+            tune(model, images(), sparsity=0.4, layers=layers, **SMALL)
+            for layers in ([0, "self.0"], [0])
+        ]
         assert plans[0] == plans[1]
 
     def test_a_target_that_runs_nothing(self):
-        with pytest.raises(ValueError, match=r"target ran no attention of model.layer.0.attention, model.layer.1"):
-            tune(models.make("dinov3"), images(), sparsity=0.5, target=lambda model, image: image, **SMALL)
+        with pytest.raises(
+            ValueError, match=r"target ran no attention of model.layer.0.attention, model.layer.1"
+        ):
+            tune(
+                models.make("dinov3"),
+                images(),
+                sparsity=0.5,
+                target=lambda model, image: image,
+                **SMALL,
+            )
 
     @pytest.mark.parametrize("name", ["scipy.optimize", "safetensors.torch"])
     def test_without_what_it_needs(self, monkeypatch, name):
@@ -670,7 +809,9 @@ class TestObserve:
         assert [one.layer.key for one in seen] == ["self.0", "self.1", "self.2"]
         logits = models.attention_logits(model, models.image())
         for one, expected_logits in zip(seen, logits):
-            assert torch.allclose(one.q @ one.k.transpose(-1, -2) * one.scale, expected_logits, atol=1e-4)
+            assert torch.allclose(
+                one.q @ one.k.transpose(-1, -2) * one.scale, expected_logits, atol=1e-4
+            )
             assert one.weight.shape == (48, 48)
         assert [dict(module.__dict__) for module in model.modules()] == before
 
@@ -703,7 +844,9 @@ class TestObserve:
 def photos(folder, count=3):
     folder.mkdir()
     for seed in range(count):
-        pixels = torch.randint(0, 255, (70, 90, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        pixels = torch.randint(
+            0, 255, (70, 90, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+        )
         Image.fromarray(pixels.numpy()).save(folder / f"{seed}.png")
     return folder
 
@@ -711,7 +854,8 @@ def photos(folder, count=3):
 def test_the_report_is_missed_before_anything_runs(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, err = run(
-        capsys, f"tune tests.tuning.test_tuning_runs:the_same_model {tmp_path} --sparsity 0.5 -o {tmp_path}/plan.json"
+        capsys,
+        f"tune tests.tuning.test_tuning_runs:the_same_model {tmp_path} --sparsity 0.5 -o {tmp_path}/plan.json",
     )
     assert code == 2
     assert "the report needs matplotlib" in err
@@ -722,19 +866,25 @@ class TestCommand:
     def test_a_plan_from_a_folder(self, capsys, tmp_path):
         folder, plan = photos(tmp_path / "photos"), tmp_path / "plan.json"
         options = "--sparsity 0.3 --tile 2x4 --block-size 8"
-        code, out, err = run(capsys, f"tune tests.helpers.models:dinov3 {folder} -o {plan} {options}")
+        code, out, err = run(
+            capsys, f"tune tests.helpers.models:dinov3 {folder} -o {plan} {options}"
+        )
         assert code == 0, err
         assert "measured on 1 images that were kept back" in out
         model = models.dinov3().eval()
         bsa.sparsify_(model, bsa.SparsityPlan.load(plan))
-        code, out, _ = run(capsys, f"compare tests.helpers.models:dinov3 {folder} --plan {plan} --rounds 1")
+        code, out, _ = run(
+            capsys, f"compare tests.helpers.models:dinov3 {folder} --plan {plan} --rounds 1"
+        )
         assert code == 0
         assert "8 x 8 patches" in out
 
     def test_json(self, capsys, tmp_path):
         folder = photos(tmp_path / "photos", count=6)
         options = "--max-error 0.9 --tile 2x4 --block-size 8 --json"
-        code, out, _ = run(capsys, f"tune tests.helpers.models:dinov3 {folder} -o {tmp_path}/plan.json {options}")
+        code, out, _ = run(
+            capsys, f"tune tests.helpers.models:dinov3 {folder} -o {tmp_path}/plan.json {options}"
+        )
         assert code == 0
         assert json.loads(out)["bound"] <= 0.9
 
@@ -770,14 +920,20 @@ class TestCommand:
     )
     def test_files_that_cannot_be(self, capsys, tmp_path, where, said):
         folder = photos(tmp_path / "photos")
-        code, _, err = run(capsys, f"tune tests.helpers.models:dinov3 {folder} --sparsity 0.3 {where.format(tmp_path)}")
+        code, _, err = run(
+            capsys,
+            f"tune tests.helpers.models:dinov3 {folder} --sparsity 0.3 {where.format(tmp_path)}",
+        )
         assert code == 2
         assert said in err
         assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
     def test_one_photograph(self, capsys, tmp_path):
         folder = photos(tmp_path / "photos", count=1)
-        code, _, err = run(capsys, f"tune tests.helpers.models:dinov3 {folder} -o {tmp_path}/plan.json --sparsity 0.5")
+        code, _, err = run(
+            capsys,
+            f"tune tests.helpers.models:dinov3 {folder} -o {tmp_path}/plan.json --sparsity 0.5",
+        )
         assert code == 2
         assert "1 images: at least 2 are needed" in err
 

@@ -73,7 +73,9 @@ class TestStatisticsFile:
         file, options = tmp_path / "statistics", dict(sparsity=0.5, **SMALL)
         whole = tune(models.make("dinov3"), images(6), **options)
         with pytest.raises(Stop):
-            tune(models.make("dinov3"), images(6), statistics=file, on_step=stop_at(step), **options)
+            tune(
+                models.make("dinov3"), images(6), statistics=file, on_step=stop_at(step), **options
+            )
         resumed = tune(models.make("dinov3"), images(6), statistics=file, resume=True, **options)
         assert resumed == whole
 
@@ -81,8 +83,12 @@ class TestStatisticsFile:
         model, file, target = models.make("dinov3"), tmp_path / "statistics", Counted()
         tune(model, images(9), sparsity=0.5, statistics=file, target=target, **SMALL)
         first, target.calls = target.calls, 0
-        again = tune(model, images(9), sparsity=0.2, statistics=file, resume=True, target=target, **SMALL)
-        assert target.calls == 1 + 3 * 3  # a witness; of those kept back: dense, with the plan, layer by layer
+        again = tune(
+            model, images(9), sparsity=0.2, statistics=file, resume=True, target=target, **SMALL
+        )
+        assert (
+            target.calls == 1 + 3 * 3
+        )  # a witness; of those kept back: dense, with the plan, layer by layer
         assert first > 25
         assert again == tune(model, images(9), sparsity=0.2, target=Counted(), **SMALL)
 
@@ -102,7 +108,14 @@ class TestStatisticsFile:
         tune(models.make("dinov3"), images(4), sparsity=0.4, statistics=file, **SMALL)
         before = file.read_bytes()
         with pytest.raises(ValueError, match=said):
-            tune(models.make("dinov3"), images(4), sparsity=0.4, statistics=file, resume=True, **{**SMALL, **change})
+            tune(
+                models.make("dinov3"),
+                images(4),
+                sparsity=0.4,
+                statistics=file,
+                resume=True,
+                **{**SMALL, **change},
+            )
         assert file.read_bytes() == before
 
     def test_other_weights_and_images(self, tmp_path):
@@ -124,7 +137,9 @@ class TestStatisticsFile:
         file, model = tmp_path / "statistics", models.make("dinov3")
         tune(model, images(4), sparsity=0.4, statistics=file, target=of(24), **SMALL)
         with pytest.raises(ValueError, match="statistics were made for another target"):
-            tune(model, images(4), sparsity=0.4, statistics=file, resume=True, target=of(12), **SMALL)
+            tune(
+                model, images(4), sparsity=0.4, statistics=file, resume=True, target=of(12), **SMALL
+            )
 
     def test_never_overwritten_unasked(self, tmp_path):
         file, model = tmp_path / "statistics", models.make("dinov3")
@@ -148,12 +163,22 @@ class TestStatisticsFile:
         among = torch.arange(6).view(1, 2, 3)
         blocks, dropping = [BlockStatistics.empty(2, layout, 3)], [torch.rand(3, 2, 6, 6)]
         kept = Calibration(
-            {"a": [1, 2]}, layout, compared=[among], blocks=blocks, dropping=dropping, weights=[[0.1, 0.2]]
+            {"a": [1, 2]},
+            layout,
+            compared=[among],
+            blocks=blocks,
+            dropping=dropping,
+            weights=[[0.1, 0.2]],
         )
         kept.blocks[0].drop += torch.rand(kept.blocks[0].drop.shape)
         (tmp_path / "file").write_bytes(b"".join(kept.dumps()))
         read = Calibration.load(tmp_path / "file")
-        assert (read.identity, read.layout, read.weights, read.done) == (kept.identity, layout, [[0.1, 0.2]], kept.done)
+        assert (read.identity, read.layout, read.weights, read.done) == (
+            kept.identity,
+            layout,
+            [[0.1, 0.2]],
+            kept.done,
+        )
         assert torch.equal(read.blocks[0].drop, kept.blocks[0].drop)
         assert torch.equal(read.compared[0], among)
         assert torch.equal(read.dropping[0], dropping[0])
@@ -162,7 +187,9 @@ class TestStatisticsFile:
     def test_any_change_is_refused(self, tmp_path):
         """A digest covers every byte: bits that flip, bytes that are lost or added."""
         layout = TokenLayout((4, 6), block_size=8)
-        kept = Calibration({"a": 1}, layout, dropping=[torch.rand(1, 2, 3, 3)], totals=[torch.tensor(2.0)])
+        kept = Calibration(
+            {"a": 1}, layout, dropping=[torch.rand(1, 2, 3, 3)], totals=[torch.tensor(2.0)]
+        )
         file, data = tmp_path / "file", b"".join(kept.dumps())
         file.write_bytes(data)
         assert Calibration.load(file).totals == [2.0]
@@ -175,7 +202,11 @@ class TestStatisticsFile:
                 Calibration.load(file)
 
     @settings(max_examples=30)
-    @given(st.lists(st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=3), min_size=1, max_size=3))
+    @given(
+        st.lists(
+            st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=3), min_size=1, max_size=3
+        )
+    )
     def test_digests_tell_contents(self, values):
         items = [{"pixels": torch.tensor(own), "name": "a"} for own in values]
         same = [{"pixels": torch.tensor(own), "name": "a"} for own in values]
@@ -195,10 +226,14 @@ def killed_run(folder):
         "add = c.CandidateErrors.add; c.CandidateErrors.add = lambda *a: (time.sleep(0.3), add(*a))[1]; cli.main({})"
     )
     line = f"tune tests.tuning.test_tuning_runs:the_same_model {folder}/photos -o {folder}/plan.json --sparsity 0.3 --tile 2x4 --block-size 8"
-    child = subprocess.Popen([sys.executable, "-c", slow.format(line.split())], cwd=ROOT, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [sys.executable, "-c", slow.format(line.split())], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
     statistics = folder / "plan.statistics.safetensors"
     try:
-        while child.poll() is None and not (statistics.exists() and Calibration.load(statistics).done["candidates"]):
+        while child.poll() is None and not (
+            statistics.exists() and Calibration.load(statistics).done["candidates"]
+        ):
             time.sleep(0.05)
         assert child.poll() is None, "it ended before it was killed"
         child.send_signal(signal.SIGKILL)
@@ -220,7 +255,9 @@ def test_killed_and_resumed(capsys, tmp_path):
     assert code == 0, err
     code, _, err = run(capsys, line.replace("plan.json", "whole.json"))
     assert code == 0, err
-    resumed, whole = (bsa.SparsityPlan.load(tmp_path / name) for name in ("plan.json", "whole.json"))
+    resumed, whole = (
+        bsa.SparsityPlan.load(tmp_path / name) for name in ("plan.json", "whole.json")
+    )
     assert resumed == whole
 
 
@@ -249,8 +286,17 @@ def test_ctrl_c_in_python_says_what_is_saved(tmp_path):
 
     with pytest.raises(KeyboardInterrupt, match="nothing is saved: give statistics=PATH"):
         bsa.tune(models.make("dinov3"), images(4), sparsity=0.4, on_step=interrupt, **SMALL)
-    with pytest.raises(KeyboardInterrupt, match=r"holds .*resume=True goes on from there|nothing is saved in"):
-        bsa.tune(models.make("dinov3"), images(4), sparsity=0.4, statistics=tmp_path / "s", on_step=interrupt, **SMALL)
+    with pytest.raises(
+        KeyboardInterrupt, match=r"holds .*resume=True goes on from there|nothing is saved in"
+    ):
+        bsa.tune(
+            models.make("dinov3"),
+            images(4),
+            sparsity=0.4,
+            statistics=tmp_path / "s",
+            on_step=interrupt,
+            **SMALL,
+        )
 
 
 def test_full_disk(tmp_path):
@@ -302,7 +348,9 @@ def tune_in(rank, address, folder, count, options):
     if options.pop("fails", False):
         options["target"] = FailsInOne()
     try:
-        plan = tune(models.make("dinov3"), given, statistics=Path(folder) / "statistics", **options, **SMALL)
+        plan = tune(
+            models.make("dinov3"), given, statistics=Path(folder) / "statistics", **options, **SMALL
+        )
         plan.save(Path(folder) / f"{rank}.json")
     except (ValueError, RuntimeError) as error:
         (Path(folder) / f"{rank}.json").write_text(str(error))
@@ -316,14 +364,25 @@ class TestProcesses:
         both = [bsa.SparsityPlan.load(tmp_path / f"{rank}.json") for rank in range(2)]
         assert both[0] == both[1]
         alone = tune(models.make("dinov3"), images(7), **options, **SMALL)
-        assert (both[0].layers, both[0].patterns, both[0].order) == (alone.layers, alone.patterns, alone.order)
+        assert (both[0].layers, both[0].patterns, both[0].order) == (
+            alone.layers,
+            alone.patterns,
+            alone.order,
+        )
         for name in ("sparsity", "predicted", "measured", "errors"):
             assert both[0].report[name] == pytest.approx(alone.report[name], rel=1e-4)
-        other = tune(models.make("dinov3"), images(8)[1:], **options, **SMALL)  # the twin: images decide
+        other = tune(
+            models.make("dinov3"), images(8)[1:], **options, **SMALL
+        )  # the twin: images decide
         assert (both[0].layers, both[0].patterns) != (other.layers, other.patterns)
         # What two processes saved, one goes on from.
         again = tune(
-            models.make("dinov3"), images(7), statistics=tmp_path / "statistics", resume=True, **options, **SMALL
+            models.make("dinov3"),
+            images(7),
+            statistics=tmp_path / "statistics",
+            resume=True,
+            **options,
+            **SMALL,
         )
         assert (again.layers, again.patterns) == (alone.layers, alone.patterns)
 
@@ -334,7 +393,9 @@ class TestProcesses:
 
     def test_one_fails(self, tmp_path):
         """None waits for it."""
-        mp.spawn(tune_in, args=(free_port(), str(tmp_path), 7, dict(sparsity=0.5, fails=True)), nprocs=2)
+        mp.spawn(
+            tune_in, args=(free_port(), str(tmp_path), 7, dict(sparsity=0.5, fails=True)), nprocs=2
+        )
         assert (tmp_path / "1.json").read_text() == "its camera is broken"
         assert (
             (tmp_path / "0.json")
@@ -343,17 +404,37 @@ class TestProcesses:
         )
 
     def test_different_images(self, tmp_path):
-        mp.spawn(tune_in, args=(free_port(), str(tmp_path), 3, dict(sparsity=0.5, same=False)), nprocs=2)
+        mp.spawn(
+            tune_in, args=(free_port(), str(tmp_path), 3, dict(sparsity=0.5, same=False)), nprocs=2
+        )
         for rank in range(2):
             assert "processes were given different" in (tmp_path / f"{rank}.json").read_text()
 
     def test_torchrun(self, capsys, tmp_path):
         photos(tmp_path / "photos", count=5)
         line = f"tune tests.tuning.test_tuning_runs:the_same_model {tmp_path}/photos --sparsity 0.3 --tile 2x4 --block-size 8"
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-        command += [str(free_port()), "-m", "bsa_vision", *line.split(), "-o", f"{tmp_path}/two.json"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+        ]
+        command += [
+            str(free_port()),
+            "-m",
+            "bsa_vision",
+            *line.split(),
+            "-o",
+            f"{tmp_path}/two.json",
+        ]
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("of the blocks are skipped") == 1  # one process speaks
@@ -370,9 +451,18 @@ class TestProcesses:
             "    import transformers.modeling_utils\n"
             "print(*[(task / 'comm').read_text().strip() for task in Path('/proc/self/task').iterdir()])"
         )
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        alone = {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **alone}
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **alone},
         )
         assert done.returncode == 0, done.stderr
         assert "gloo" not in done.stdout
@@ -437,7 +527,12 @@ class TestOrder:
         assert _loss(statistics, layout, torch.tensor(10.0)) == pytest.approx(expected / 10)
 
     def test_given(self):
-        assert tune(models.make("dinov3"), images(3), sparsity=0.5, order="raster", **SMALL).report["orders"] == []
+        assert (
+            tune(models.make("dinov3"), images(3), sparsity=0.5, order="raster", **SMALL).report[
+                "orders"
+            ]
+            == []
+        )
 
 
 def test_report_is_data(tmp_path):

@@ -55,11 +55,16 @@ def find(model: nn.Module) -> list[Found]:
 def _found(modules: Modules, root: str) -> Found | None:
     encoder: Any = modules[root]
     blocks = _blocks(encoder)
-    chosen = [(index, block) for index, block in blocks if not _window(block) and _q_stride(block) == 1]
+    chosen = [
+        (index, block) for index, block in blocks if not _window(block) and _q_stride(block) == 1
+    ]
     if not chosen:
         return None
     pixels = _pixels(encoder)
-    scales, heads = {pixels[index] for index, _ in chosen}, {_heads(block.attn) for _, block in chosen}
+    scales, heads = (
+        {pixels[index] for index, _ in chosen},
+        {_heads(block.attn) for _, block in chosen},
+    )
     if len(scales) != 1 or len(heads) != 1:
         raise PlanError(
             f"{root or type(encoder).__name__} has blocks that attend to the whole image at {sorted(scales)} pixels per token: all of them in "
@@ -70,13 +75,22 @@ def _found(modules: Modules, root: str) -> Found | None:
     height, width = _image_size(modules[""], encoder)
     spec = ModelSpec(
         FAMILY,
-        tuple(_layer(modules.path(f"{prefix}blocks.{index}.attn"), index, block) for index, block in chosen),
+        tuple(
+            _layer(modules.path(f"{prefix}blocks.{index}.attn"), index, block)
+            for index, block in chosen
+        ),
         grid=(height // patch, width // patch),
         patch_size=(patch, patch),
         patch_weights=_outside(modules, root, pixels, patch),
-        others=tuple(_other(block, patch / pixels[index]) for index, block in blocks if (index, block) not in chosen),
+        others=tuple(
+            _other(block, patch / pixels[index])
+            for index, block in blocks
+            if (index, block) not in chosen
+        ),
     )
-    return Found(spec, tuple(unwrap(block.attn) for _, block in chosen), unwrap(encoder.patch_embed))
+    return Found(
+        spec, tuple(unwrap(block.attn) for _, block in chosen), unwrap(encoder.patch_embed)
+    )
 
 
 def _blocks(encoder: Any) -> list[tuple[int, Any]]:
@@ -143,11 +157,17 @@ def _image_size(model: nn.Module, encoder: Any) -> tuple[int, int]:
 def _outside(modules: Modules, root: str, pixels: list[int], patch: int) -> float:
     """Elements applied to each patch by the stem, and by the neck beside the encoder: a convolution per stage, on the stage's own grid."""
     encoder: Any = modules[root]
-    at = {block.dim_out: after for (_, block), after in zip(_blocks(encoder), pixels[1:], strict=True)}
-    neck = getattr(modules[root.rpartition(".")[0]], "neck", nn.Identity()) if root else nn.Identity()
+    at = {
+        block.dim_out: after for (_, block), after in zip(_blocks(encoder), pixels[1:], strict=True)
+    }
+    neck = (
+        getattr(modules[root.rpartition(".")[0]], "neck", nn.Identity()) if root else nn.Identity()
+    )
     convolutions = [x for x in neck.modules() if isinstance(x, nn.Conv2d)]
     stem = convolution_weights(convolution(encoder.patch_embed)) * (patch / pixels[0]) ** 2
-    return stem + sum(convolution_weights(x) * (patch / at.get(x.in_channels, patch)) ** 2 for x in convolutions)
+    return stem + sum(
+        convolution_weights(x) * (patch / at.get(x.in_channels, patch)) ** 2 for x in convolutions
+    )
 
 
 def swap(module: Any, layer: Layer) -> None:

@@ -33,14 +33,21 @@ class SparseAttention(Intercepted):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, num_k_exclude_rope: int = 0) -> Tensor:
         layer = self._layer
         return self._serve(
-            lambda: layer.wrong_grid(q.shape[1], k.shape[1]), q, k, v, num_k_exclude_rope=num_k_exclude_rope
+            lambda: layer.wrong_grid(q.shape[1], k.shape[1]),
+            q,
+            k,
+            v,
+            num_k_exclude_rope=num_k_exclude_rope,
         )
 
 
 ATTENTION = {
     ("sam2.modeling.sam.transformer", "RoPEAttention"),
     ("transformers.models.sam2_video.modeling_sam2_video", "Sam2VideoRoPEAttention"),
-    ("transformers.models.sam3_tracker_video.modeling_sam3_tracker_video", "Sam3TrackerVideoRoPEAttention"),
+    (
+        "transformers.models.sam3_tracker_video.modeling_sam3_tracker_video",
+        "Sam3TrackerVideoRoPEAttention",
+    ),
 }
 
 
@@ -71,7 +78,11 @@ def _is_memory(module: Any) -> bool:
 def _found(names: Modules, root: str, memory: Any) -> Found:
     config, model = getattr(memory, "config", None), names[""]
     frames = _said("num_maskmem", config, model) or FRAMES
-    pointers = _said("max_object_pointers_in_encoder", config) or _said("max_obj_ptrs_in_encoder", model) or POINTERS
+    pointers = (
+        _said("max_object_pointers_in_encoder", config)
+        or _said("max_obj_ptrs_in_encoder", model)
+        or POINTERS
+    )
     layers, modules = [], []
     for index, layer in enumerate(unwrap(memory.layers)):
         name = ".".join(filter(None, (root, "layers", str(index))))
@@ -86,14 +97,21 @@ def _found(names: Modules, root: str, memory: Any) -> Found:
 
 def _said(name: str, *places: Any) -> Any:
     """The first of `places` (a config, a model) that has an attribute of that name says it; else None."""
-    return next((value for place in places if (value := getattr(place, name, None)) is not None), None)
+    return next(
+        (value for place in places if (value := getattr(place, name, None)) is not None), None
+    )
 
 
-def _layers(paths: tuple[str, str], index: int, layer: Any, frames: int, pointers: int) -> list[LayerSpec]:
+def _layers(
+    paths: tuple[str, str], index: int, layer: Any, frames: int, pointers: int
+) -> list[LayerSpec]:
     """Attention within the frame, and to what is remembered."""
     within, across = unwrap(layer.self_attn), unwrap(layer.cross_attn_image)
     heads = getattr(within, "num_attention_heads", None) or within.num_heads
-    in_both, of_keys = linear_weights(within), linear_weights(across.k_proj) + linear_weights(across.v_proj)
+    in_both, of_keys = (
+        linear_weights(within),
+        linear_weights(across.k_proj) + linear_weights(across.v_proj),
+    )
     outside = linear_weights(layer) - in_both - linear_weights(across)
     return [
         LayerSpec(
@@ -133,7 +151,9 @@ def _own_grid(memory: Any, attention: Any) -> tuple[int, int]:
     return len(starts), len(rotations) // len(starts)
 
 
-def grid_of(own: tuple[int, int], memory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+def grid_of(
+    own: tuple[int, int], memory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[int, int] | None:
     """(h, w) of the current frame, whose tokens come first (N, B, C); None where pointers would be taken for a frame.
 
     own  the grid its rotary positions are for; sam2 makes those of a square for any other number of tokens

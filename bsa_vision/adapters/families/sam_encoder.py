@@ -23,7 +23,14 @@ from bsa_vision.adapters.families.transformers_vit import (
 )
 from bsa_vision.adapters.linear_weights import block_weights, convolution, outside_weights
 from bsa_vision.adapters.swap import class_swap
-from bsa_vision.adapters.swap.class_swap import Swapped, check_swapped, kind_of, original_of, prepare, unswap
+from bsa_vision.adapters.swap.class_swap import (
+    Swapped,
+    check_swapped,
+    kind_of,
+    original_of,
+    prepare,
+    unswap,
+)
 from bsa_vision.adapters.swap.sdpa_intercept import dropout_watched
 from bsa_vision.adapters.swap.sparse_layer import Found, Layer, check_indices, layer_of
 from bsa_vision.adapters.swap.wrappers import Modules, unwrap
@@ -43,18 +50,24 @@ class SparseAttention(Swapped):
         layer = layer_of(self)
         assert layer is not None
         drop: Any = getattr(self, "attn_drop", None)  # timm only
-        reason = None if drop is None or getattr(self, "fused_attn", True) else dropout_watched(drop)
+        reason = (
+            None if drop is None or getattr(self, "fused_attn", True) else dropout_watched(drop)
+        )
         if reason is not None and not layer.runs_original():
             layer.fall_back(reason)
         if reason is not None or layer.runs_original():
             return super().forward(x)
-        return _attend(self, layer, x, self.num_heads, drop.p if self.training and drop is not None else 0.0)  # type: ignore
+        return _attend(
+            self, layer, x, self.num_heads, drop.p if self.training and drop is not None else 0.0
+        )  # type: ignore
 
 
 class SparseTransformersAttention(Swapped):
     """transformers' seam: (B, h, w, C) -> ((B, h, w, C), attention weights or None)."""
 
-    def forward(self, hidden_states: Tensor, output_attentions: bool | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, hidden_states: Tensor, output_attentions: bool | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         if isinstance(hidden_states, Proxy):
             return self._fx_leaf(hidden_states, output_attentions=output_attentions)
         layer = layer_of(self)
@@ -78,7 +91,9 @@ class SparseOwnAttention(Swapped):
 
     OVERRIDES = "attend"
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rel_pos: RelPos | None, grid: tuple[int, int]) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, rel_pos: RelPos | None, grid: tuple[int, int]
+    ) -> Tensor:
         """(B, H, N, D) -> (B, H, N, D)."""
         layer = layer_of(self)
         assert layer is not None
@@ -150,7 +165,9 @@ def _found(modules: Modules, root: str, attention: list[tuple[str, nn.Module]]) 
         blocks.append(block)
         heads = getattr(attn, "num_attention_heads", None) or attn.num_heads
         head_dim = round(attn.scale**-2)  # whatever the projections are wrapped in
-        options = dict(window=block.window_size, rel_pos=bool(attn.use_rel_pos), **block_weights(block, attn))
+        options = dict(
+            window=block.window_size, rel_pos=bool(attn.use_rel_pos), **block_weights(block, attn)
+        )
         layers.append(LayerSpec(modules.path(name), index, heads, head_dim, **options))
     embed = unwrap(encoder.patch_embed)
     grid, patch = _grid_and_patch(encoder, embed)
@@ -168,7 +185,9 @@ def _found(modules: Modules, root: str, attention: list[tuple[str, nn.Module]]) 
 def _grid_and_patch(encoder: Any, embed: Any) -> tuple[tuple[int, int], tuple[int, int]]:
     """The encoder's own grid in patches, and its patch size in pixels, from where each code base keeps the image size."""
     patch = _pair(convolution(embed).kernel_size)
-    size = getattr(embed, "image_size", None) or getattr(embed, "img_size", None) or encoder.img_size
+    size = (
+        getattr(embed, "image_size", None) or getattr(embed, "img_size", None) or encoder.img_size
+    )
     height, width = _pair(size)
     return (height // patch[0], width // patch[1]), patch
 
@@ -180,7 +199,9 @@ def _pair(size: Any) -> tuple[int, int]:
 def _attend(module: Any, layer: Layer, x: Tensor, heads: int, dropout_p: float) -> Tensor:
     """(B, h, w, C) -> (B, h, w, C): project, attend, project."""
     height, width = plain_sizes(x.shape[1], x.shape[2])
-    by_tokens = hasattr(module, "proj_drop")  # timm's projections take (B, N, C), all others (B, h, w, C)
+    by_tokens = hasattr(
+        module, "proj_drop"
+    )  # timm's projections take (B, N, C), all others (B, h, w, C)
     qkv = module.qkv(x.flatten(1, 2) if by_tokens else x).unflatten(-1, (3, heads, -1))
     qkv = qkv if by_tokens else qkv.flatten(1, 2)  # (B, N, 3, H, D)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D) each
@@ -192,7 +213,9 @@ def _attend(module: Any, layer: Layer, x: Tensor, heads: int, dropout_p: float) 
         rel_pos = RelPos(*(term.to(q.dtype) for term in decompose(q, *tables, (height, width))))
     elif getattr(module, "rope", None) is not None:  # timm
         q, k = (_rotate(module.rope, tokens).type_as(v) for tokens in (q, k))
-    out = layer.attend(q, k, v, module.scale, dropout_p, grid=(height, width), rel_pos=rel_pos)  # (B, H, N, D)
+    out = layer.attend(
+        q, k, v, module.scale, dropout_p, grid=(height, width), rel_pos=rel_pos
+    )  # (B, H, N, D)
     out = out.transpose(1, 2).flatten(2)  # (B, N, C)
     if by_tokens:
         return module.proj_drop(module.proj(out)).unflatten(1, (height, width))

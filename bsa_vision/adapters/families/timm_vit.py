@@ -23,15 +23,25 @@ from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 EXACT = False  # a layer without sparse heads runs its original attention
 
 NAFLEX_GRID = (16, 16)  # of a NaFlexVit without position embeddings, which has no grid of its own
-FAMILIES = ("dinov3", "dinov2", "siglip", "clip", "eva")  # looked for in the name of the architecture; else "vit"
+FAMILIES = (
+    "dinov3",
+    "dinov2",
+    "siglip",
+    "clip",
+    "eva",
+)  # looked for in the name of the architecture; else "vit"
 
 
 class SparseAttention(Intercepted):
     """(B, N, C) -> (B, N, C)"""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
         return self._serve(
-            partial(_unsupported, self._layer, x, attn_mask, is_causal), x, asked=_asked(attn_mask, is_causal)
+            partial(_unsupported, self._layer, x, attn_mask, is_causal),
+            x,
+            asked=_asked(attn_mask, is_causal),
         )
 
 
@@ -39,10 +49,16 @@ class SparseRopeAttention(Intercepted):
     """(B, N, C) -> (B, N, C), with the rotary positions of the patches."""
 
     def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
     ) -> Tensor:
         asked = _asked(attn_mask, is_causal)
-        return self._serve(partial(_unsupported, self._layer, x, attn_mask, is_causal), x, rope=rope, asked=asked)
+        return self._serve(
+            partial(_unsupported, self._layer, x, attn_mask, is_causal), x, rope=rope, asked=asked
+        )
 
 
 ATTENTION: dict[tuple[str, str], type[Intercepted]] = {
@@ -55,7 +71,9 @@ ATTENTION: dict[tuple[str, str], type[Intercepted]] = {
 def _asked(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
     """The arguments that older versions do not take, where they say something."""
     asked: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
-    return asked if is_causal is False else {**asked, "is_causal": is_causal}  # torch.fx has something else for a flag
+    return (
+        asked if is_causal is False else {**asked, "is_causal": is_causal}
+    )  # torch.fx has something else for a flag
 
 
 def _unsupported(layer: Layer, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> str | None:
@@ -95,8 +113,12 @@ def _found(modules: Modules, root: str, attention: list[tuple[str, nn.Module]]) 
     encoder: Any = modules[root]
     blocks = [modules[name.rpartition(".")[0]] for name, _ in attention]
     layers = tuple(
-        LayerSpec(modules.path(name), index, attn.num_heads, attn.head_dim, **block_weights(block, attn))  # type: ignore[arg-type]
-        for index, ((name, attn), block) in enumerate(zip(cast(Any, attention), blocks, strict=True))
+        LayerSpec(
+            modules.path(name), index, attn.num_heads, attn.head_dim, **block_weights(block, attn)
+        )  # type: ignore[arg-type]
+        for index, ((name, attn), block) in enumerate(
+            zip(cast(Any, attention), blocks, strict=True)
+        )
     )
     embed = _embeddings(encoder)
     ratio = embed.feat_ratio(as_scalar=False)

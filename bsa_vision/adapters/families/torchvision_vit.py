@@ -15,7 +15,14 @@ from torch.fx import Proxy
 
 from bsa_vision.adapters.linear_weights import linear_weights, outside_weights
 from bsa_vision.adapters.swap import class_swap
-from bsa_vision.adapters.swap.class_swap import Swapped, check_swapped, kind_of, original_of, prepare, unswap
+from bsa_vision.adapters.swap.class_swap import (
+    Swapped,
+    check_swapped,
+    kind_of,
+    original_of,
+    prepare,
+    unswap,
+)
 from bsa_vision.adapters.swap.sparse_layer import Found, Layer, layer_of
 from bsa_vision.adapters.swap.wrappers import Modules, unwrap, wrapped
 from bsa_vision.errors import PlanError
@@ -45,7 +52,13 @@ class SparseMultiheadAttention(Swapped):
 
 
 def _unsupported(
-    module: Any, layer: Layer, query: Tensor, key: Tensor, value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: Any,
+    layer: Layer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> str | None:
     names = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
     asked = {**dict(zip(names, args)), **kwargs}
@@ -64,7 +77,9 @@ def _unsupported(
 
 def _attend(module: Any, layer: Layer, x: Tensor) -> Tensor:
     qkv = F.linear(x, module.in_proj_weight, module.in_proj_bias)  # (B, N, 3 * C)
-    q, k, v = qkv.unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D) each
+    q, k, v = (
+        qkv.unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    )  # (B, H, N, D) each
     out = layer.attend(q, k, v, None, module.dropout if module.training else 0.0)
     return F.linear(out.transpose(1, 2).flatten(2), module.out_proj.weight, module.out_proj.bias)
 
@@ -77,7 +92,9 @@ def serves(module: nn.Module) -> bool:
 def find(model: nn.Module) -> list[Found]:
     """The encoders of this family in `model`: `nn.MultiheadAttention` is served inside torchvision's ViT and nowhere else."""
     modules = Modules(model)
-    return [_found(modules, name, encoder) for name, encoder in modules if kind_of(encoder) == ENCODER]
+    return [
+        _found(modules, name, encoder) for name, encoder in modules if kind_of(encoder) == ENCODER
+    ]
 
 
 def _found(modules: Modules, root: str, encoder: Any) -> Found:
@@ -116,7 +133,12 @@ def _unwrapped(path: str, module: Any) -> tuple[str, Any]:
             f"{path} is a {kind.__module__}.{kind.__name__} with a forward of its own, which a swap would leave out: expected "
             "torch's nn.MultiheadAttention; call bsa_vision.sparse_attention from that forward."
         )
-    if not module.batch_first or not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
+    if (
+        not module.batch_first
+        or not module._qkv_same_embed_dim
+        or module.bias_k is not None
+        or module.add_zero_attn
+    ):
         raise PlanError(
             f"{path} is not as torchvision makes it: expected batch_first=True, one width of queries, keys and values, and neither "
             "bias_k nor add_zero_attn; call bsa_vision.sparse_attention for other models."

@@ -43,7 +43,9 @@ def none(config: Any) -> int:
     return 0
 
 
-def grid_of_patches(embeddings: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+def grid_of_patches(
+    embeddings: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[int, int] | None:
     """SigLIP 2 is given patches, and the grid of each image beside them; one grid for the batch is what we can use."""
     shapes = args[1] if len(args) > 1 else kwargs.get("spatial_shapes")
     if shapes is None or bool((shapes != shapes[:1]).any()):
@@ -55,14 +57,22 @@ def grid_of_patches(embeddings: Any, args: tuple[Any, ...], kwargs: dict[str, An
 # module and class of the attention -> kind
 ATTENTION = {
     ("vit.modeling_vit", "ViTAttention"): Kind("vit", "ViTEmbeddings", cls_and_registers),
-    ("dinov2.modeling_dinov2", "Dinov2Attention"): Kind("dinov2", "Dinov2Embeddings", cls_and_registers),
+    ("dinov2.modeling_dinov2", "Dinov2Attention"): Kind(
+        "dinov2", "Dinov2Embeddings", cls_and_registers
+    ),
     ("dinov2_with_registers.modeling_dinov2_with_registers", "Dinov2WithRegistersAttention"): Kind(
         "dinov2", "Dinov2WithRegistersEmbeddings", cls_and_registers
     ),
-    ("dinov3_vit.modeling_dinov3_vit", "DINOv3ViTAttention"): Kind("dinov3", "DINOv3ViTEmbeddings", cls_and_registers),
-    ("clip.modeling_clip", "CLIPAttention"): Kind("clip", "CLIPVisionEmbeddings", cls_and_registers),
+    ("dinov3_vit.modeling_dinov3_vit", "DINOv3ViTAttention"): Kind(
+        "dinov3", "DINOv3ViTEmbeddings", cls_and_registers
+    ),
+    ("clip.modeling_clip", "CLIPAttention"): Kind(
+        "clip", "CLIPVisionEmbeddings", cls_and_registers
+    ),
     ("siglip.modeling_siglip", "SiglipAttention"): Kind("siglip", "SiglipVisionEmbeddings", none),
-    ("siglip2.modeling_siglip2", "Siglip2Attention"): Kind("siglip2", "Siglip2VisionEmbeddings", none, grid_of_patches),
+    ("siglip2.modeling_siglip2", "Siglip2Attention"): Kind(
+        "siglip2", "Siglip2VisionEmbeddings", none, grid_of_patches
+    ),
     ("sam3.modeling_sam3", "Sam3ViTRoPEAttention"): Kind("sam3", "Sam3ViTEmbeddings", none),
 }
 EMBEDDINGS = {kind.embeddings for kind in ATTENTION.values()}
@@ -78,8 +88,12 @@ def find(model: nn.Module) -> list[Found]:
         if kind.__name__ not in EMBEDDINGS or not kind.__module__.startswith("transformers."):
             continue
         root = name.rpartition(".")[0]
-        inside = [(name, module) for name, module in attention if not root or name.startswith(root + ".")]
-        inside = [(name, module) for name, module in inside if _kind(module).embeddings == kind.__name__]
+        inside = [
+            (name, module) for name, module in attention if not root or name.startswith(root + ".")
+        ]
+        inside = [
+            (name, module) for name, module in inside if _kind(module).embeddings == kind.__name__
+        ]
         if inside:
             spec, grid_of = _spec(modules, root, inside, embedding), _kind(inside[0][1]).grid_of
             found.append(Found(spec, tuple(module for _, module in inside), embedding, grid_of))
@@ -100,14 +114,24 @@ def _kind(module: nn.Module) -> Kind:
     return ATTENTION[_name(module)]
 
 
-def _spec(modules: Modules, root: str, attention: list[tuple[str, nn.Module]], embedding: nn.Module) -> ModelSpec:
+def _spec(
+    modules: Modules, root: str, attention: list[tuple[str, nn.Module]], embedding: nn.Module
+) -> ModelSpec:
     config: Any = attention[0][1].config
     kind, patch_size = _kind(attention[0][1]), _pair(config.patch_size)
     blocks: list[Any] = [modules[name.rpartition(".")[0]] for name, _ in attention]
     layers = []
     for index, ((name, module), block) in enumerate(zip(attention, blocks, strict=True)):
         options = dict(window=getattr(block, "window_size", 0), **block_weights(block, module))
-        layers.append(LayerSpec(modules.path(name), index, config.num_attention_heads, int(module.head_dim), **options))  # type: ignore
+        layers.append(
+            LayerSpec(
+                modules.path(name),
+                index,
+                config.num_attention_heads,
+                int(module.head_dim),
+                **options,
+            )
+        )  # type: ignore
     if hasattr(config, "image_size"):
         image_size = _pair(config.image_size)
         grid = (image_size[0] // patch_size[0], image_size[1] // patch_size[1])
@@ -149,7 +173,9 @@ def unswap(module: Any) -> None:
     assert layer is not None
     if module.config is layer.swapped:
         module.config = layer.original
-    elif getattr(module.config, IMPLEMENTATION, None) == NAME and module.config is not layer.original:
+    elif (
+        getattr(module.config, IMPLEMENTATION, None) == NAME and module.config is not layer.original
+    ):
         # Another config since, made from ours: it stays, without our name in it.
         setattr(module.config, IMPLEMENTATION, getattr(layer.original, IMPLEMENTATION))
     layer.detach(module)
@@ -165,25 +191,41 @@ def prepare() -> None:
 
 
 def attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention function: q, k, v (B, H, N, D) -> (out (B, N, H, D), attention weights or None)."""
     layer = layer_of(module)
     if layer is None:  # loaded with attn_implementation="bsa_vision" and no plan: dense
         return _original("sdpa", module)(module, query, key, value, attention_mask, **kwargs)
-    reason = None if layer.runs_original() else _unsupported(layer, module, query, key, attention_mask, kwargs)
+    reason = (
+        None
+        if layer.runs_original()
+        else _unsupported(layer, module, query, key, attention_mask, kwargs)
+    )
     if reason is not None:
         layer.fall_back(reason)
     if reason is not None or layer.runs_original():
         name = getattr(layer.original, IMPLEMENTATION)
         return _original(name, module)(module, query, key, value, attention_mask, **kwargs)
     grid = layer.grid_of(layer.tower.current_grid(query.shape[2]))
-    out = layer.attend(query, key, value, kwargs.get("scaling"), kwargs.get("dropout") or 0.0, grid=grid)
+    out = layer.attend(
+        query, key, value, kwargs.get("scaling"), kwargs.get("dropout") or 0.0, grid=grid
+    )
     return out.transpose(1, 2), None
 
 
 def _unsupported(
-    layer: Layer, module: Any, query: Tensor, key: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]
+    layer: Layer,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    kwargs: dict[str, Any],
 ) -> str | None:
     if attention_mask is not None:
         return "an attention mask was passed"
@@ -211,7 +253,9 @@ def attentions_are_collected(module: nn.Module) -> bool:
 def is_watched(module: nn.Module) -> bool:
     """Return whether a forward hook sees what `module` returns, other than those of transformers."""
     hooks = module._forward_hooks.values()
-    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+    return any(
+        getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks
+    )
 
 
 def _returns_weights(layer: Layer, module: nn.Module) -> bool:

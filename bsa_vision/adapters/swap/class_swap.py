@@ -19,7 +19,9 @@ from bsa_vision.adapters.swap.wrappers import own_class
 class Swapped(nn.Module):
     """What a swapped attention module is as well as its own class; the mixins of adapters derive from this."""
 
-    COVERS: tuple[str, ...] = ()  # attributes that a property of the mixin hides; found in `Layer.covered`
+    COVERS: tuple[
+        str, ...
+    ] = ()  # attributes that a property of the mixin hides; found in `Layer.covered`
     OVERRIDES = "forward"  # the method of the mixin that runs our attention
 
     @property
@@ -59,7 +61,9 @@ def _new(mixin: type, original: type, function: Any, arguments: tuple[Any, ...])
 def kind_of(module: nn.Module) -> tuple[str, str]:
     """Return module and name of a module's own class, as it was before a swap."""
     layer = layer_of(module)
-    kind = own_class(layer.original if layer is not None and isinstance(module, Swapped) else type(module))
+    kind = own_class(
+        layer.original if layer is not None and isinstance(module, Swapped) else type(module)
+    )
     return kind.__module__, kind.__name__
 
 
@@ -76,7 +80,9 @@ def swap(module: Any, layer: Layer, mixin: type[Swapped]) -> None:
             "running dense attention; sparsify_ first and wrap after, or unwrap."
         )
     # Not read from `module.__dict__` by the properties themselves: torch.compile before 2.13 takes that for the property again.
-    layer.covered = {name: module.__dict__[name] for name in mixin.COVERS if name in module.__dict__}
+    layer.covered = {
+        name: module.__dict__[name] for name in mixin.COVERS if name in module.__dict__
+    }
     layer.attach(module)
     module.__dict__.pop(mixin.OVERRIDES, None)
     module.__class__ = _swapped(layer.swapped, layer.original)
@@ -107,7 +113,9 @@ def _own_method(module: Any, layer: Layer) -> Any:
     name = layer.swapped.OVERRIDES
     own = module.__dict__.get(name)
     of_class = [vars(kind).get(name) for kind in _swapped(layer.swapped, layer.original).__mro__]
-    left_behind = isinstance(own, MethodType) and own.__self__ is module and own.__func__ in of_class
+    left_behind = (
+        isinstance(own, MethodType) and own.__self__ is module and own.__func__ in of_class
+    )
     return None if left_behind else own
 
 

@@ -41,7 +41,11 @@ class Interception(TorchFunctionMode):
             )
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
@@ -73,7 +77,9 @@ def dropout_watched(drop: nn.Module) -> str | None:
     return None
 
 
-_answering = threading.local()  # .layer: whose call of torch's attention this thread answers at the moment
+_answering = (
+    threading.local()
+)  # .layer: whose call of torch's attention this thread answers at the moment
 
 
 class Intercepted(Swapped):
@@ -94,7 +100,9 @@ class Intercepted(Swapped):
     @fused_attn.setter
     def fused_attn(self, value: bool) -> None:
         layer = self._layer
-        layer.covered["fused_attn"] = self.__dict__["fused_attn"] = value  # what `restore_` uncovers
+        layer.covered["fused_attn"] = self.__dict__["fused_attn"] = (
+            value  # what `restore_` uncovers
+        )
 
     def _weights_watched(self) -> str | None:
         """Why the original must run: with timm's own arithmetic, `attn_drop` is handed the attention weights."""

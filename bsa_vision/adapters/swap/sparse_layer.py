@@ -88,7 +88,12 @@ class Tower:
     """What the swapped layers of one encoder share: the plan, the grid of the current input, whether to run dense."""
 
     def __init__(
-        self, spec: ModelSpec, plan: SparsityPlan, backend: str, on_unsupported: str, grid_of: GridOf | None = None
+        self,
+        spec: ModelSpec,
+        plan: SparsityPlan,
+        backend: str,
+        on_unsupported: str,
+        grid_of: GridOf | None = None,
     ) -> None:
         self.spec, self.plan, self.grid_of = spec, plan, grid_of
         self.backend, self.on_unsupported = backend, on_unsupported
@@ -104,7 +109,9 @@ class Tower:
     def _forget(self) -> None:
         """Start without what belongs to one process, and to one of several copies of a model."""
         self.layers: WeakSet[Layer] = WeakSet()  # those that a living module has
-        self.homes: tuple[ref[nn.Module], ...] = ()  # the model that was swapped, and its embeddings; none in a copy
+        self.homes: tuple[
+            ref[nn.Module], ...
+        ] = ()  # the model that was swapped, and its embeddings; none in a copy
         self._local = threading.local()
 
     def see(
@@ -120,7 +127,9 @@ class Tower:
         self._remember_grid(module, args, kwargs)
         return None
 
-    def _fix_size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _fix_size(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Make a traced program refuse other sizes: its grid is fixed, and as many tokens may be another grid."""
 
         def fixed(x: Any) -> Any:
@@ -132,13 +141,21 @@ class Tower:
 
         return tuple(map(fixed, args)), {name: fixed(x) for name, x in kwargs.items()}
 
-    def _remember_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        grid = self.grid_of(module, args, kwargs) if self.grid_of else self._grid_of_pixels(args, kwargs)
+    def _remember_grid(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        grid = (
+            self.grid_of(module, args, kwargs)
+            if self.grid_of
+            else self._grid_of_pixels(args, kwargs)
+        )
         height, width = grid or (0, 0)  # (0, 0): cannot be told; not that of the image before
         if torch.compiler.is_dynamo_compiling():
             self.grid = (height, width)
             return
-        if is_symbolic((height, width)):  # torch.export with sizes that may change: for this trace only
+        if is_symbolic(
+            (height, width)
+        ):  # torch.export with sizes that may change: for this trace only
             self._local.symbolic = (weakref.ref(get_proxy_mode()), (height, width))
             return
         self._local.symbolic = None
@@ -151,13 +168,19 @@ class Tower:
             waiting.append(Waiting(self.grid))
         if self.recomputed:
             self.seen, self.recomputed = {}, False
-        self.seen.setdefault(self.spec.start + self.grid[0] * self.grid[1] + self.spec.end, set()).add(self.grid)
+        self.seen.setdefault(
+            self.spec.start + self.grid[0] * self.grid[1] + self.spec.end, set()
+        ).add(self.grid)
 
-    def _grid_of_pixels(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    def _grid_of_pixels(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[int, int] | None:
         pixels = args[0] if args else kwargs.get("pixel_values")
         if not isinstance(pixels, Tensor):
             return None
-        return pixels.shape[-2] // self.spec.patch_size[0], pixels.shape[-1] // self.spec.patch_size[1]
+        return pixels.shape[-2] // self.spec.patch_size[0], pixels.shape[
+            -1
+        ] // self.spec.patch_size[1]
 
     def _waiting(self) -> deque[Waiting]:
         """Images of this thread whose patches were made since tokens went through a layer."""
@@ -170,7 +193,9 @@ class Tower:
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
             return None  # `current_grid` sees to it
         count = partial(Waiting.may_have, tokens=tokens, special=self.spec.start + self.spec.end)
-        waiting = [image for image in self._waiting() if layer.key not in image.ran and count(image)]
+        waiting = [
+            image for image in self._waiting() if layer.key not in image.ran and count(image)
+        ]
         grids = sorted({image.grid for image in waiting})
         if len(grids) > 1:
             return f"patches of images of {grids} were made, and these {tokens} tokens may be of any of them"
@@ -213,7 +238,11 @@ class Tower:
     def __getstate__(self) -> dict[str, Any]:
         own = ("_local", "layers", "homes")
         state = {key: value for key, value in self.__dict__.items() if key not in own}
-        return {**state, "dense": [], "observer": None}  # a copy made inside `dense(model)` is not dense for ever
+        return {
+            **state,
+            "dense": [],
+            "observer": None,
+        }  # a copy made inside `dense(model)` is not dense for ever
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -245,7 +274,9 @@ class Tower:
             return
         missed = root is not None and not set(elsewhere).isdisjoint(layers_of(root))
         encoder = here and (self in watching(model) or embeddings in inside)
-        no_more = self.homes and embeddings is None  # the encoder is gone, these are what is left of it
+        no_more = (
+            self.homes and embeddings is None
+        )  # the encoder is gone, these are what is left of it
         if missed or not (encoder or no_more):
             raise ValueError(
                 f"{type(model).__name__} holds {len(here)} of {len(here) + len(elsewhere)} swapped layers: an encoder is "
@@ -256,7 +287,9 @@ class Tower:
 class Layer:
     """One swapped attention module: its masks, and the calls that went to the original instead, by reason."""
 
-    def __init__(self, tower: Tower, spec: LayerSpec, adapter: ModuleType, original: Any, exact: bool = False) -> None:
+    def __init__(
+        self, tower: Tower, spec: LayerSpec, adapter: ModuleType, original: Any, exact: bool = False
+    ) -> None:
         self.tower, self.spec = tower, spec
         self._adapter = adapter.__name__  # pickles name it
         self.masks = LayerMasks(tower.plan, tower.spec, spec, tower.context)
@@ -266,7 +299,9 @@ class Layer:
         # runs as it is.
         self.untouched = self.masks.all_dense and tower.backend == "auto" and not exact
         self.fallbacks: Counter[str] = Counter()
-        self.covered: dict[str, Any] = {}  # attributes of the module that properties hide while it is swapped
+        self.covered: dict[
+            str, Any
+        ] = {}  # attributes of the module that properties hide while it is swapped
         self.weight: Tensor | None = None  # of the output projection, while the layer is observed
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -326,7 +361,10 @@ class Layer:
                 )
             return
         if not self.fallbacks[reason]:
-            warnings.warn(f"bsa_vision: {self.spec.name} runs its original, dense attention: {reason}", stacklevel=3)
+            warnings.warn(
+                f"bsa_vision: {self.spec.name} runs its original, dense attention: {reason}",
+                stacklevel=3,
+            )
         self.fallbacks[reason] += 1
 
     def grid_of(self, image_grid: tuple[int, int]) -> tuple[int, int]:

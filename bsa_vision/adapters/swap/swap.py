@@ -19,7 +19,11 @@ def by_config(module: nn.Module) -> bool:
 
 def original_of(module: Any) -> Any:
     """What `unswap` puts back: the module's own class, or its own config object."""
-    return transformers_vit.original_of(module) if by_config(module) else class_swap.original_of(module)
+    return (
+        transformers_vit.original_of(module)
+        if by_config(module)
+        else class_swap.original_of(module)
+    )
 
 
 def swap(module: Any, layer: Layer, mixin: type[Swapped]) -> None:

@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-COMPUTE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes that attention computes in
+COMPUTE = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float64,
+)  # dtypes that attention computes in
 
 
 def like_of(attention: nn.Module, model: nn.Module) -> Tensor:
@@ -21,11 +26,20 @@ def like_of(attention: nn.Module, model: nn.Module) -> Tensor:
     On the CPU where that cannot be told: a model on the meta device, or without floating-point weights (float32).
     """
     weights = [
-        next((weight for weight in module.parameters() if weight.dtype in COMPUTE and _is_plain(weight) is plain), None)
+        next(
+            (
+                weight
+                for weight in module.parameters()
+                if weight.dtype in COMPUTE and _is_plain(weight) is plain
+            ),
+            None,
+        )
         for module in (attention, model)
         for plain in (True, False)
     ]
-    weight = next((weight for weight in weights if weight is not None), torch.empty(0, device="cpu"))
+    weight = next(
+        (weight for weight in weights if weight is not None), torch.empty(0, device="cpu")
+    )
     device = _execution_device(attention) or weight.device
     return torch.empty(0, dtype=weight.dtype, device="cpu" if device.type == "meta" else device)
 
@@ -79,6 +93,8 @@ def state(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for key, value in model.state_dict().items():
         path, _, name = key.rpartition(".")
         if isinstance(value, Tensor) and value.is_meta:
-            maps = (getattr(hook, "weights_map", None) for hook in _hooks(model.get_submodule(path)))
+            maps = (
+                getattr(hook, "weights_map", None) for hook in _hooks(model.get_submodule(path))
+            )
             value = next((values[name] for values in maps if values is not None), value)
         yield key, value

@@ -19,11 +19,17 @@ CHECKPOINT = "torch.distributed.algorithms._checkpoint.checkpoint_wrapper"
 WRAPPERS: dict[tuple[str, str], str] = {
     (CHECKPOINT, "ActivationWrapper"): "_checkpoint_wrapped_module",
     ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
-    ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
+    (
+        "torch.distributed.fsdp.fully_sharded_data_parallel",
+        "FullyShardedDataParallel",
+    ): "_fsdp_wrapped_module",
     ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
     ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
     ("torch.optim.swa_utils", "AveragedModel"): "module",
-    ("fairscale.nn.data_parallel.fully_sharded_data_parallel", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
+    (
+        "fairscale.nn.data_parallel.fully_sharded_data_parallel",
+        "FullyShardedDataParallel",
+    ): "_fsdp_wrapped_module",
     ("fairscale.nn.misc.flatten_params_wrapper", "FlattenParamsWrapper"): "_fpw_module",
     ("deepspeed.runtime.engine", "DeepSpeedEngine"): "module",
 }
@@ -72,9 +78,15 @@ class Modules:
         for path, module in model.named_modules():
             parent, _, child = path.rpartition(".")
             if path:
-                names[path] = names[parent] if child == inside[parent] else f"{names[parent]}.{child}".lstrip(".")
+                names[path] = (
+                    names[parent]
+                    if child == inside[parent]
+                    else f"{names[parent]}.{child}".lstrip(".")
+                )
                 inside[path] = _child(module)
-            self._modules[names[path]] = module  # wrappers come first, what they wrap takes their place
+            self._modules[names[path]] = (
+                module  # wrappers come first, what they wrap takes their place
+            )
             self._paths[names[path]] = path
 
     def __iter__(self) -> Iterator[tuple[str, nn.Module]]:

@@ -30,13 +30,27 @@ VARIANTS = {"AVX512": "avx512", "AVX2": "avx2"}
 MATRICES = ("q", "k", "v", "out", "lse", "rel_h", "rel_w")
 GRADIENTS = ("grad_out", "grad_q", "grad_k", "grad_v", "grad_rel_h", "grad_rel_w")
 POINTERS = ("key_row", "key_column", "order_q", "order_k", "bounds", "run_at", "runs", "scratch")
-NUMBERS = ("heads", "group", "rows", "mask_image_stride", "dim", "dim_v", "rel_rows", "rel_columns", "first", "last")
+NUMBERS = (
+    "heads",
+    "group",
+    "rows",
+    "mask_image_stride",
+    "dim",
+    "dim_v",
+    "rel_rows",
+    "rel_columns",
+    "first",
+    "last",
+)
 
 
 class _Matrix(ctypes.Structure):
     """`struct Matrix` of cpu_kernel.cpp."""
 
-    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("image", "head", "token"))]
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("image", "head", "token")),
+    ]
 
 
 class _Batch(ctypes.Structure):
@@ -77,7 +91,9 @@ def variant(capability: str) -> tuple[Callable[[Any], None], Callable[[Any], Non
         return loaded
     if capability not in VARIANTS or not hasattr(loaded, f"attend_{VARIANTS[capability]}"):
         return f"the compiled loop is for x86-64 with AVX2 or AVX-512, this machine's capability is {capability}"
-    functions = [getattr(loaded, f"{name}_{VARIANTS[capability]}") for name in ("attend", "attend_gradient")]
+    functions = [
+        getattr(loaded, f"{name}_{VARIANTS[capability]}") for name in ("attend", "attend_gradient")
+    ]
     for function in functions:
         function.argtypes, function.restype = [ctypes.POINTER(_Batch)], None
     return functions[0], functions[1]
@@ -98,7 +114,11 @@ def why_not(problem: Problem | None = None) -> str | None:
 
 def flavour(problem: Problem) -> str:
     """How `gather` runs `problem`, in two or three words."""
-    return "in torch" if why_not(problem) else f"compiled for {torch.backends.cpu.get_cpu_capability()}"
+    return (
+        "in torch"
+        if why_not(problem)
+        else f"compiled for {torch.backends.cpu.get_cpu_capability()}"
+    )
 
 
 def outruns_dense(problem: Problem) -> bool:
@@ -117,7 +137,9 @@ def run(problem: Problem) -> Result:
             batch.lse = _matrix(lse[images.first : images.last, :, :, None])
         floats = batch.dim + batch.dim_v + 2 + batch.rel_rows + batch.rel_columns
         alive = (tensors, lse, table, problem)
-        tasks += _deal(batch, 0, len(images) * batch.heads * batch.rows, images.width * floats, alive)
+        tasks += _deal(
+            batch, 0, len(images) * batch.heads * batch.rows, images.width * floats, alive
+        )
     run_tasks(tasks, out.device)
     return Result(out.to(problem.q.dtype), lse)
 
@@ -131,7 +153,9 @@ def gradients(problem: Problem, out: Tensor, grad_out: Tensor) -> list[Tensor]:
         *shape, dim = tensors[name].shape
         # Keys collect whole vectors from many queries; queries get theirs once.
         padded = _whole_vectors(dim) if name in KEY_SIDE else dim
-        tensors[f"grad_{name}"] = torch.zeros(*shape, padded, dtype=torch.float32, device=out.device)
+        tensors[f"grad_{name}"] = torch.zeros(
+            *shape, padded, dtype=torch.float32, device=out.device
+        )
     tasks = []
     for images in _batches(problem):
         batch, table = _describe(problem, tensors, images)
@@ -139,7 +163,9 @@ def gradients(problem: Problem, out: Tensor, grad_out: Tensor) -> list[Tensor]:
         floats += _whole_vectors(batch.dim) + _whole_vectors(batch.dim_v)
         # Query heads of one group add to the same keys, so a key head is one unit: no two tasks write to the same place.
         alive = (tensors, table, problem)
-        tasks += _deal(batch, 1, len(images) * batch.heads // batch.group, images.width * floats, alive)
+        tasks += _deal(
+            batch, 1, len(images) * batch.heads // batch.group, images.width * floats, alive
+        )
     run_tasks(tasks, out.device)
     grads = [tensors[f"grad_{name}"][..., : tensors[name].shape[-1]] for name in names]
     return [grad.to(problem.q.dtype).contiguous() for grad in grads]
@@ -184,13 +210,19 @@ def _whole_vectors(dim: int) -> int:
     return -(-dim // LANES) * LANES
 
 
-def _describe(problem: Problem, tensors: dict[str, Tensor], images: _Images) -> tuple[_Batch, RunTable]:
+def _describe(
+    problem: Problem, tensors: dict[str, Tensor], images: _Images
+) -> tuple[_Batch, RunTable]:
     """Everything but who computes what, with which scratch memory; and the table it points into."""
     span = images.span
     rows = slice(span.row, span.row + len(images))
-    parts = {name: x[rows, :, span.k if name in KEY_SIDE else span.q] for name, x in tensors.items()}
+    parts = {
+        name: x[rows, :, span.k if name in KEY_SIDE else span.q] for name, x in tensors.items()
+    }
     table = problem.masks.run_table(span.q.stop - span.q.start, span.k.stop - span.k.start)
-    places = {name: getattr(problem, name) for name in ("key_row", "key_column", "order_q", "order_k")}
+    places = {
+        name: getattr(problem, name) for name in ("key_row", "key_column", "order_q", "order_k")
+    }
     batch = _Batch(
         **{name: _matrix(x) for name, x in parts.items()},
         **{name: None if x is None else x.data_ptr() for name, x in places.items()},
@@ -215,7 +247,9 @@ def _matrix(x: Tensor) -> _Matrix:
     return _Matrix(x.data_ptr(), *x.stride()[:3])
 
 
-def _deal(batch: _Batch, direction: int, units: int, floats: int, alive: tuple[Any, ...]) -> list[Callable[[], None]]:
+def _deal(
+    batch: _Batch, direction: int, units: int, floats: int, alive: tuple[Any, ...]
+) -> list[Callable[[], None]]:
     """The `units` of work of a batch in tasks of about equal size; each needs `floats` of scratch memory and some.
 
     alive   what the batch points into. Tasks hold on to it: caches may drop their tables meanwhile, and an interrupted caller

@@ -32,7 +32,9 @@ MOST_HEADS = 65535  # images x heads: the launch grid's limit, which the package
 def why_not(problem: Problem) -> str | None:
     q, v = problem.q, problem.v
     if problem.masks.block_size != BLOCK:
-        return f"cuDNN's kernels have blocks of 128 tokens, the masks have {problem.masks.block_size}"
+        return (
+            f"cuDNN's kernels have blocks of 128 tokens, the masks have {problem.masks.block_size}"
+        )
     if problem.ragged:
         return "cuDNN's kernels take images of one size"
     if problem.is_causal or problem.exact_streaming:
@@ -40,7 +42,9 @@ def why_not(problem: Problem) -> str | None:
     if problem.dropout_p or problem.return_probs:
         return "cuDNN's kernels have no dropout"
     if max(q.shape[-1], v.shape[-1]) > WIDTHS[-1]:
-        return f"cuDNN's kernels are at most 128 wide, got head dims {q.shape[-1]} and {v.shape[-1]}"
+        return (
+            f"cuDNN's kernels are at most 128 wide, got head dims {q.shape[-1]} and {v.shape[-1]}"
+        )
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"cuDNN's kernels take float16 or bfloat16, got {q.dtype}"
     if 0 in (*q.shape, *problem.k.shape):
@@ -121,7 +125,11 @@ def _padded(x: Tensor, width: int, start: int) -> Tensor:
     """As wide, beginning at a multiple of `start` bytes, rows at multiples of 16, as the kernels read them."""
     if x.shape[-1] < width:
         return F.pad(x, (0, width - x.shape[-1]))
-    aligned = x.data_ptr() % start == 0 and x.stride(-1) == 1 and all(step % 8 == 0 for step in x.stride()[:-1])
+    aligned = (
+        x.data_ptr() % start == 0
+        and x.stride(-1) == 1
+        and all(step % 8 == 0 for step in x.stride()[:-1])
+    )
     return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
@@ -143,7 +151,9 @@ def _lists(problem: Problem) -> _Lists:
         some_are_empty = not bool(mask.any(-1).all())
         mask = mask.to(device)
         # The whole width even where rows keep less: another width would compile the gradient anew.
-        counts, index = (x.expand(problem.q.shape[0], *x.shape[1:]).contiguous() for x in block_lists(mask))
+        counts, index = (
+            x.expand(problem.q.shape[0], *x.shape[1:]).contiguous() for x in block_lists(mask)
+        )
         # Given even where all blocks are full: some kernels do not mask the end of the sequence themselves.
         sizes = torch.full((index.shape[-1],), BLOCK, dtype=torch.int32, device="cpu")
         sizes[-1] = tokens[1] - BLOCK * (len(sizes) - 1)
@@ -156,7 +166,9 @@ class _Attend(torch.autograd.Function):
     """The package's two functions as one that torch differentiates; the log-sum-exp has no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lists: _Lists, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lists: _Lists, scale: float
+    ) -> tuple[Tensor, Tensor]:
         forward, _ = _functions(_probe())
         out, lse = forward(
             *(x.detach() for x in (q, k, v)),

@@ -33,13 +33,18 @@ def attend(problem: Problem, span: Span) -> Result:
     """One image: out (H, n_q, Dv), lse (H, n_q) and, where asked for, probs (H, n_q, n_k)."""
     dtype, bias, mask = problem.compute_dtype, None, problem.token_mask(span)
     q = problem.scale * problem.q[span.row, :, span.q].to(dtype)  # (H, n_q, D)
-    k, v = (x[span.row, :, span.k].to(dtype).repeat_interleave(problem.group, 0) for x in (problem.k, problem.v))
+    k, v = (
+        x[span.row, :, span.k].to(dtype).repeat_interleave(problem.group, 0)
+        for x in (problem.k, problem.v)
+    )
     (heads, num_q, _), num_k = q.shape, k.shape[1]
     if problem.rel_pos is not None:
         rel_h, rel_w = (term[span.row, :, span.q].to(dtype) for term in problem.rel_pos)
         bias = rel_h[:, :, problem.key_row] + rel_w[:, :, problem.key_column]
     keep = problem.keep((heads, num_q, num_k), span.image) if problem.dropout_p else None
-    sees = torch.ones(heads, num_q, num_k, dtype=torch.bool, device=q.device) if mask is None else mask
+    sees = (
+        torch.ones(heads, num_q, num_k, dtype=torch.bool, device=q.device) if mask is None else mask
+    )
     with torch.no_grad():
         logits = q @ k.mT if bias is None else q @ k.mT + bias
         nothing = logits.masked_fill(~sees, -torch.inf).isneginf().all(-1, keepdim=True)
@@ -49,13 +54,28 @@ def attend(problem: Problem, span: Span) -> Result:
 
     def grouped(x: Tensor | None, fill: int = 0) -> Tensor | None:
         """(H, n_q, ...) -> (H, groups, g, ...)"""
-        return None if x is None else F.pad(x, (0, 0, 0, groups * group - num_q), value=fill).unflatten(1, (-1, group))
+        return (
+            None
+            if x is None
+            else F.pad(x, (0, 0, 0, groups * group - num_q), value=fill).unflatten(1, (-1, group))
+        )
 
     # What sees nothing is constant from here on: no gradient of it is 0 times infinity.
-    every = grouped(q.masked_fill(nothing, 0)), grouped(nothing, 1), grouped(sees), grouped(bias), grouped(keep)
+    every = (
+        grouped(q.masked_fill(nothing, 0)),
+        grouped(nothing, 1),
+        grouped(sees),
+        grouped(bias),
+        grouped(keep),
+    )
     step = max(1, AT_ONCE // max(heads * num_k * (k.shape[-1] + v.shape[-1]), 1))
     parts = [
-        _part(problem, Queries(*(None if x is None else x[:, start : start + step] for x in every)), k, v)  # type: ignore[arg-type]
+        _part(
+            problem,
+            Queries(*(None if x is None else x[:, start : start + step] for x in every)),
+            k,
+            v,
+        )  # type: ignore[arg-type]
         for start in range(0, groups, step)
     ]
     return Result(*(torch.cat(x, 1).flatten(1, 2)[:, :num_q] for x in zip(*parts)))
@@ -79,7 +99,9 @@ def _part(problem: Problem, queries: Queries, k: Tensor, v: Tensor) -> tuple[Ten
         ..., :most
     ]  # and others, where a group sees fewer
     k, v = (
-        torch.take_along_dim(x[:, None], keys[..., None], 2).masked_fill(~by_any.gather(-1, keys)[..., None], 0)
+        torch.take_along_dim(x[:, None], keys[..., None], 2).masked_fill(
+            ~by_any.gather(-1, keys)[..., None], 0
+        )
         for x in (k, v)
     )  # (H, groups, most, D)
     keys = keys[:, :, None].expand(*q.shape[:3], -1)

@@ -26,7 +26,9 @@ from bsa_vision.attention.rel_pos import RelPos
 BLOCK = 128  # the kernel's tiles are that large, and must divide the blocks
 LEAST_DIM = 16
 SHARED_MEMORY = 160_000  # bytes; the GPUs of data centres have more
-SHAPES = 256  # compiled at most; torch's own limit of 8 is soon reached by models of several resolutions
+SHAPES = (
+    256  # compiled at most; torch's own limit of 8 is soon reached by models of several resolutions
+)
 MOST_BLOCKS = 2**24  # entries of the block mask of a ragged batch
 
 Modify = Callable[..., Tensor]
@@ -118,7 +120,12 @@ def _tiles(problem: Problem) -> dict[str, int] | None:
 
 
 def _tile(queries: int, keys: int, warps: int, stages: int) -> dict[str, int]:
-    return {"fwd_BLOCK_M": queries, "fwd_BLOCK_N": keys, "fwd_num_warps": warps, "fwd_num_stages": stages}
+    return {
+        "fwd_BLOCK_M": queries,
+        "fwd_BLOCK_N": keys,
+        "fwd_num_warps": warps,
+        "fwd_num_stages": stages,
+    }
 
 
 @lru_cache(maxsize=2)
@@ -130,7 +137,10 @@ def _compiled(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
     # fullgraph: falling back to the un-compiled form must be an error, not N x N without a word.
     # Shapes stay fixed: with dynamic ones the kernel would check the end of the sequence in every block.
     call: Any = torch.compile(
-        flex.flex_attention, fullgraph=True, dynamic=False, backend="inductor" if device == "cuda" else "eager"
+        flex.flex_attention,
+        fullgraph=True,
+        dynamic=False,
+        backend="inductor" if device == "cuda" else "eager",
     )
 
     def attend(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -162,7 +172,9 @@ class _Where:
 
 
 def _where(problem: Problem) -> _Where:
-    lengths = tuple((span.q.stop - span.q.start, span.k.stop - span.k.start) for span in problem.spans())
+    lengths = tuple(
+        (span.q.stop - span.q.start, span.k.stop - span.k.start) for span in problem.spans()
+    )
     lengths = lengths if problem.ragged else lengths[:1]
     key = ("flex", problem.ragged, lengths, problem.is_causal, problem.q.device)
     return problem.masks.remember(key, lambda: _make(problem, lengths))
@@ -171,20 +183,31 @@ def _where(problem: Problem) -> _Where:
 def _make(problem: Problem, lengths: tuple[tuple[int, int], ...]) -> _Where:
     from torch.nn.attention.flex_attention import BlockMask
 
-    masks, size, causal, device = problem.masks, problem.masks.block_size, problem.is_causal, problem.q.device
+    masks, size, causal, device = (
+        problem.masks,
+        problem.masks.block_size,
+        problem.is_causal,
+        problem.q.device,
+    )
     kept = [masks.block_mask(*length, causal=causal) for length in lengths]
     if problem.ragged:  # (1, H, R, C): what images keep of themselves, along the diagonal
         images = [mask[problem.mask_image(i)] for i, mask in enumerate(kept)]
-        kept = [torch.stack([torch.block_diag(*own) for own in zip(*images, strict=True)])[None].bool()]
+        kept = [
+            torch.stack([torch.block_diag(*own) for own in zip(*images, strict=True)])[None].bool()
+        ]
     block_mask = kept[0]
     rows, columns = block_mask.shape[2:]
     tokens = (size * rows, size * columns) if problem.ragged else lengths[0]
-    at_q, at_k = (_positions([own[side] for own in lengths], size, problem.ragged) for side in (0, 1))
+    at_q, at_k = (
+        _positions([own[side] for own in lengths], size, problem.ragged) for side in (0, 1)
+    )
     # A query sees the keys whose number it reaches: positions, counted from the end, where attention is causal; every key elsewhere. What is
     # only there to fill a block reaches everything as a query and is reached by none as a key.
     far = 2 * max(*tokens, 1)
     late = [k - q if causal else far // 2 for q, k in lengths]
-    added = torch.tensor(late, device="cpu").repeat_interleave(torch.tensor([q for q, _ in lengths], device="cpu"))
+    added = torch.tensor(late, device="cpu").repeat_interleave(
+        torch.tensor([q for q, _ in lengths], device="cpu")
+    )
     reach = _fill(tokens[0], at_q.place, at_q.position + added, far)
     number = _fill(tokens[1], at_k.place, at_k.position, far + 1)
     seen, whole = _seen((rows, columns), reach, number, size)
@@ -192,9 +215,12 @@ def _make(problem: Problem, lengths: tuple[tuple[int, int], ...]) -> _Where:
     # Both lists of rows and of columns: `from_kv_blocks` makes the second by vmap, which is not there inside of an operator.
     some, full = (part.to(device) for part in (block_mask & seen & ~whole, block_mask & whole))
     rows_of, columns_of = (
-        [block_lists(part) for part in (x, y)] for x, y in ((some, full), (some.mT.contiguous(), full.mT.contiguous()))
+        [block_lists(part) for part in (x, y)]
+        for x, y in ((some, full), (some.mT.contiguous(), full.mT.contiguous()))
     )
-    blocks = BlockMask(tokens, *rows_of[0], *rows_of[1], *columns_of[0], *columns_of[1], (size, size), sees)
+    blocks = BlockMask(
+        tokens, *rows_of[0], *rows_of[1], *columns_of[0], *columns_of[1], (size, size), sees
+    )
     place_q, place_k = (at.place.to(device) if problem.ragged else None for at in (at_q, at_k))
     return _Where(blocks, tokens, place_q, place_k, tuple(q for q, _ in lengths))
 
@@ -220,7 +246,9 @@ def _fill(tokens: int, place: Tensor, values: Tensor, rest: int) -> Tensor:
     return torch.full((tokens,), rest, device="cpu").index_copy(0, place, values)
 
 
-def _seen(blocks: tuple[int, int], reach: Tensor, number: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _seen(
+    blocks: tuple[int, int], reach: Tensor, number: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
     """(R, C) bool: blocks of which something is seen, and those of which everything is."""
 
     def ends(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -236,7 +264,9 @@ def _mask_mod(table: Tensor, reach: Tensor, number: Tensor, size: int) -> Modify
     images = table.shape[0]
 
     def sees(image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return table[image % images, head, query // size, key // size] & (number[key] <= reach[query])
+        return table[image % images, head, query // size, key // size] & (
+            number[key] <= reach[query]
+        )
 
     return sees
 
@@ -245,14 +275,21 @@ def _score_mod(problem: Problem) -> Modify | None:
     """Relative position, read in model order: `order_q` finds it there."""
     if problem.rel_pos is None:
         return None
-    (rel_h, rel_w), row, column, order = problem.rel_pos, problem.key_row, problem.key_column, problem.order_q
+    (rel_h, rel_w), row, column, order = (
+        problem.rel_pos,
+        problem.key_row,
+        problem.key_column,
+        problem.order_q,
+    )
     assert row is not None
     assert column is not None
 
     def add(score: Tensor, image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score + rel_h[image, head, query, row[key]] + rel_w[image, head, query, column[key]]
 
-    def add_ordered(score: Tensor, image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def add_ordered(
+        score: Tensor, image: Tensor, head: Tensor, query: Tensor, key: Tensor
+    ) -> Tensor:
         place = order[query]  # type: ignore[index]
         return score + rel_h[image, head, place, row[key]] + rel_w[image, head, place, column[key]]
 
@@ -264,11 +301,17 @@ def _score_mod(problem: Problem) -> Modify | None:
 
 def _spread(x: Tensor, place: Tensor | None, tokens: int) -> Tensor:
     """(1, H, T, D) -> the same with zeros between images, so that each begins a block."""
-    return x if place is None else x.new_zeros(*x.shape[:2], tokens, x.shape[3]).index_copy(2, place, x)
+    return (
+        x
+        if place is None
+        else x.new_zeros(*x.shape[:2], tokens, x.shape[3]).index_copy(2, place, x)
+    )
 
 
 def _lse(problem: Problem, where: _Where, found: Tensor) -> Tensor:
-    found = found.masked_fill(found.isneginf(), torch.inf)  # as the kernel says that a query sees nothing
+    found = found.masked_fill(
+        found.isneginf(), torch.inf
+    )  # as the kernel says that a query sees nothing
     if where.place_q is None:
         return found
     lse = problem.empty_lse().to(found.dtype)

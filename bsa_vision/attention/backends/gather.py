@@ -55,7 +55,8 @@ def run(problem: Problem) -> Result:
     for head in heads:
         step = max(1, -(-len(head.rows) // chunks))
         tasks += [
-            partial(_rows, problem, head, head.rows[i : i + step], out, lse) for i in range(0, len(head.rows), step)
+            partial(_rows, problem, head, head.rows[i : i + step], out, lse)
+            for i in range(0, len(head.rows), step)
         ]
     run_tasks(tasks, problem.q.device)
     return Result(out, lse)
@@ -63,7 +64,12 @@ def run(problem: Problem) -> Result:
 
 def _can_hand_over(problem: Problem) -> bool:
     """Whether torch's own attention can take the dense heads: it knows no relative position and returns no LSE."""
-    plain = problem.rel_pos is None and not problem.is_causal and not problem.dropout_p and not problem.return_lse
+    plain = (
+        problem.rel_pos is None
+        and not problem.is_causal
+        and not problem.dropout_p
+        and not problem.return_lse
+    )
     if not plain or DENSE not in problem.masks.slices:
         return False
     # In low precision it makes 0 of infinite logits. A GPU is not waited for only to ask for values.
@@ -73,7 +79,9 @@ def _can_hand_over(problem: Problem) -> bool:
 def _dense_heads(problem: Problem, out: Tensor) -> list[int]:
     """Compute the dense heads with torch's attention; returns the heads that are left."""
     dense = [head for head, kind in enumerate(problem.masks.slices) if kind == DENSE]
-    heads: slice | list[int] = slice(dense[0], dense[-1] + 1) if len(dense) == dense[-1] + 1 - dense[0] else dense
+    heads: slice | list[int] = (
+        slice(dense[0], dense[-1] + 1) if len(dense) == dense[-1] + 1 - dense[0] else dense
+    )
     for span in problem.spans():
         q = problem.q[span.row, :, span.q][heads]
         k, v = (x[span.row, :, span.k] for x in (problem.k, problem.v))
@@ -87,15 +95,26 @@ def _dense_heads(problem: Problem, out: Tensor) -> list[int]:
     return [head for head in range(problem.num_heads) if head not in dense]
 
 
-def _rows(problem: Problem, head: _Head, rows: list[BlockRow], out: Tensor, lse: Tensor | None) -> None:
+def _rows(
+    problem: Problem, head: _Head, rows: list[BlockRow], out: Tensor, lse: Tensor | None
+) -> None:
     """Compute `rows`, which follow each other, of one head."""
     chunk = slice(rows[0].start, rows[-1].stop)
     queries = head.q[chunk] * problem.scale
     to = out[head.span.row, head.number, head.span.q][chunk]
     results = to if to.dtype == queries.dtype else queries.new_empty(to.shape)
-    sizes, chunk_lse = [row.stop - row.start for row in rows], queries.new_full((len(queries),), torch.inf)
+    sizes, chunk_lse = (
+        [row.stop - row.start for row in rows],
+        queries.new_full((len(queries),), torch.inf),
+    )
     # Operations are small here, so the loop below takes ready-made views: slicing anew costs as much as some of the products.
-    parts = zip(_with_keys(head, rows), queries.split(sizes), results.split(sizes), chunk_lse.split(sizes), strict=True)
+    parts = zip(
+        _with_keys(head, rows),
+        queries.split(sizes),
+        results.split(sizes),
+        chunk_lse.split(sizes),
+        strict=True,
+    )
     for (row, keys, values), row_queries, result, row_lse in parts:
         if not row.runs:
             result.zero_()
@@ -135,7 +154,9 @@ def gradients(problem: Problem, out: Tensor, grad_out: Tensor) -> Gradients:
     return Gradients(q, k, v, *(rel or (None, None)))
 
 
-def _head_gradients(problem: Problem, heads: list[_Head], out: Tensor, grad_out: Tensor, grads: list[Tensor]) -> None:
+def _head_gradients(
+    problem: Problem, heads: list[_Head], out: Tensor, grad_out: Tensor, grads: list[Tensor]
+) -> None:
     """Add the gradients of the query heads of one group to `grads`."""
     for head in heads:
         at_q = (head.span.row, head.number, head.span.q)
@@ -170,7 +191,9 @@ def _head_gradients(problem: Problem, heads: list[_Head], out: Tensor, grad_out:
             _add(grad_k, row, grad_logits.T @ row_queries)
             for grad, key_place in zip(grad_rel, (problem.key_row, problem.key_column)):
                 assert key_place is not None
-                for (start, stop), part in zip(row.runs, _by_run(row, grad_logits, dim=1), strict=True):
+                for (start, stop), part in zip(
+                    row.runs, _by_run(row, grad_logits, dim=1), strict=True
+                ):
                     grad[here].index_add_(1, key_place[start:stop], part)
 
 
@@ -188,7 +211,9 @@ class _Head(NamedTuple):
 
 def _by_query(problem: Problem, *results: Tensor) -> bool:
     """Whether each query must be computed with its own keys alone: where causality cuts blocks that hold NaN or infinity."""
-    return problem.is_causal and not all_finite(problem.q, problem.k, problem.v, *(problem.rel_pos or ()), *results)
+    return problem.is_causal and not all_finite(
+        problem.q, problem.k, problem.v, *(problem.rel_pos or ()), *results
+    )
 
 
 def _queries(row: BlockRow, offset: int) -> Iterator[BlockRow]:
@@ -203,12 +228,16 @@ def _heads(problem: Problem, heads: range | list[int], by_query: bool) -> Iterat
     q, k, v = (x.to(problem.compute_dtype) for x in (problem.q, problem.k, problem.v))
     for span in problem.spans():
         num_q, num_k = span.q.stop - span.q.start, span.k.stop - span.k.start
-        rows = problem.masks.block_rows(num_q, num_k, causal=problem.is_causal)[problem.mask_image(span.image)]
+        rows = problem.masks.block_rows(num_q, num_k, causal=problem.is_causal)[
+            problem.mask_image(span.image)
+        ]
         for number in heads:
             at_k = (span.row, number // problem.group, span.k)
             tensors = (q[span.row, number, span.q], k[at_k], v[at_k])
             own = (
-                [query for row in rows[number] for query in _queries(row, num_k - num_q)] if by_query else rows[number]
+                [query for row in rows[number] for query in _queries(row, num_k - num_q)]
+                if by_query
+                else rows[number]
             )
             yield _Head(span, number, rows[number], own, *tensors)
 
@@ -217,7 +246,8 @@ def _with_keys(head: _Head, rows: list[BlockRow]) -> Iterator[tuple[BlockRow, Te
     """Each row with its keys and values: where they lie when they are one run, else gathered, once for neighbours alike."""
     largest = max((row.kept for row in rows), default=0)
     keys, values = (
-        scratch(name, (largest, x.shape[1]), x.dtype, x.device) for name, x in (("keys", head.k), ("values", head.v))
+        scratch(name, (largest, x.shape[1]), x.dtype, x.device)
+        for name, x in (("keys", head.k), ("values", head.v))
     )
     gathered: tuple[Run, ...] | None = None
     k, v = head.k[:0], head.v[:0]
@@ -229,7 +259,10 @@ def _with_keys(head: _Head, rows: list[BlockRow]) -> Iterator[tuple[BlockRow, Te
                 k, v = head.k[start:stop], head.v[start:stop]
             elif row.runs:
                 to = (keys[: row.kept], values[: row.kept])
-                k, v = (torch.cat([x[i:j] for i, j in row.runs], out=y) for x, y in zip((head.k, head.v), to))
+                k, v = (
+                    torch.cat([x[i:j] for i, j in row.runs], out=y)
+                    for x, y in zip((head.k, head.v), to)
+                )
         yield row, k, v
 
 
@@ -249,14 +282,20 @@ def _logits(problem: Problem, head: _Head, row: BlockRow, queries: Tensor, keys:
     out = scratch("logits", (queries.shape[0], keys.shape[0]), queries.dtype, queries.device)
     logits = torch.mm(queries, keys.T, out=out)
     if problem.rel_pos is not None:
-        for term, key_place in zip(problem.rel_pos, (problem.key_row, problem.key_column), strict=True):
+        for term, key_place in zip(
+            problem.rel_pos, (problem.key_row, problem.key_column), strict=True
+        ):
             assert key_place is not None
-            products = term[head.span.row, head.number, head.span.q][row.start : row.stop].to(logits.dtype)
+            products = term[head.span.row, head.number, head.span.q][row.start : row.stop].to(
+                logits.dtype
+            )
             for (start, stop), part in zip(row.runs, _by_run(row, logits, dim=1), strict=True):
                 part += products.index_select(1, key_place[start:stop])
     if problem.is_causal:
         offset = head.k.shape[0] - head.q.shape[0]  # bottom-right aligned
-        key = torch.cat([torch.arange(start, stop, device=logits.device) for start, stop in row.runs])
+        key = torch.cat(
+            [torch.arange(start, stop, device=logits.device) for start, stop in row.runs]
+        )
         query = torch.arange(row.start, row.stop, device=logits.device)[:, None] + offset
         logits.masked_fill_(key > query, -torch.inf)
     return logits
@@ -276,6 +315,10 @@ def _softmax_(logits: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _dropout(problem: Problem, head: _Head, row: BlockRow, probs: Tensor) -> Tensor:
     block = head.blocks[row.start // problem.masks.block_size]
-    keep = problem.keep((block.stop - block.start, block.kept), head.span.image, head.number, block.start)
-    own = keep[row.start - block.start : row.stop - block.start, : row.kept]  # causality leaves a row its first keys
+    keep = problem.keep(
+        (block.stop - block.start, block.kept), head.span.image, head.number, block.start
+    )
+    own = keep[
+        row.start - block.start : row.stop - block.start, : row.kept
+    ]  # causality leaves a row its first keys
     return own.to(probs.dtype).div_(1 - problem.dropout_p)

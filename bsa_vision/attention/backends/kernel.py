@@ -80,7 +80,9 @@ def run(problem: Problem) -> Result:
 def _run(problem: Problem) -> Result:
     dim, images = problem.v.shape[-1], problem.q.shape[0]
     padded = next(size for size in HEAD_DIMS if size >= max(dim, problem.q.shape[-1]))
-    q, k, v = (F.pad(_packed(x), (0, padded - x.shape[-1])) for x in (problem.q, problem.k, problem.v))
+    q, k, v = (
+        F.pad(_packed(x), (0, padded - x.shape[-1])) for x in (problem.q, problem.k, problem.v)
+    )
     masks = _converted(problem)
     ends = (masks.cu_seqlens_q, masks.cu_seqlens_k)
     if problem.cu_seqlens_q is not None and problem.cu_seqlens_k is not None:
@@ -125,7 +127,14 @@ def _converted(problem: Problem) -> _Converted:
     gradient = problem.needs_gradient
     if problem.ragged:
         return _convert(problem, gradient)
-    key = ("kernel", problem.num_images, problem.longest_q, problem.longest_k, problem.q.device, gradient)
+    key = (
+        "kernel",
+        problem.num_images,
+        problem.longest_q,
+        problem.longest_k,
+        problem.q.device,
+        gradient,
+    )
     return problem.masks.remember(key, lambda: _convert(problem, gradient))
 
 
@@ -136,7 +145,10 @@ def _convert(problem: Problem, gradient: bool) -> _Converted:
         return torch.tensor(values, dtype=torch.int32, device=problem.q.device)
 
     # Explicit slice numbers expanded: upstream counts the ones and gives each the next slice, whatever was meant.
-    wanted, numbers = [kind - 1 for kind in masks.slices if kind > 0], iter(range(1, masks.num_heads + 1))
+    wanted, numbers = (
+        [kind - 1 for kind in masks.slices if kind > 0],
+        iter(range(1, masks.num_heads + 1)),
+    )
     rows = columns = None
     if wanted:
         assert masks.base_blockmask is not None
@@ -148,13 +160,18 @@ def _convert(problem: Problem, gradient: bool) -> _Converted:
             base = base & _exist(problem.cu_seqlens_k, blocks[1])[:, None, None]
         rows = _last_first(base).expand(images, -1, -1, -1).contiguous()
         columns = _last_first(base.mT).expand(images, -1, -1, -1).contiguous() if gradient else None
-    streaming = [number for pair in masks.streaming for number in pair] or [0] * (2 * masks.num_heads)
+    streaming = [number for pair in masks.streaming for number in pair] or [0] * (
+        2 * masks.num_heads
+    )
     return _Converted(
         ints([next(numbers) if kind > 0 else kind for kind in masks.slices]),
         ints(streaming),
         rows,
         columns,
-        *(ints([image * tokens for image in range(images + 1)]) for tokens in (problem.longest_q, problem.longest_k)),
+        *(
+            ints([image * tokens for image in range(images + 1)])
+            for tokens in (problem.longest_q, problem.longest_k)
+        ),
     )
 
 
@@ -199,7 +216,14 @@ class _Call:
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, masks: _Converted, call: _Call
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ends_q: Tensor,
+        ends_k: Tensor,
+        masks: _Converted,
+        call: _Call,
     ) -> tuple[Tensor, Tensor, Tensor]:
         out, lse, probs, random_state = getattr(_probe(), OPERATORS[0])(
             q,

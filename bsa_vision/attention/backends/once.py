@@ -17,7 +17,9 @@ def refuse_second_derivative(backend: str) -> NoReturn:
 
 class _Once(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend: str, grad_out: Tensor, q: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, backend: str, grad_out: Tensor, q: Tensor, *gradients: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.backend = backend
         return tuple(x.view_as(x) for x in gradients)
 
@@ -26,7 +28,9 @@ class _Once(torch.autograd.Function):
         refuse_second_derivative(ctx.backend)
 
 
-def once(backend: str, grad_out: Tensor, q: Tensor, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def once(
+    backend: str, grad_out: Tensor, q: Tensor, gradients: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     """Return `gradients`, made of `grad_out` and `q` among others; torch would take them for constants otherwise."""
     if not torch.is_grad_enabled():  # no create_graph=True
         return gradients

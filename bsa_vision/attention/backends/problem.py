@@ -126,11 +126,17 @@ class Problem:
         bounds_q = check_bounds("q", self.cu_seqlens_q, self.q.shape[2], self.longest_q)
         bounds_k = check_bounds("k", self.cu_seqlens_k, self.k.shape[2], self.longest_k)
         for image in range(self.num_images):
-            yield Span(image, 0, slice(*bounds_q[image : image + 2]), slice(*bounds_k[image : image + 2]))
+            yield Span(
+                image, 0, slice(*bounds_q[image : image + 2]), slice(*bounds_k[image : image + 2])
+            )
 
     def mask_image(self, image: int) -> int:
         """Which image of `masks` serves this image of the batch."""
-        return 0 if self.masks.base_blockmask is None or self.masks.base_blockmask.shape[0] == 1 else image
+        return (
+            0
+            if self.masks.base_blockmask is None or self.masks.base_blockmask.shape[0] == 1
+            else image
+        )
 
     def empty_out(self) -> Tensor:
         """(B, H, Nq, Dv) laid out token by token in memory, as the output projections that follow read it."""
@@ -148,7 +154,9 @@ class Problem:
         if self.masks.all_dense and not self.is_causal:
             return None
         size, device = self.masks.block_size, self.q.device
-        blocks = self.masks.block_mask(num_q, num_k, causal=self.is_causal)[self.mask_image(span.image)].to(device)
+        blocks = self.masks.block_mask(num_q, num_k, causal=self.is_causal)[
+            self.mask_image(span.image)
+        ].to(device)
         mask = blocks.repeat_interleave(size, 1)[:, :num_q].repeat_interleave(size, 2)[:, :, :num_k]
         if not self.is_causal:
             return mask

@@ -17,7 +17,11 @@ def run(problem: Problem) -> Result:
     out, lse = problem.empty_out(), problem.empty_lse()
     size = problem.masks.block_size
     rounded = (-(-problem.longest_q // size) * size, -(-problem.longest_k // size) * size)
-    probs = out.new_zeros(problem.num_images, problem.num_heads, *rounded) if problem.return_probs else None
+    probs = (
+        out.new_zeros(problem.num_images, problem.num_heads, *rounded)
+        if problem.return_probs
+        else None
+    )
     for span in problem.spans():
         image = definition.attend(problem, span)
         assert image.lse is not None

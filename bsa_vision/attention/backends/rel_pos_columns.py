@@ -25,7 +25,9 @@ from bsa_vision.attention.backends.problem import Problem, Result
 from bsa_vision.attention.head_masks import DENSE, HeadMasks
 
 MOST_PARTS = 16  # every part reads all queries again
-NOTHING = -30_000  # log-sum-exp below which a query with terms of -inf sees nothing: float16 goes to -65504
+NOTHING = (
+    -30_000
+)  # log-sum-exp below which a query with terms of -inf sees nothing: float16 goes to -65504
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +66,11 @@ def why_not(problem: Problem, width: int) -> str | None:
     if problem.masks.kv_layout is None:
         return f"{wide}, and without a layout it cannot be parted"
     count = len(_cells(problem, width - dim))
-    return None if 0 < count <= MOST_PARTS else f"{wide}, and blocks in this order fit into no {MOST_PARTS} sub-grids"
+    return (
+        None
+        if 0 < count <= MOST_PARTS
+        else f"{wide}, and blocks in this order fit into no {MOST_PARTS} sub-grids"
+    )
 
 
 def attend(problem: Problem, width: int, run: Callable[[Problem], Result]) -> Result:
@@ -81,7 +87,9 @@ def attend(problem: Problem, width: int, run: Callable[[Problem], Result]) -> Re
 def _attend(problem: Problem, part: Part, run: Callable[[Problem], Result]) -> Result:
     assert problem.rel_pos is not None
     rel_h, rel_w = problem.rel_pos
-    terms = torch.cat([rel_h[..., part.rows], rel_w[..., part.columns]], -1)  # (B, H, n_q, rows + columns)
+    terms = torch.cat(
+        [rel_h[..., part.rows], rel_w[..., part.columns]], -1
+    )  # (B, H, n_q, rows + columns)
     if part.seen is not None:
         terms = terms.where(part.seen, 0)
     result = run(_bring(replace(problem, return_lse=True), part, terms))
@@ -110,10 +118,14 @@ def _lse_of(result: Result) -> Tensor:
 
 def _bring(problem: Problem, part: Part, terms: Tensor) -> Problem:
     """The part's keys, and queries that know what each of its rows and columns adds."""
-    k, v = (x if part.tokens is None else x.index_select(2, part.tokens) for x in (problem.k, problem.v))
+    k, v = (
+        x if part.tokens is None else x.index_select(2, part.tokens) for x in (problem.k, problem.v)
+    )
     weight = 2.0 ** math.ceil(math.log2(1 / abs(problem.scale)))
     # Divided, so that the scale may be multiplied with the queries first.
-    lowest = math.copysign(torch.finfo(problem.q.dtype).min / max(1, 1.01 * abs(problem.scale)), -problem.scale)
+    lowest = math.copysign(
+        torch.finfo(problem.q.dtype).min / max(1, 1.01 * abs(problem.scale)), -problem.scale
+    )
     columns = (terms * (1 / (problem.scale * weight))).to(problem.q.dtype)
     q = torch.cat([problem.q, columns.masked_fill(terms.isneginf(), lowest)], -1)
     k = torch.cat([k, (part.hot.to(k.dtype) * weight).expand(*k.shape[:2], -1, -1)], -1)
@@ -134,13 +146,19 @@ def _parts(problem: Problem, width: int) -> list[Part]:
     if dim + height + across <= width:
         whole = slice(0, height), slice(0, across)
         key = ("concat", height, across, problem.q.device, problem.is_causal)
-        return problem.masks.remember(key, lambda: [_whole(problem, _one_hot(*places, *whole), whole)])
+        return problem.masks.remember(
+            key, lambda: [_whole(problem, _one_hot(*places, *whole), whole)]
+        )
     parted = ("concat", height, across, problem.q.device, dim, width)
-    return problem.masks.remember(parted, lambda: [_part(problem, cell) for cell in _cells(problem, width - dim)])
+    return problem.masks.remember(
+        parted, lambda: [_part(problem, cell) for cell in _cells(problem, width - dim)]
+    )
 
 
 def _whole(problem: Problem, hot: Tensor, sides: tuple[slice, slice]) -> Part:
-    kept = problem.masks.block_mask(problem.q.shape[2], problem.k.shape[2], causal=problem.is_causal)
+    kept = problem.masks.block_mask(
+        problem.q.shape[2], problem.k.shape[2], causal=problem.is_causal
+    )
     return Part(*sides, None, hot, None, _seen(problem, kept, hot))
 
 
@@ -157,8 +175,15 @@ def _seen(problem: Problem, kept: Tensor, hot: Tensor) -> Tensor | None:
 
 
 def _part(problem: Problem, blocks: list[int]) -> Part:
-    masks, size, tokens_q, tokens_k = problem.masks, problem.masks.block_size, problem.q.shape[2], problem.k.shape[2]
-    tokens = torch.cat([torch.arange(b * size, min((b + 1) * size, tokens_k), device="cpu") for b in blocks])
+    masks, size, tokens_q, tokens_k = (
+        problem.masks,
+        problem.masks.block_size,
+        problem.q.shape[2],
+        problem.k.shape[2],
+    )
+    tokens = torch.cat(
+        [torch.arange(b * size, min((b + 1) * size, tokens_k), device="cpu") for b in blocks]
+    )
     tokens = tokens.to(problem.q.device)
     assert problem.key_row is not None
     assert problem.key_column is not None
@@ -166,8 +191,12 @@ def _part(problem: Problem, blocks: list[int]) -> Part:
     rows, columns = (slice(int(x.min()), int(x.max()) + 1) for x in (row, column))
     kept = masks.block_mask(tokens_q, tokens_k)[..., blocks]
     sparse = [head for head, kind in enumerate(masks.slices) if kind != DENSE]
-    types = [0 if kind == DENSE else sparse.index(head) + 1 for head, kind in enumerate(masks.slices)]
-    own = HeadMasks(kept[:, sparse] if sparse else None, types, block_size=size, allow_empty_rows=True)
+    types = [
+        0 if kind == DENSE else sparse.index(head) + 1 for head, kind in enumerate(masks.slices)
+    ]
+    own = HeadMasks(
+        kept[:, sparse] if sparse else None, types, block_size=size, allow_empty_rows=True
+    )
     hot = _one_hot(row, column, rows, columns)
     return Part(rows, columns, tokens, hot, own, _seen(problem, kept, hot))
 
@@ -184,7 +213,9 @@ def _cells(problem: Problem, room: int) -> list[list[int]]:
 
     def find() -> list[list[int]]:
         # Where every head is dense, tokens are left in model order.
-        row, column = (x[layout.inverse] if problem.masks.all_dense else x for x in layout.coordinates)
+        row, column = (
+            x[layout.inverse] if problem.masks.all_dense else x for x in layout.coordinates
+        )
         return _fewest(row, column, layout.block_size, room)
 
     return problem.masks.remember(("cells", room), find)

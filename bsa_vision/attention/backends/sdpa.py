@@ -23,9 +23,16 @@ def why_not(problem: Problem) -> str | None:
 
 
 def run(problem: Problem) -> Result:
-    whole = problem.masks.all_dense and not problem.ragged and problem.rel_pos is None and not problem.is_causal
+    whole = (
+        problem.masks.all_dense
+        and not problem.ragged
+        and problem.rel_pos is None
+        and not problem.is_causal
+    )
     # With nothing masked, a GPU is not waited for only to ask for values.
-    finite = (whole and problem.q.is_cuda) or all_finite(problem.q, problem.k, problem.v, *(problem.rel_pos or ()))
+    finite = (whole and problem.q.is_cuda) or all_finite(
+        problem.q, problem.k, problem.v, *(problem.rel_pos or ())
+    )
     if whole and finite:
         every = _sdpa(problem, problem.q, problem.k, problem.v, None)
         if problem.q.is_cuda or all_finite(every):
@@ -62,4 +69,6 @@ def _sdpa(
 ) -> torch.Tensor:
     if problem.group > 1:
         k, v = (x.repeat_interleave(problem.group, 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=problem.dropout_p, scale=problem.scale)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=problem.dropout_p, scale=problem.scale
+    )

@@ -54,7 +54,9 @@ def choose(problem: Problem, backend: str = "auto") -> str:
     if problem.q.device.type != "cuda":
         return _choose(problem, backend)
     # Asking every backend takes longer than some calls do on a GPU.
-    return problem.masks.remember(("choice", backend, *_what_matters(problem)), lambda: _choose(problem, backend))
+    return problem.masks.remember(
+        ("choice", backend, *_what_matters(problem)), lambda: _choose(problem, backend)
+    )
 
 
 def _what_matters(problem: Problem) -> tuple[Hashable, ...]:
@@ -68,18 +70,38 @@ def _what_matters(problem: Problem) -> tuple[Hashable, ...]:
         problem.return_lse,
         problem.return_probs,
     )
-    terms = None if problem.rel_pos is None else (problem.rel_pos[0].shape[-1], problem.rel_pos[1].shape[-1])
+    terms = (
+        None
+        if problem.rel_pos is None
+        else (problem.rel_pos[0].shape[-1], problem.rel_pos[1].shape[-1])
+    )
     lengths = (problem.longest_q, problem.longest_k)
-    return (*tensors, *flags, terms, bool(problem.scale), *lengths, problem.needs_gradient, measured_costs.generation())
+    return (
+        *tensors,
+        *flags,
+        terms,
+        bool(problem.scale),
+        *lengths,
+        problem.needs_gradient,
+        measured_costs.generation(),
+    )
 
 
 def _choose(problem: Problem, backend: str) -> str:
     if backend == "auto":
         # With nothing to skip, torch's own attention is mostly the fastest way to the same result.
-        dense = problem.masks.all_dense and problem.rel_pos is None and not cpu_kernel.outruns_dense(problem)
+        dense = (
+            problem.masks.all_dense
+            and problem.rel_pos is None
+            and not cpu_kernel.outruns_dense(problem)
+        )
         order = ("sdpa", *BACKENDS) if dense else tuple(BACKENDS)
         can = (name for name in order if why_not(name, problem) is None)
-        return next(can) if dense or problem.q.device.type != "cuda" else measured_costs.cheapest(tuple(can), problem)
+        return (
+            next(can)
+            if dense or problem.q.device.type != "cuda"
+            else measured_costs.cheapest(tuple(can), problem)
+        )
     reason = why_not(backend, problem)
     if reason is not None:
         able = [name for name in BACKENDS if why_not(name, problem) is None]

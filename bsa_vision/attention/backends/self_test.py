@@ -23,7 +23,10 @@ from bsa_vision.attention.rel_pos import RelPos
 from bsa_vision.masks import TokenLayout, random_blocks, stack_heads
 
 TOLERANCE = {torch.float16: 0.02, torch.bfloat16: 0.1, torch.float32: 0.02}  # of values of about 1
-GRID = (14, 20)  # 280 tokens: the last block is shorter; at most, where relative position has a grid of its own
+GRID = (
+    14,
+    20,
+)  # 280 tokens: the last block is shorter; at most, where relative position has a grid of its own
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,15 @@ def _try(backend: ModuleType, reference: ModuleType, kind: Kind) -> str | None:
             results = (_results(own, problem, kind.gradient) for own in (backend, reference))
             off = {name: _off(*pair) for name, *pair in zip(NAMES, *results, strict=False)}
     except Exception as error:  # what a package runs into on this machine is anything
-        return f"a small call with it failed here: {type(error).__name__}: {str(error).strip()[:200]}"
+        return (
+            f"a small call with it failed here: {type(error).__name__}: {str(error).strip()[:200]}"
+        )
     wrong = [f"{name} by {x:.2g}" for name, x in off.items() if not x <= TOLERANCE[kind.dtype]]
-    return f"a small call with it gave wrong results here: off is {', '.join(wrong)}" if wrong else None
+    return (
+        f"a small call with it gave wrong results here: off is {', '.join(wrong)}"
+        if wrong
+        else None
+    )
 
 
 NAMES = ("output", "dq", "dk", "dv", "drel_h", "drel_w")
@@ -104,4 +113,6 @@ def _problem(kind: Kind) -> Problem:
 
 def _off(found: Tensor, expected: Tensor) -> float:
     """Largest difference, over the largest value where that is more than 1."""
-    return float((found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1))
+    return float(
+        (found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1)
+    )

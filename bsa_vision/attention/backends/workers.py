@@ -45,7 +45,9 @@ class Pool:
         self._jobs: SimpleQueue[tuple[Future[None], Task]] = SimpleQueue()
         started = threading.Barrier(size + 1)
         threads = [
-            threading.Thread(target=self._serve, args=(started,), name=f"bsa-vision_{n}", daemon=True)
+            threading.Thread(
+                target=self._serve, args=(started,), name=f"bsa-vision_{n}", daemon=True
+            )
             for n in range(size)
         ]
         number = torch.get_num_threads()
@@ -53,7 +55,9 @@ class Pool:
             for thread in threads:
                 thread.start()
             started.wait()
-        except BaseException:  # Ctrl-C, or no new threads at shutdown: those that wait for the others give up
+        except (
+            BaseException
+        ):  # Ctrl-C, or no new threads at shutdown: those that wait for the others give up
             started.abort()
             raise
         finally:
@@ -76,7 +80,9 @@ class Pool:
         except threading.BrokenBarrierError:
             return
         while True:
-            _run(*self._jobs.get())  # in a frame of its own, so that a waiting worker holds on to nothing
+            _run(
+                *self._jobs.get()
+            )  # in a frame of its own, so that a waiting worker holds on to nothing
 
 
 def _run(job: Future[None], task: Task) -> None:
@@ -107,7 +113,12 @@ def run_tasks(tasks: Iterable[Task], device: torch.device) -> None:
     """
     queue = deque(tasks)
     size = torch.get_num_threads()
-    inline = device.type != "cpu" or size == 1 or len(queue) < size or getattr(_local, "is_worker", False)
+    inline = (
+        device.type != "cpu"
+        or size == 1
+        or len(queue) < size
+        or getattr(_local, "is_worker", False)
+    )
     pool = None if inline else _pool(size)
     inference = torch.is_inference_mode_enabled()
 

@@ -57,7 +57,11 @@ def problems(draw):
     kv_layout = q_layout
     if draw(st.booleans()):
         kv_layout = TokenLayout((draw(st.integers(1, 14)), draw(st.integers(1, 23))), end=draw(st.integers(0, 3)), order=order, tile=tile, block_size=block)  # fmt: skip
-    images, groups, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    images, groups, group = (
+        draw(st.integers(1, 2)),
+        draw(st.integers(1, 2)),
+        draw(st.integers(1, 2)),
+    )
     heads, generator = groups * group, torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     types = [draw(st.sampled_from([0, 1])) for _ in range(heads)]
     base, slices = None, types.count(1)
@@ -67,18 +71,29 @@ def problems(draw):
         base = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.1, 0.4, 0.8]))
         if not draw(st.booleans()):
             base[..., 0] = True
-    masks = HeadMasks(base, types, layout=q_layout, kv_layout=kv_layout, block_size=block, allow_empty_rows=True)
+    masks = HeadMasks(
+        base, types, layout=q_layout, kv_layout=kv_layout, block_size=block, allow_empty_rows=True
+    )
 
     dim, dim_v = (draw(st.sampled_from([1, 8, 32, 37, 64, 80, 256])) for _ in range(2))
     num_q, num_k = q_layout.num_tokens, kv_layout.num_tokens
     q, k, v = (
-        torch.randn(images, tokens, heads_, width, generator=generator, dtype=torch.float64).transpose(1, 2) * 1.5
-        for tokens, heads_, width in ((num_q, heads, dim), (num_k, groups, dim), (num_k, groups, dim_v))
+        torch.randn(
+            images, tokens, heads_, width, generator=generator, dtype=torch.float64
+        ).transpose(1, 2)
+        * 1.5
+        for tokens, heads_, width in (
+            (num_q, heads, dim),
+            (num_k, groups, dim),
+            (num_k, groups, dim_v),
+        )
     )
     if draw(st.booleans()):
         q, k, v = (x.contiguous() for x in (q, k, v))
     rel_pos = None
-    if kv_layout.start == kv_layout.end == 0 and draw(st.booleans()):  # relative position knows no special tokens
+    if kv_layout.start == kv_layout.end == 0 and draw(
+        st.booleans()
+    ):  # relative position knows no special tokens
         sides = kv_layout.grid
         rel_pos = bsa.RelPos(*(1.5 * torch.randn(images, heads, num_q, n, generator=generator, dtype=torch.float64) for n in sides))  # fmt: skip
     return masks, q, k, v, rel_pos, draw(st.sampled_from([None, 0.3]))
@@ -96,7 +111,11 @@ ROUNDING = 2.0**-21  # a few times float32's own
 
 def rounded(x):
     """x with every element off by about a rounding error."""
-    return x * (1 + ROUNDING * torch.randn(x.shape, generator=torch.Generator().manual_seed(x.numel()), dtype=x.dtype))
+    return x * (
+        1
+        + ROUNDING
+        * torch.randn(x.shape, generator=torch.Generator().manual_seed(x.numel()), dtype=x.dtype)
+    )
 
 
 def assert_as_exact_as(eager, result, expected, perturbed, size):
@@ -106,7 +125,11 @@ def assert_as_exact_as(eager, result, expected, perturbed, size):
 
     The factor allows for the rounded inputs being one draw, which may be a lucky one.
     """
-    budget = (eager.double() - expected).abs().max() + (perturbed - expected).abs().max() + ROUNDING * size
+    budget = (
+        (eager.double() - expected).abs().max()
+        + (perturbed - expected).abs().max()
+        + ROUNDING * size
+    )
     assert (result.double() - expected).abs().max() <= 4 * budget
 
 
@@ -123,7 +146,13 @@ class TestForward:
         masks, q, k, v, rel_pos, scale = problem
         rel_pos = rel_pos and bsa.RelPos(*map(rounded, rel_pos))
         near = (masks, rounded(q), rounded(k), rounded(v), rel_pos, scale)
-        assert_as_exact_as(eager.out, out, expected.out, attend(near, "reference", torch.float64).out, v.abs().max())
+        assert_as_exact_as(
+            eager.out,
+            out,
+            expected.out,
+            attend(near, "reference", torch.float64).out,
+            v.abs().max(),
+        )
         assert out.stride() == eager.out.stride()
         finite = expected.lse.isfinite()
         assert torch.equal(lse.isposinf(), expected.lse.isposinf())
@@ -151,10 +180,16 @@ class TestForward:
         base = masks.base_blockmask.clone()
         if change == "one block less":
             base[0, 0, 3, 3] = False
-        layout = TokenLayout(masks.layout.grid, block_size=16) if change == "another order" else masks.layout
+        layout = (
+            TokenLayout(masks.layout.grid, block_size=16)
+            if change == "another order"
+            else masks.layout
+        )
         other = HeadMasks(base, layout=layout)
         a = bsa.sparse_attention(q, k, v, masks, rel_pos=rel_pos, backend="gather")
-        b = bsa.sparse_attention(q, k, v, other, rel_pos=None if change.startswith("no") else rel_pos, backend="gather")
+        b = bsa.sparse_attention(
+            q, k, v, other, rel_pos=None if change.startswith("no") else rel_pos, backend="gather"
+        )
         assert (a - b).abs().max() > 1e-2
 
     @pytest.mark.parametrize("name", ["q", "k", "v"])
@@ -182,7 +217,9 @@ class TestForward:
     def test_infinite_logits_as_reference(self, way):
         masks, q, k, v = small()
         q[0, 0, 5] = torch.inf
-        a, b = (bsa.sparse_attention(q, k, v, masks, backend=name) for name in ("gather", "reference"))
+        a, b = (
+            bsa.sparse_attention(q, k, v, masks, backend=name) for name in ("gather", "reference")
+        )
         assert torch.equal(a.isnan(), b.isnan())
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -200,12 +237,16 @@ class TestForward:
         views = packed.permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
         batches = []
         real = cpu_kernel._describe
-        monkeypatch.setattr(cpu_kernel, "_describe", lambda *args: batches.append(real(*args)) or batches[-1])
+        monkeypatch.setattr(
+            cpu_kernel, "_describe", lambda *args: batches.append(real(*args)) or batches[-1]
+        )
         with torch.no_grad():
             out = bsa.sparse_attention(*views, masks, backend="gather")
             assert torch.equal(out, bsa.sparse_attention(q, k, v, masks, backend="gather"))
         start, end = packed.data_ptr(), packed.data_ptr() + packed.numel() * 4
-        strided, contiguous = ([getattr(batch, name).data for name in "qkv"] for batch, _ in batches)
+        strided, contiguous = (
+            [getattr(batch, name).data for name in "qkv"] for batch, _ in batches
+        )
         assert all(start <= pointer < end for pointer in strided)
         assert not any(start <= pointer < end for pointer in contiguous)  # the twin
 
@@ -213,7 +254,9 @@ class TestForward:
 def small():
     """Two sparse heads of 16 in tile order on a 13 x 17 grid."""
     layout = TokenLayout((13, 17), order="tile", tile=(4, 4), block_size=16)
-    masks = HeadMasks(stack_heads([local_window(layout, 2), random_blocks(layout, 0.5, 1)], 1), layout=layout)
+    masks = HeadMasks(
+        stack_heads([local_window(layout, 2), random_blocks(layout, 0.5, 1)], 1), layout=layout
+    )
     generator = torch.Generator().manual_seed(3)
     return masks, *(torch.randn(1, 2, 221, 16, generator=generator) * 1.5 for _ in range(3))
 
@@ -226,7 +269,10 @@ class TestGradients:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
             got = differentiate(problem, "gather", seed)
-        exact, eager = (differentiate(problem, "reference", seed, dtype) for dtype in (torch.float64, torch.float32))
+        exact, eager = (
+            differentiate(problem, "reference", seed, dtype)
+            for dtype in (torch.float64, torch.float32)
+        )
         near = differentiate(problem, "reference", seed, torch.float64, rounded)
         size = max(x.abs().max() for x in (*exact, *problem[1:4]))
         for tensors in zip(eager, got, exact, near, strict=True):
@@ -257,7 +303,9 @@ class TestGradients:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_low_precision(self, way, dtype):
         masks, *exact = (x.to(dtype) if isinstance(x, torch.Tensor) else x for x in small())
-        narrow, wide = ([x.clone().to(t).requires_grad_() for x in exact] for t in (dtype, torch.float32))
+        narrow, wide = (
+            [x.clone().to(t).requires_grad_() for x in exact] for t in (dtype, torch.float32)
+        )
         for tensors in (narrow, wide):
             bsa.sparse_attention(*tensors, masks, backend="gather").sum().backward()
         for a, b in zip(narrow, wide):
@@ -268,8 +316,12 @@ class TestGradients:
 def differentiate(problem, backend, seed, dtype=torch.float32, change=lambda x: x):
     masks, *tensors, rel_pos, scale = problem
     leaves = [change(x.to(dtype)).requires_grad_() for x in (*tensors, *(rel_pos or ()))]
-    out = attend((masks, *leaves[:3], bsa.RelPos(*leaves[3:]) if rel_pos else None, scale), backend, dtype).out
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    out = attend(
+        (masks, *leaves[:3], bsa.RelPos(*leaves[3:]) if rel_pos else None, scale), backend, dtype
+    ).out
+    grad = torch.randn(
+        out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return torch.autograd.grad(out, leaves, change(grad.to(dtype)))
 
 
@@ -322,7 +374,11 @@ class Built(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        given = {
+            x.untyped_storage().data_ptr()
+            for x in tree_leaves((args, kwargs))
+            if isinstance(x, torch.Tensor)
+        }
         for x in tree_leaves(out):
             if (
                 isinstance(x, torch.Tensor)
@@ -355,7 +411,9 @@ def test_many_lengths_in_one_batch(way):
     images = [torch.randn(2, n, 16, generator=generator) for n in lengths]
     masks = [
         HeadMasks(
-            torch.rand(1, 2, -(-n // 16), -(-n // 16), generator=generator) < 0.5, block_size=16, allow_empty_rows=True
+            torch.rand(1, 2, -(-n // 16), -(-n // 16), generator=generator) < 0.5,
+            block_size=16,
+            allow_empty_rows=True,
         )
         for n in lengths
     ]
@@ -396,7 +454,9 @@ def test_any_nan_is_nan(way):
     """A NaN may carry bits of its own."""
     masks, q, k, v = small()
     k.view(torch.int32)[0, 0, 3] = -1
-    a, b = (bsa.sparse_attention(q, k, v, masks, backend=name).isnan() for name in ("gather", "sdpa"))
+    a, b = (
+        bsa.sparse_attention(q, k, v, masks, backend=name).isnan() for name in ("gather", "sdpa")
+    )
     assert a.any()
     assert torch.equal(a & b, a)
 

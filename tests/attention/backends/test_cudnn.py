@@ -95,7 +95,9 @@ def test_rows_that_are_not_aligned():
     own = problem(dim=128)
     for offset, width in ((3, 131), (8, 136)):
         wide = [torch.zeros(*x.shape[:3], width, dtype=x.dtype) for x in (own.q, own.k, own.v)]
-        slices = [x[..., offset : offset + 128].copy_(y) for x, y in zip(wide, (own.q, own.k, own.v))]
+        slices = [
+            x[..., offset : offset + 128].copy_(y) for x, y in zip(wide, (own.q, own.k, own.v))
+        ]
         moved = replace(own, **dict(zip("qkv", slices)))
         assert torch.equal(cudnn.run(moved).out, cudnn.run(own).out)
     assert cudnn._padded(slices[0], 128, 16).data_ptr() == slices[0].data_ptr()
@@ -124,15 +126,22 @@ def test_relative_position_with_widths_of_its_own():
     """SAM ViT-B's windows: 64 + 14 + 14 make 96, and v stays at 64."""
     layout, generator = TokenLayout((14, 14)), torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, 2, 196, 64, generator=generator).bfloat16() for _ in range(3))
-    rel_pos = RelPos(*(1.5 * torch.randn(3, 2, 196, 14, generator=generator).bfloat16() for _ in range(2)))
-    masks = HeadMasks(stack_heads([random_blocks(layout, 0.4, seed=i) for i in range(2)], 1), layout=layout)
+    rel_pos = RelPos(
+        *(1.5 * torch.randn(3, 2, 196, 14, generator=generator).bfloat16() for _ in range(2))
+    )
+    masks = HeadMasks(
+        stack_heads([random_blocks(layout, 0.4, seed=i) for i in range(2)], 1), layout=layout
+    )
     places = dict(key_row=torch.arange(196) // 14, key_column=torch.arange(196) % 14)
     own = Problem(q, k, v, masks, 0.125, rel_pos=rel_pos, **places)
     widths = []
     with pytest.MonkeyPatch.context() as patch:
         module = sys.modules["cudnn.block_sparse_attention"]
         forward = module.block_sparse_attention_forward
-        record = lambda *x, **options: (widths.append((x[0].shape[-1], x[2].shape[-1])), forward(*x, **options))[1]  # noqa: E731
+        record = lambda *x, **options: (
+            widths.append((x[0].shape[-1], x[2].shape[-1])),
+            forward(*x, **options),
+        )[1]  # noqa: E731
         patch.setattr(module, "block_sparse_attention_forward", record)
         found = cudnn.run(own).out.float()
     assert widths == [(96, 64)]
@@ -143,7 +152,9 @@ def test_relative_position_with_widths_of_its_own():
 
 def why_not(dim=64, value_dim=None, dtype=torch.bfloat16, device="cuda", block_size=128, tokens=256, heads=2, key_heads=None, requires_grad=False, **fields):  # fmt: skip
     with FakeTensorMode():
-        q = torch.empty(1, heads, tokens, dim, dtype=dtype, device=device, requires_grad=requires_grad)
+        q = torch.empty(
+            1, heads, tokens, dim, dtype=dtype, device=device, requires_grad=requires_grad
+        )
         k = torch.empty(1, key_heads or heads, tokens, dim, dtype=dtype, device=device)
         v = torch.empty(1, key_heads or heads, tokens, value_dim or dim, dtype=dtype, device=device)
     blocks = -(-256 // block_size)
@@ -180,9 +191,17 @@ def test_why_not(monkeypatch, change, reason):
         ((9, 0), True, None),
         ((10, 0), True, None),
         ((11, 0), False, None),
-        ((11, 0), True, "gradient needs a GPU of compute capability 9.x, 10.0 or 10.3, this one has 11.0"),
+        (
+            (11, 0),
+            True,
+            "gradient needs a GPU of compute capability 9.x, 10.0 or 10.3, this one has 11.0",
+        ),
         ((12, 0), False, None),
-        ((12, 1), True, "gradient needs a GPU of compute capability 9.x, 10.0 or 10.3, this one has 12.1"),
+        (
+            (12, 1),
+            True,
+            "gradient needs a GPU of compute capability 9.x, 10.0 or 10.3, this one has 12.1",
+        ),
         ((8, 9), False, "9.0 to 12.x, this one has 8.x"),
         ((13, 0), False, "9.0 to 12.x, this one has 13.x"),
     ],
@@ -200,7 +219,9 @@ def test_by_name(monkeypatch):
         q = torch.empty(1, 2, 256, 64, dtype=torch.bfloat16, device="cuda")
     own = Problem(q, q, q, HeadMasks(torch.eye(2, dtype=torch.bool).expand(1, 2, -1, -1)), 1.0)
     assert choose(own, "cudnn") == "cudnn"
-    with pytest.raises(bsa.BackendUnavailable, match="cannot run this call: cuDNN's kernels are not causal"):
+    with pytest.raises(
+        bsa.BackendUnavailable, match="cannot run this call: cuDNN's kernels are not causal"
+    ):
         choose(replace(own, is_causal=True), "cudnn")
 
 
@@ -223,8 +244,14 @@ def absent(error):
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (ModuleNotFoundError("No module named 'cudnn'", name="cudnn"), "not installed, or older than 1.32"),
-        (ModuleNotFoundError("No module named 'cuda'", name="cuda"), "cannot be imported: No module named 'cuda'"),
+        (
+            ModuleNotFoundError("No module named 'cudnn'", name="cudnn"),
+            "not installed, or older than 1.32",
+        ),
+        (
+            ModuleNotFoundError("No module named 'cuda'", name="cuda"),
+            "cannot be imported: No module named 'cuda'",
+        ),
         (ImportError("requires the 'cuda' module"), "installed but broken: ImportError: requires"),
     ],
 )
@@ -247,5 +274,7 @@ def test_second_derivatives_are_refused():
     q, k, v = leaves
     out = cudnn.run(replace(given, q=q, k=k, v=v)).out
     (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"do not reach through 'cudnn'.*name backend='reference'"):
+    with pytest.raises(
+        RuntimeError, match=r"do not reach through 'cudnn'.*name backend='reference'"
+    ):
         first.square().sum().backward()

@@ -64,7 +64,9 @@ class TestEqualsReference:
             leaves = [x.detach().clone().requires_grad_() for x in (*tensors, *(rel_pos or ()))]
             own = RelPos(*leaves[3:]) if rel_pos else None
             out = _run(masks, *leaves[:3], rel_pos=own, scale=scale, backend=backend).out
-            grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+            grad = torch.randn(
+                out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype
+            )
             grads.append(torch.autograd.grad(out, leaves, grad))
         for found, expected in zip(*grads):
             assert (found - expected).abs().max() <= 1e-9 * max(expected.abs().max(), 1)
@@ -86,9 +88,13 @@ class TestEqualsReference:
         )
         masks = HeadMasks(stack_heads([local_window(layout, radius=2)] * 2, 1), layout=layout)
         q, k, v = qkv(2, 2, 126, 8)
-        rel_pos = RelPos(*(torch.randn(2, 2, 126, n, generator=generator, dtype=q.dtype) for n in (9, 14)))
+        rel_pos = RelPos(
+            *(torch.randn(2, 2, 126, n, generator=generator, dtype=q.dtype) for n in (9, 14))
+        )
         modified, score_mod = [], flex._score_mod
-        monkeypatch.setattr(flex, "_score_mod", lambda problem: modified.append(score_mod(problem)) or modified[-1])
+        monkeypatch.setattr(
+            flex, "_score_mod", lambda problem: modified.append(score_mod(problem)) or modified[-1]
+        )
         _run(masks, q, k, v, rel_pos=rel_pos, backend="flex")
         assert modified == [None]
         with torch.no_grad():
@@ -105,7 +111,9 @@ class TestEqualsReference:
         layout = TokenLayout((9, 14), order="tile", tile=(4, 4), block_size=16)
         masks = HeadMasks(stack_heads([local_window(layout, radius=2)] * 2, 1), layout=layout)
         q, k, v = (x.detach().abs() for x in qkv(2, 2, 126, 8))
-        terms = [torch.zeros(2, 2, 126, n, dtype=q.dtype) for n in layout.grid] if with_rel_pos else []
+        terms = (
+            [torch.zeros(2, 2, 126, n, dtype=q.dtype) for n in layout.grid] if with_rel_pos else []
+        )
         for term in terms:
             term[:, 0, 5] = term[:, 1, 60:70, 3:] = -torch.inf
         if not terms:
@@ -114,8 +122,12 @@ class TestEqualsReference:
         for backend in ("flex", "reference"):
             leaves = [x.clone().requires_grad_(gradients) for x in (q, k, v, *terms)]
             rel_pos = RelPos(*leaves[3:]) if terms else None
-            out, lse, _ = _run(masks, *leaves[:3], rel_pos=rel_pos, backend=backend, return_lse=True)
-            results.append([out, lse, *(torch.autograd.grad(out.sum(), leaves) if gradients else ())])
+            out, lse, _ = _run(
+                masks, *leaves[:3], rel_pos=rel_pos, backend=backend, return_lse=True
+            )
+            results.append(
+                [out, lse, *(torch.autograd.grad(out.sum(), leaves) if gradients else ())]
+            )
         assert results[0][1].isposinf().any()
         for found, expected in zip(*results):
             assert torch.equal(found.isposinf(), expected.isposinf())
@@ -146,7 +158,9 @@ class TestEqualsReference:
 
 def call(layout, heads=2, causal=False, rel_pos=None, **options) -> Problem:
     q, k, v = (x.detach() for x in qkv(1, heads, layout.num_tokens, 8))
-    masks = HeadMasks(stack_heads([random_blocks(layout, 0.5, seed=i) for i in range(heads)], 1), layout=layout)
+    masks = HeadMasks(
+        stack_heads([random_blocks(layout, 0.5, seed=i) for i in range(heads)], 1), layout=layout
+    )
     return Problem(q, k, v, masks, 1.0, is_causal=causal, rel_pos=rel_pos, **options)
 
 
@@ -158,14 +172,25 @@ class TestCompiled:
         masks = HeadMasks(stack_heads([local_window(layout, radius=2)] * 2, 1), layout=layout)
         leaves = [x.detach().requires_grad_() for x in qkv(2, 2, 126, 8)]
         generator = torch.Generator().manual_seed(5)
-        terms = [torch.randn(2, 2, 126, n, generator=generator, dtype=torch.float64).requires_grad_() for n in (9, 14)]
+        terms = [
+            torch.randn(2, 2, 126, n, generator=generator, dtype=torch.float64).requires_grad_()
+            for n in (9, 14)
+        ]
         terms = terms if with_rel_pos else []
 
         def loss(q, k, v, *terms):
             rel_pos = RelPos(*terms) if terms else None
-            return bsa.sparse_attention(q, k, v, masks, rel_pos=rel_pos, backend=backend).square().sum()
+            return (
+                bsa.sparse_attention(q, k, v, masks, rel_pos=rel_pos, backend=backend)
+                .square()
+                .sum()
+            )
 
-        call = loss if backend == "reference" else torch.compile(loss, fullgraph=True, backend="aot_eager")
+        call = (
+            loss
+            if backend == "reference"
+            else torch.compile(loss, fullgraph=True, backend="aot_eager")
+        )
         return torch.autograd.grad(call(*leaves, *terms), [*leaves, *terms])
 
     @pytest.mark.parametrize("with_rel_pos", [False, True])
@@ -180,7 +205,9 @@ class TestCompiled:
         monkeypatch.setattr(
             flex,
             "why_not",
-            lambda problem: "no gradient" if torch.is_grad_enabled() and problem.q.requires_grad else None,
+            lambda problem: (
+                "no gradient" if torch.is_grad_enabled() and problem.q.requires_grad else None
+            ),
         )
         for a, b in zip(self.grads("flex"), self.grads("reference"), strict=True):
             close(a, b, 1e-9)
@@ -197,9 +224,17 @@ class TestLists:
     def test_are_the_mask(self, varlen):
         """Listed as full: all pairs are seen, tokens past the end too, where there are none; listed as partial: some are; not listed: none."""
         q, k, v = (x.transpose(0, 1)[None] for x in (varlen.q, varlen.k, varlen.v))
-        masks = HeadMasks(varlen.base_blockmask, varlen.head_mask_type, varlen.streaming_info, allow_empty_rows=True)
+        masks = HeadMasks(
+            varlen.base_blockmask,
+            varlen.head_mask_type,
+            varlen.streaming_info,
+            allow_empty_rows=True,
+        )
         ends = dict(
-            cu_seqlens_q=varlen.cu_q, cu_seqlens_k=varlen.cu_k, max_q=varlen.longest[0], max_k=varlen.longest[1]
+            cu_seqlens_q=varlen.cu_q,
+            cu_seqlens_k=varlen.cu_k,
+            max_q=varlen.longest[0],
+            max_k=varlen.longest[1],
         )
         problem = Problem(q, k, v, masks, 1.0, is_causal=varlen.causal, **ends)
         where = flex._where(problem)
@@ -234,12 +269,19 @@ class TestLists:
         assert sum(x.numel() for x in held) < 20 * 2 * 32 * 32  # no N x N
 
     def test_another_mask_compiles_nothing_anew(self):
-        layout, generator = TokenLayout((12, 20), order="tile", tile=(4, 4)), torch.Generator().manual_seed(0)
+        layout, generator = (
+            TokenLayout((12, 20), order="tile", tile=(4, 4)),
+            torch.Generator().manual_seed(0),
+        )
         q, k, v = (torch.randn(1, 2, 240, 16, generator=generator) for _ in range(3))
         made = []
         for seed in range(4):
-            masks = HeadMasks(stack_heads([random_blocks(layout, 0.3, seed=seed)] * 2, 1), layout=layout)
-            rel_pos = RelPos(*(torch.randn(1, 2, 240, side, generator=generator) for side in (12, 20)))
+            masks = HeadMasks(
+                stack_heads([random_blocks(layout, 0.3, seed=seed)] * 2, 1), layout=layout
+            )
+            rel_pos = RelPos(
+                *(torch.randn(1, 2, 240, side, generator=generator) for side in (12, 20))
+            )
             _run(masks, q, k, v, rel_pos=rel_pos, backend="flex")
             made.append(counters["stats"]["unique_graphs"])
         assert made[0] == made[-1] > 0
@@ -255,22 +297,35 @@ def dense(counts, indices):
     return torch.zeros(indices.shape, dtype=torch.bool).scatter(-1, indices.long(), listed)
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler, which compiles FlexAttention for CPUs")
+@pytest.mark.skipif(
+    shutil.which("c++") is None,
+    reason="needs a C++ compiler, which compiles FlexAttention for CPUs",
+)
 @pytest.mark.parametrize("with_rel_pos", [False, True])
 def test_compiled_for_a_cpu(monkeypatch, with_rel_pos):
     """Inductor's kernel for CPUs goes by the lists, as the one for GPUs does; a wrong list shows, though the function is right."""
     layout = TokenLayout((17, 25), order="tile")
     q, k, v = (x.detach().float() for x in qkv(1, 2, 425, 16))
-    rel_pos = RelPos(torch.randn(1, 2, 425, 17), torch.randn(1, 2, 425, 25)) if with_rel_pos else None
-    masks = HeadMasks(stack_heads([random_blocks(layout, 0.5, seed=i) for i in range(2)], 1), layout=layout)
+    rel_pos = (
+        RelPos(torch.randn(1, 2, 425, 17), torch.randn(1, 2, 425, 25)) if with_rel_pos else None
+    )
+    masks = HeadMasks(
+        stack_heads([random_blocks(layout, 0.5, seed=i) for i in range(2)], 1), layout=layout
+    )
     monkeypatch.setattr(flex, "_compiled", inductor)
-    found, expected = (_run(masks, q, k, v, rel_pos=rel_pos, backend=name).out for name in ("flex", "reference"))
+    found, expected = (
+        _run(masks, q, k, v, rel_pos=rel_pos, backend=name).out for name in ("flex", "reference")
+    )
     close(found, expected, 1e-5)
     k[:, 0, :128], v[:, 1, 128:256] = torch.nan, torch.nan  # what is skipped is not read
-    found, expected = (_run(masks, q, k, v, rel_pos=rel_pos, backend=name).out for name in ("flex", "reference"))
+    found, expected = (
+        _run(masks, q, k, v, rel_pos=rel_pos, backend=name).out for name in ("flex", "reference")
+    )
     seen = expected.isnan()
     assert 0 < seen.sum() < seen.numel()
-    assert found[:, 1].isnan().equal(seen[:, 1])  # torch's kernel for CPUs loses NaN of keys that are seen
+    assert (
+        found[:, 1].isnan().equal(seen[:, 1])
+    )  # torch's kernel for CPUs loses NaN of keys that are seen
     close(found[~seen], expected[~seen], 1e-5)
     if not with_rel_pos:
         k, v = k.nan_to_num(), v.nan_to_num()
@@ -284,13 +339,24 @@ def inductor(device):
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled = torch.compile(flex_attention, fullgraph=True)
-    return lambda *tensors, **options: (compiled(*tensors, **options), torch.empty(0))  # on CPUs without log-sum-exp
+    return lambda *tensors, **options: (
+        compiled(*tensors, **options),
+        torch.empty(0),
+    )  # on CPUs without log-sum-exp
 
 
 WHY_NOT = flex.why_not
 
 
-def why_not(dim=64, value_dim=None, dtype=torch.bfloat16, device="cuda", block_size=128, tokens=256, **fields):
+def why_not(
+    dim=64,
+    value_dim=None,
+    dtype=torch.bfloat16,
+    device="cuda",
+    block_size=128,
+    tokens=256,
+    **fields,
+):
     with FakeTensorMode():
         q = torch.empty(1, 2, tokens, dim, dtype=dtype, device=device)
         v = torch.empty(1, 2, tokens, value_dim or dim, dtype=dtype, device=device)
@@ -345,7 +411,9 @@ def test_tiles(monkeypatch, capability, shared_memory, call, tile):
     def about(dim=64, with_rel_pos=False, dtype=torch.bfloat16):
         with FakeTensorMode():
             q = torch.empty(1, 2, 256, dim, dtype=dtype, device="cuda")
-        return Problem(q, q, q, HeadMasks(None, [0, 0]), 1.0, rel_pos=RelPos(q, q) if with_rel_pos else None)
+        return Problem(
+            q, q, q, HeadMasks(None, [0, 0]), 1.0, rel_pos=RelPos(q, q) if with_rel_pos else None
+        )
 
     properties = SimpleNamespace(shared_memory_per_block_optin=shared_memory)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)

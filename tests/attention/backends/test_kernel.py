@@ -36,7 +36,9 @@ def installed():
 
 def problem_of(varlen: Varlen, dtype: torch.dtype) -> Problem:
     q, k, v = (x.transpose(0, 1)[None].to(dtype) for x in (varlen.q, varlen.k, varlen.v))
-    masks = HeadMasks(varlen.base_blockmask, varlen.head_mask_type, varlen.streaming_info, allow_empty_rows=True)
+    masks = HeadMasks(
+        varlen.base_blockmask, varlen.head_mask_type, varlen.streaming_info, allow_empty_rows=True
+    )
     return Problem(
         q,
         k,
@@ -76,7 +78,9 @@ def test_gradients(varlen):
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
         grads.append(torch.autograd.grad(out, leaves, grad))
     for found, expected in zip(*grads):
-        assert torch.allclose(found.float(), expected.float(), atol=0.02 * max(float(expected.abs().max()), 1))
+        assert torch.allclose(
+            found.float(), expected.float(), atol=0.02 * max(float(expected.abs().max()), 1)
+        )
 
 
 def test_no_gradient_of_exact_streaming(monkeypatch):
@@ -87,7 +91,9 @@ def test_no_gradient_of_exact_streaming(monkeypatch):
     problem = uniform([0, -1], 0, streaming_info=[0, 0, 3, 5])
     q = problem.q.clone().requires_grad_()
     out = kernel.run(replace(problem, q=q, is_causal=True, exact_streaming=True)).out
-    with pytest.raises(BackendUnavailable, match="no gradient for exact streaming: use backend='reference'"):
+    with pytest.raises(
+        BackendUnavailable, match="no gradient for exact streaming: use backend='reference'"
+    ):
         out.sum().backward()
 
 
@@ -97,7 +103,18 @@ def test_images_shorter_than_the_longest():
     q, k, v = (torch.randn(1, 1, 712, 16, generator=generator).half() for _ in range(3))
     ends = torch.tensor([0, 512, 712], dtype=torch.int32)
     masks = HeadMasks(torch.ones(1, 1, 4, 4, dtype=torch.bool))
-    problem = Problem(q, k, v, masks, 0.25, cu_seqlens_q=ends, cu_seqlens_k=ends, max_q=512, max_k=512, return_lse=True)
+    problem = Problem(
+        q,
+        k,
+        v,
+        masks,
+        0.25,
+        cu_seqlens_q=ends,
+        cu_seqlens_k=ends,
+        max_q=512,
+        max_k=512,
+        return_lse=True,
+    )
     converted = kernel._convert(problem, gradient=True)
     assert converted.rows[1, 0].tolist() == [[1, 0, -1, -1]] * 2 + [[-1] * 4] * 2
     assert torch.equal(converted.columns, converted.rows)
@@ -107,7 +124,9 @@ def test_images_shorter_than_the_longest():
     assert torch.allclose(lse, expected.lse, atol=1e-3)
     assert lse[1, 0, 200:].isposinf().all()
     too_long = fake_kernel.decode(converted.rows[:1].expand(2, -1, -1, -1).contiguous(), converted.types, converted.streaming, (ends, ends), (512, 512))  # fmt: skip
-    assert not too_long[1, ..., :2].any()  # the twin: with lists of the longest image a short one sees nothing
+    assert not too_long[
+        1, ..., :2
+    ].any()  # the twin: with lists of the longest image a short one sees nothing
 
 
 def test_masks_are_converted_once():
@@ -121,7 +140,8 @@ def test_masks_are_converted_once():
     with Counted() as calls:
         kernel.run(problem)
     assert not any(
-        name in calls.names for name in ("aten.sort", "aten.argsort", "aten._local_scalar_dense", "aten.nonzero")
+        name in calls.names
+        for name in ("aten.sort", "aten.argsort", "aten._local_scalar_dense", "aten.nonzero")
     )
     with Counted() as calls:  # the twin: making them does sort
         kernel._convert(problem, gradient=False)
@@ -151,16 +171,22 @@ class Counted(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-def uniform(head_mask_type, slices, dim=16, dtype=torch.float16, batch=2, mask_batch=1, **options) -> Problem:
+def uniform(
+    head_mask_type, slices, dim=16, dtype=torch.float16, batch=2, mask_batch=1, **options
+) -> Problem:
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(batch, len(head_mask_type), 200, dim, generator=generator).to(dtype) for _ in range(3))
+    q, k, v = (
+        torch.randn(batch, len(head_mask_type), 200, dim, generator=generator).to(dtype)
+        for _ in range(3)
+    )
     base = torch.rand(mask_batch, slices, 2, 2, generator=generator) < 0.6
     base = base | torch.eye(2, dtype=torch.bool) if slices else None
     return Problem(q, k, v, HeadMasks(base, head_mask_type, **options), dim**-0.5)
 
 
 @pytest.mark.parametrize(
-    ("head_mask_type", "slices"), [([1, 1, 1], 3), ([0, 1, 0], 1), ([1, 2, 2, 1], 2), ([2, 0, 3], 3), ([3, 1, 2], 3)]
+    ("head_mask_type", "slices"),
+    [([1, 1, 1], 3), ([0, 1, 0], 1), ([1, 2, 2, 1], 2), ([2, 0, 3], 3), ([3, 1, 2], 3)],
 )
 def test_explicit_slices_are_expanded(head_mask_type, slices):
     problem = uniform(head_mask_type, slices)
@@ -185,7 +211,9 @@ def test_twin_upstream_misreads_explicit_slices():
 
 def raw_call(problem: Problem, head_mask_type: list[int]) -> torch.Tensor:
     """What a user's own call would be."""
-    q, k, v = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (problem.q, problem.k, problem.v))
+    q, k, v = (
+        x.transpose(1, 2).flatten(0, 1).contiguous() for x in (problem.q, problem.k, problem.v)
+    )
     cu = torch.tensor([0, 200, 400], dtype=torch.int32)
     types = torch.tensor(head_mask_type, dtype=torch.int32)
     base = problem.masks.base_blockmask.expand(2, -1, -1, -1)
@@ -209,9 +237,13 @@ def test_twin_the_traps_are_real():
 
 def test_masks_per_image_and_streaming():
     problem = uniform([1, 0, 1], 2, mask_batch=2)
-    assert torch.allclose(kernel.run(problem).out.float(), reference.run(problem).out.float(), atol=5e-3)
+    assert torch.allclose(
+        kernel.run(problem).out.float(), reference.run(problem).out.float(), atol=5e-3
+    )
     problem = uniform([1, -1], 1, streaming_info=[0, 0, 1, 1])
-    assert torch.allclose(kernel.run(problem).out.float(), reference.run(problem).out.float(), atol=5e-3)
+    assert torch.allclose(
+        kernel.run(problem).out.float(), reference.run(problem).out.float(), atol=5e-3
+    )
 
 
 def why_not(dim=64, value_dim=None, dtype=torch.bfloat16, device="cuda", block_size=128, requires_grad=False, **fields) -> str | None:  # fmt: skip
@@ -264,7 +296,9 @@ def test_another_package_of_that_name(monkeypatch):
 def test_v_of_another_width():
     problem = uniform([0, 1], 1, dim=20)
     problem = replace(problem, v=problem.v[..., :13])
-    assert torch.allclose(kernel.run(problem).out.float(), reference.run(problem).out.float(), atol=5e-3)
+    assert torch.allclose(
+        kernel.run(problem).out.float(), reference.run(problem).out.float(), atol=5e-3
+    )
 
 
 def test_auto_prefers_the_kernel_on_a_gpu(monkeypatch):
@@ -290,13 +324,24 @@ def broken(message):
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (ImportError("libcudart.so.11: cannot open"), "installed but broken: ImportError: libcudart.so.11"),
-        (RuntimeError("CUDA version mismatch"), "installed but broken: RuntimeError: CUDA version mismatch"),
         (
-            ModuleNotFoundError("No module named 'block_sparse_attn_cuda'", name="block_sparse_attn_cuda"),
+            ImportError("libcudart.so.11: cannot open"),
+            "installed but broken: ImportError: libcudart.so.11",
+        ),
+        (
+            RuntimeError("CUDA version mismatch"),
+            "installed but broken: RuntimeError: CUDA version mismatch",
+        ),
+        (
+            ModuleNotFoundError(
+                "No module named 'block_sparse_attn_cuda'", name="block_sparse_attn_cuda"
+            ),
             "cannot be imported",
         ),
-        (ModuleNotFoundError("No module named 'block_sparse_attn'", name="block_sparse_attn"), "not installed"),
+        (
+            ModuleNotFoundError("No module named 'block_sparse_attn'", name="block_sparse_attn"),
+            "not installed",
+        ),
     ],
 )
 def test_a_missing_or_broken_package_is_a_reason(monkeypatch, error, reason):
@@ -314,13 +359,19 @@ def test_a_missing_or_broken_package_is_a_reason(monkeypatch, error, reason):
 def test_other_backends_serve_what_the_kernel_does_not():
     problem = uniform([0, 1], 1, dim=136)
     assert gather.why_not(problem) is None
-    assert torch.allclose(gather.run(problem).out.float(), reference.run(problem).out.float(), atol=5e-3)
+    assert torch.allclose(
+        gather.run(problem).out.float(), reference.run(problem).out.float(), atol=5e-3
+    )
 
 
 def test_second_derivatives_are_refused():
     """The kernel's gradient is a constant to torch: without a word, they would be zero."""
-    q, k, v = (torch.randn(1, 1, 16, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    q, k, v = (
+        torch.randn(1, 1, 16, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
+    )
     problem = Problem(q, k, v, HeadMasks(torch.ones(1, 1, 1, 1, dtype=torch.bool)), scale=0.2)
     (first,) = torch.autograd.grad(kernel.run(problem).out.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"do not reach through 'kernel'.*name backend='reference'"):
+    with pytest.raises(
+        RuntimeError, match=r"do not reach through 'kernel'.*name backend='reference'"
+    ):
         first.square().sum().backward()

@@ -15,7 +15,9 @@ from bsa_vision.attention.backends.problem import Problem
 from bsa_vision.masks import TokenLayout, random_blocks, stack_heads
 
 
-def problem(layout, dim=8, heads=3, group=1, seed=0, density=0.5, scale=0.3, dense=False) -> Problem:
+def problem(
+    layout, dim=8, heads=3, group=1, seed=0, density=0.5, scale=0.3, dense=False
+) -> Problem:
     """float64, logits and relative terms of standard deviation 1 and more; the first head is dense, or all are.
 
     In the order in which backends get tokens: packed, or where all heads are dense as the model has them.
@@ -23,15 +25,22 @@ def problem(layout, dim=8, heads=3, group=1, seed=0, density=0.5, scale=0.3, den
     generator = torch.Generator().manual_seed(seed)
     tokens = layout.num_tokens
     q = 1.5 * torch.randn(2, heads * group, tokens, dim, generator=generator, dtype=torch.float64)
-    k, v = (1.5 * torch.randn(2, heads, tokens, dim, generator=generator, dtype=torch.float64) for _ in range(2))
+    k, v = (
+        1.5 * torch.randn(2, heads, tokens, dim, generator=generator, dtype=torch.float64)
+        for _ in range(2)
+    )
     rel_pos = RelPos(*(1.5 * torch.randn(2, heads * group, tokens, n, generator=generator, dtype=torch.float64) for n in layout.grid))  # fmt: skip
-    base = torch.rand(1, heads * group - 1, *(layout.num_blocks,) * 2, generator=generator) < density
+    base = (
+        torch.rand(1, heads * group - 1, *(layout.num_blocks,) * 2, generator=generator) < density
+    )
     masks = HeadMasks(base, [0, *[1] * (heads * group - 1)], layout=layout, allow_empty_rows=True)
     row, column = layout.coordinates
     if dense:
         masks = HeadMasks(None, [0] * heads * group, layout=layout)
         row, column = row[layout.inverse], column[layout.inverse]
-    return Problem(q, k, v, masks, scale, rel_pos=rel_pos, key_row=row, key_column=column, return_lse=True)
+    return Problem(
+        q, k, v, masks, scale, rel_pos=rel_pos, key_row=row, key_column=column, return_lse=True
+    )
 
 
 @st.composite
@@ -39,7 +48,12 @@ def problems(draw):
     tile = (draw(st.integers(1, 5)), draw(st.integers(1, 5)))
     order = draw(st.sampled_from(["raster", "tile"]))
     size = draw(st.sampled_from([5, 16, tile[0] * tile[1]]))
-    layout = TokenLayout((draw(st.integers(1, 20)), draw(st.integers(1, 20))), order=order, tile=tile, block_size=size)
+    layout = TokenLayout(
+        (draw(st.integers(1, 20)), draw(st.integers(1, 20))),
+        order=order,
+        tile=tile,
+        block_size=size,
+    )
     return problem(layout, group=draw(st.integers(1, 2)), seed=draw(st.integers(0, 2**20)), density=draw(st.sampled_from([0.1, 0.5, 0.9])), dense=draw(st.booleans()))  # fmt: skip
 
 
@@ -69,7 +83,14 @@ def test_exact_at_any_width(given_problem, width):
 
 @pytest.mark.parametrize(
     ("grid", "dim", "parts"),
-    [((64, 64), 64, 4), ((32, 32), 64, 1), ((64, 64), 80, 8), ((14, 14), 80, 1), ((48, 64), 64, 4), ((40, 96), 64, 6)],
+    [
+        ((64, 64), 64, 4),
+        ((32, 32), 64, 1),
+        ((64, 64), 80, 8),
+        ((14, 14), 80, 1),
+        ((48, 64), 64, 4),
+        ((40, 96), 64, 6),
+    ],
 )
 def test_how_many_parts(grid, dim, parts):
     """SAM's global layers in tiles of 8 x 16: four for ViT-B at 1024 px, one at 512 px, eight for ViT-H."""
@@ -81,7 +102,9 @@ def test_how_many_parts(grid, dim, parts):
     )
     assert len(found) == parts
     assert sorted(block for cell in found for block in cell) == list(range(layout.num_blocks))
-    assert all(cell == sorted(cell) for cell in found)  # a last block that is shorter stays the last
+    assert all(
+        cell == sorted(cell) for cell in found
+    )  # a last block that is shorter stays the last
 
 
 def test_what_cannot_be_parted():
@@ -94,7 +117,9 @@ def test_what_cannot_be_parted():
 def test_all_dense_in_tile_order():
     """Tokens stay in rows, whatever the layout says, and blocks of whole rows do not fit."""
     layout = TokenLayout((64, 64), order="tile")
-    assert "fit into no 16 sub-grids" in rel_pos_columns.why_not(problem(layout, dim=64, heads=1, dense=True), 128)
+    assert "fit into no 16 sub-grids" in rel_pos_columns.why_not(
+        problem(layout, dim=64, heads=1, dense=True), 128
+    )
     assert rel_pos_columns.why_not(problem(layout, dim=64, heads=2), 128) is None
 
 
@@ -114,7 +139,9 @@ def spoilt(own, generator, but_seen=False):
     mask = own.token_mask(next(iter(own.spans()))) if not own.masks.all_dense else torch.ones(own.num_heads, own.q.shape[2], own.k.shape[2], dtype=torch.bool)  # fmt: skip
     terms = []
     for term, place in zip(own.rel_pos, (own.key_row, own.key_column)):
-        seen = torch.stack([mask[..., place == i].any(-1) for i in range(term.shape[-1])], -1)  # (H, N, rows)
+        seen = torch.stack(
+            [mask[..., place == i].any(-1) for i in range(term.shape[-1])], -1
+        )  # (H, N, rows)
         term = term.masked_fill(torch.rand(term.shape, generator=generator) < 0.3, -torch.inf)
         term[:, :, ::7] = -torch.inf
         terms.append(term.masked_fill(~seen, torch.nan))
@@ -129,7 +156,10 @@ def test_terms_that_are_not_finite(given_problem, width):
     """What is not seen may hold anything, and -inf bars a key, or all there are."""
     assume(rel_pos_columns.why_not(given_problem, width) is None)
     own = spoilt(given_problem, torch.Generator().manual_seed(width))
-    found, expected = rel_pos_columns.attend(own, width, lambda part: without_rel_pos([], part)), reference.run(own)
+    found, expected = (
+        rel_pos_columns.attend(own, width, lambda part: without_rel_pos([], part)),
+        reference.run(own),
+    )
     assert torch.allclose(found.out, expected.out, atol=1e-5)
     assert torch.equal(found.lse.isposinf(), expected.lse.isposinf())
     assert torch.allclose(found.lse.double(), expected.lse, atol=1e-5)
@@ -138,22 +168,38 @@ def test_terms_that_are_not_finite(given_problem, width):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [0.125, 1.0, 3.0, -0.3])
 def test_terms_that_are_not_finite_in_every_precision(dtype, scale):
-    own = spoilt(problem(TokenLayout((5, 6), block_size=16), scale=scale), torch.Generator().manual_seed(0))
+    own = spoilt(
+        problem(TokenLayout((5, 6), block_size=16), scale=scale), torch.Generator().manual_seed(0)
+    )
     narrow = replace(own, **{name: getattr(own, name).to(dtype) for name in "qkv"}, rel_pos=RelPos(*(term.to(dtype) for term in own.rel_pos)))  # fmt: skip
     results = []
-    for run in (lambda x: rel_pos_columns.attend(x, 64, lambda y: without_rel_pos([], y)), reference.run):
-        leaves = [x.clone().requires_grad_() for x in (narrow.q, narrow.k, narrow.v, *narrow.rel_pos)]
-        out, lse, _ = run(replace(narrow, q=leaves[0], k=leaves[1], v=leaves[2], rel_pos=RelPos(*leaves[3:])))
+    for run in (
+        lambda x: rel_pos_columns.attend(x, 64, lambda y: without_rel_pos([], y)),
+        reference.run,
+    ):
+        leaves = [
+            x.clone().requires_grad_() for x in (narrow.q, narrow.k, narrow.v, *narrow.rel_pos)
+        ]
+        out, lse, _ = run(
+            replace(narrow, q=leaves[0], k=leaves[1], v=leaves[2], rel_pos=RelPos(*leaves[3:]))
+        )
         results.append((out, lse, *torch.autograd.grad(out.sum(), leaves)))
     for a, b in zip(*results):
         assert torch.equal(a.isposinf(), b.isposinf())
-        assert torch.allclose(a.double(), b.double(), atol=0.2 if dtype.itemsize == 2 else 1e-4, rtol=0.05)
+        assert torch.allclose(
+            a.double(), b.double(), atol=0.2 if dtype.itemsize == 2 else 1e-4, rtol=0.05
+        )
     assert results[0][1].isposinf().any()
 
 
 def test_twin_nan_that_is_seen_shows():
-    own = spoilt(problem(TokenLayout((5, 6), block_size=16)), torch.Generator().manual_seed(0), but_seen=True)
-    for run in (lambda x: rel_pos_columns.attend(x, 64, lambda y: without_rel_pos([], y)), reference.run):
+    own = spoilt(
+        problem(TokenLayout((5, 6), block_size=16)), torch.Generator().manual_seed(0), but_seen=True
+    )
+    for run in (
+        lambda x: rel_pos_columns.attend(x, 64, lambda y: without_rel_pos([], y)),
+        reference.run,
+    ):
         assert run(own).out[0, 0, 0].isnan().all()
         assert run(own).out[0, 0, 1:].isfinite().all()
 
@@ -182,7 +228,10 @@ class TestGradients:
 
     def test_in_one_call(self):
         own, grads = problem(TokenLayout((7, 9), block_size=16)), []
-        for run in (lambda x: rel_pos_columns.attend(x, 64, lambda y: without_rel_pos([], y)), reference.run):
+        for run in (
+            lambda x: rel_pos_columns.attend(x, 64, lambda y: without_rel_pos([], y)),
+            reference.run,
+        ):
             leaves = self.leaves(own)
             out = run(self.with_leaves(own, leaves)).out
             grads.append(torch.autograd.grad(out.square().sum(), leaves))

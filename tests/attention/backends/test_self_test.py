@@ -38,12 +38,16 @@ def on_a_cpu(monkeypatch):
 
 
 def objection(backend, dtype=torch.bfloat16, dims=(64, 64), grid=None, gradient=False):
-    return self_test.objection(backend, reference, self_test.Kind(dtype, torch.device("cpu"), dims, grid, gradient))
+    return self_test.objection(
+        backend, reference, self_test.Kind(dtype, torch.device("cpu"), dims, grid, gradient)
+    )
 
 
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize(
-    ("dims", "grid"), [((64, 64), None), ((80, 128), None), ((64, 64), (14, 14)), ((80, 80), (24, 20))], ids=str
+    ("dims", "grid"),
+    [((64, 64), None), ((80, 128), None), ((64, 64), (14, 14)), ((80, 80), (24, 20))],
+    ids=str,
 )
 @pytest.mark.parametrize("backend", [kernel, cudnn, flex])
 def test_right_results_pass(backend, dims, grid, gradient):
@@ -93,7 +97,13 @@ def test_a_lost_block_is_seen(monkeypatch, backend):
         base = masks.base_blockmask.clone()
         base[0, 0, 1, 1] = ~base[0, 0, 1, 1]
         return run(
-            Problem(problem.q, problem.k, problem.v, HeadMasks(base, masks.slices, layout=masks.layout), problem.scale)
+            Problem(
+                problem.q,
+                problem.k,
+                problem.v,
+                HeadMasks(base, masks.slices, layout=masks.layout),
+                problem.scale,
+            )
         )
 
     monkeypatch.setattr(backend, "run", off)
@@ -103,7 +113,9 @@ def test_a_lost_block_is_seen(monkeypatch, backend):
 def test_a_wrong_gradient_is_seen(monkeypatch):
     run = reference.run
     monkeypatch.setattr(
-        flex, "run", lambda problem: Result(run(problem).out * 1.0 + 0.5 * (problem.v - problem.v.detach()))
+        flex,
+        "run",
+        lambda problem: Result(run(problem).out * 1.0 + 0.5 * (problem.v - problem.v.detach())),
     )
     assert "wrong results here: off is dv by" in objection(flex, gradient=True)
     assert objection(flex) is None
@@ -120,7 +132,9 @@ def test_what_breaks_is_not_taken(monkeypatch):
         raise RuntimeError("PTX of another driver")
 
     monkeypatch.setattr(flex, "run", explode)
-    assert objection(flex) == "a small call with it failed here: RuntimeError: PTX of another driver"
+    assert (
+        objection(flex) == "a small call with it failed here: RuntimeError: PTX of another driver"
+    )
 
 
 def test_choosing_goes_by_it(monkeypatch):
