@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 
-def block_weights(block: nn.Module, attention: nn.Module) -> dict[str, int]:
+def block_weights(block: nn.Module, attention: nn.Module) -> dict[str, Any]:
     """Elements of the linear layers of a block, by where they are: the two fields of a `LayerSpec`."""
     inside, everywhere = linear_weights(attention), linear_weights(block)
     return {"attention_weights": inside, "mlp_weights": everywhere - inside}

@@ -78,21 +78,22 @@ def check_fit(q: Tensor, k: Tensor, masks: HeadMasks, rel_pos: RelPos | None) ->
         raise ValueError(
             f"q has {q.shape[0]} images, base_blockmask {masks.base_blockmask.shape[0]}: allowed are 1 or as many; index the mask."
         )
-    sides = (("q", q.shape[2], masks.layout, 0), ("k", k.shape[2], masks.kv_layout, 1))
-    lengths = (q.shape[2], k.shape[2])
-    for name, tokens, layout, axis in sides:
-        if layout is not None and tokens != layout.num_tokens:
+    lengths, size, blocks = (q.shape[2], k.shape[2]), masks.block_size, masks.num_blocks
+    for axis, (name, tokens) in enumerate(zip("qk", lengths, strict=True)):
+        layout = masks.kv_layout if axis else masks.layout
+        if layout is not None and tokens != masks.num_tokens[axis]:
             raise ValueError(
-                f"{name} has {tokens} tokens, the layout of the HeadMasks {layout.num_tokens} ({layout.start} special + "
-                f"{layout.grid[0]} x {layout.grid[1]} patches + {layout.end} special): make the masks for this grid."
+                f"{name} has {tokens} tokens, the layout of the HeadMasks {layout.num_tokens} "
+                f"({layout.start} special + {layout.grid[0]} x {layout.grid[1]} patches + "
+                f"{layout.end} special): make the masks for this grid."
             )
-        if masks.num_blocks is not None and masks.num_blocks[axis] != -(
-            -tokens // masks.block_size
-        ):
-            fits = what_fits(masks.num_blocks, masks.block_size, lengths, "HeadMasks")
+        if blocks is not None and blocks[axis] != -(-tokens // size):
+            assert masks.base_blockmask is not None
             raise ValueError(
-                f"{name} has {tokens} tokens in {-(-tokens // masks.block_size)} blocks of {masks.block_size}, base_blockmask "
-                f"has shape {tuple(masks.base_blockmask.shape)}: its {'columns' if axis else 'rows'} must match; {fits}."  # type: ignore[union-attr]
+                f"{name} has {tokens} tokens in {-(-tokens // size)} blocks of {size}, "
+                f"base_blockmask has shape {tuple(masks.base_blockmask.shape)}: its "
+                f"{'columns' if axis else 'rows'} must match; "
+                f"{what_fits(blocks, size, lengths, 'HeadMasks')}."
             )
     if rel_pos is not None:
         _check_rel_pos(q, masks, rel_pos)
@@ -134,6 +135,8 @@ def check_numbers(dropout: float, scale: float | None) -> None:
 
 def check_head_masks(head_masks: object, q: object) -> None:
     """Raise unless `head_masks` is one `HeadMasks`, or a list of them; `q` is what they are for."""
+    if isinstance(head_masks, HeadMasks):
+        return
     several = list(head_masks) if isinstance(head_masks, (list, tuple)) else [head_masks]
     wrong = next((masks for masks in several if not isinstance(masks, HeadMasks)), None)
     if wrong is None and all(isinstance(masks, HeadMasks) for masks in several):

@@ -62,6 +62,14 @@ def plain_sizes(*sizes: int) -> tuple[int, ...]:
         return tuple(map(int, sizes))
 
 
+def plain_number(value: float) -> float:
+    """Return a number that follows from sizes: torch.jit.trace hands out tensors."""
+    if not torch.jit.is_tracing():
+        return value
+    with outside_of_tracing():
+        return float(value)
+
+
 def carried(source: Handled, grid: Grid, num_keys: int) -> Tensor:
     """Return what a recorded program needs of `source` at `grid` as a (n,) uint8 tensor on the CPU.
 

@@ -8,6 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from bsa_vision.attention.arguments import (
     check_fit,
@@ -16,14 +18,15 @@ from bsa_vision.attention.arguments import (
     check_tensors,
     check_varlen,
 )
-from bsa_vision.attention.backends.problem import Problem, Result
+from bsa_vision.attention.backends.problem import Call, Result
 from bsa_vision.attention.backends.select import choose
-from bsa_vision.attention.carried_masks import carried, is_recording, plain_sizes
+from bsa_vision.attention.carried_masks import carried, is_recording, plain_number, plain_sizes
 from bsa_vision.attention.head_masks import Handled, HeadMasks
 from bsa_vision.attention.onnx_form import is_exporting_onnx, masked_dense
-from bsa_vision.attention.operator import attend, attention_op, differentiated, needs_operator
+from bsa_vision.attention.operator import attention_op
 from bsa_vision.attention.packing import pack, pack_head_masks, unpack
 from bsa_vision.attention.rel_pos import RelPos
+from bsa_vision.attention.token_order import execute
 
 
 def sparse_attention(
@@ -95,15 +98,23 @@ def _ragged_attention(
             )
     packed_q = pack(q, [m.layout for m in masks])
     packed_k, packed_v = (pack(x, [m.kv_layout for m in masks]) for x in (k, v))
-    result = _run(
-        pack_head_masks(masks),
-        *(p.tokens.transpose(0, 1)[None] for p in (packed_q, packed_k, packed_v)),
-        scale=scale,
+    packed_tokens = _autocast(
+        *(p.tokens.transpose(0, 1)[None] for p in (packed_q, packed_k, packed_v))
+    )  # (1, H, T, D) each
+    call = Call(
+        packed_tokens[0],
+        packed_tokens[1],
+        packed_tokens[2],
+        cu_seqlens_q=packed_q.cu_seqlens,
+        cu_seqlens_k=packed_k.cu_seqlens,
+        seed=_seed() if dropout_p else None,
+        max_seqlen_q=packed_q.max_seqlen,
+        max_seqlen_k=packed_k.max_seqlen,
+        scale=q[0].shape[-1] ** -0.5 if scale is None else scale,
         dropout_p=dropout_p,
         backend=backend,
-        cu_seqlens=(packed_q.cu_seqlens, packed_k.cu_seqlens),
-        longest=(packed_q.max_seqlen, packed_k.max_seqlen),
     )
+    result = _run(call, pack_head_masks(masks))
     return cast(list[Tensor], unpack(result.out[0].transpose(0, 1), packed_q))
 
 
@@ -119,99 +130,107 @@ def attend_masks(
     dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """`sparse_attention` for masks found by `source.masks_for(grid, number of keys)`, unchecked; (B, H, N, D) -> (B, H, N, Dv)."""
-    return _run(
-        source,
+    """Compute `sparse_attention` without checks, with the masks `source.masks_for(grid, M)`.
+
+    q is (B, H, N, D), k (B, G, M, D), v (B, G, M, Dv), the result (B, H, N, Dv).
+    """
+    q, k, v = _autocast(q, k, v)
+    rel_h, rel_w = (None, None) if rel_pos is None else rel_pos
+    call = Call(
         q,
         k,
         v,
-        grid=grid,
-        rel_pos=rel_pos,
-        scale=scale,
+        rel_h,
+        rel_w,
+        seed=_seed() if dropout_p else None,
+        grid_h=grid[0],
+        grid_w=grid[1],
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
         dropout_p=dropout_p,
         backend=backend,
-    ).out
+    )
+    return _run(call, source).out
 
 
 def _run(
-    source: Handled | tuple[Tensor | None, ...],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    call: Call,
+    source: Handled | None,
     *,
-    grid: tuple[int, int] = (0, 0),
-    rel_pos: RelPos | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    backend: str = "auto",
-    cu_seqlens: tuple[Tensor | None, Tensor | None] = (None, None),
-    longest: tuple[int, int] = (0, 0),
-    is_causal: bool = False,
-    exact_streaming: bool = False,
     deterministic: bool = False,
     return_probs: bool = False,
-    return_lse: bool = False,
 ) -> Result:
-    """Choose a backend and run it. `source` is an object with `masks_for`, or (head_mask_type, streaming_info, blockmask).
+    """Choose a backend and run it.
 
-    `gather`, and everything under torch.compile, goes through the operator. The other backends are differentiated by
-    torch or bring their own gradient, so they run directly where Python runs anyway.
+    source  an object with `masks_for`; None if the masks are the kernel's tensors in `call`
+
+    Under a compiler and in recorded programs the call is an operator, see `operator`.
     """
-    q, k, v = _autocast(q, k, v)
-    head_dim, num_keys, height, width = plain_sizes(q.shape[-1], k.shape[2], *grid)
-    grid, scale = (height, width), head_dim**-0.5 if scale is None else scale
-    seed = torch.randint(2**62, (1,), device="cpu") if dropout_p else None
-    rel_h, rel_w = (None, None) if rel_pos is None else rel_pos
-    # How the operator learns of the masks: a handle, or in a program that is saved a tensor; else the kernel's tensors.
-    handle, stored = 0, None
-    raw: tuple[Tensor | None, ...] = (None, None, None)
-    recording = is_recording()
-    if not recording and not torch.compiler.is_compiling():
-        masks = _masks(source, grid, num_keys)
-        problem = Problem(
-            q,
-            k,
-            v,
-            masks,
-            scale,
-            cu_seqlens_q=cu_seqlens[0],
-            cu_seqlens_k=cu_seqlens[1],
-            max_q=longest[0] or None,
-            max_k=longest[1] or None,
-            is_causal=is_causal,
-            exact_streaming=exact_streaming,
-            dropout_p=dropout_p,
-            seed=0 if seed is None else int(seed),
-            deterministic=deterministic,
-            rel_pos=rel_pos,
-            return_lse=return_lse,
-            return_probs=return_probs,
-        )
-        backend = choose(problem, backend)
-        _refuse_forward_mode(backend, q, k, v)
-        if backend != "gather":
-            return attend(problem, backend)
-        if not needs_operator(q, k, v, rel_h, rel_w):
-            return differentiated(problem)
-        handle = masks.handle
-    elif return_probs:
-        raise ValueError(
-            "return_attn_probs with dropout under torch.compile or torch.export: the dropout mask is not returned; "
-            "call it outside of them."
-        )
-    elif not isinstance(source, Handled):
-        raw = source
-    elif recording and is_exporting_onnx():
-        return Result(masked_dense(source, grid, q, k, v, rel_pos, scale))
-    elif recording:
-        stored = carried(source, grid, num_keys)
-    else:
-        handle = source.dynamic_handle
-    numbers = (handle, *grid, *longest, scale, is_causal, exact_streaming, dropout_p, return_lse)
-    out, lse = attention_op(
-        q, k, v, rel_h, rel_w, *cu_seqlens, *raw, stored, seed, *numbers, backend
+    if not _is_plain(call):
+        return _record(call, source, deterministic, return_probs)
+    masks = _masks(call, source, (call.grid_h, call.grid_w), call.k.shape[2])
+    problem = call.problem(masks, deterministic=deterministic, return_probs=return_probs)
+    backend = choose(problem, call.backend)
+    _refuse_forward_mode(backend, call.q, call.k, call.v)
+    return execute(problem, backend)
+
+
+def _is_plain(call: Call) -> bool:
+    """Return whether nothing looks at this call that sees operators of torch only.
+
+    That is compilers, recorded programs, transforms of torch.func, dispatch modes and tensor
+    subclasses. A plain call is faster; and a daemon thread that computes while the interpreter
+    exits ends cleanly, where an operator would abort the process or read memory torch has freed.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or _get_current_dispatch_mode() is not None
+        or not PLAIN.issuperset(map(type, call[:5]))
     )
-    return Result(out, lse)
+
+
+PLAIN = {Tensor, Parameter, type(None)}
+
+
+def _record(call: Call, source: Handled | None, deterministic: bool, return_probs: bool) -> Result:
+    """Run a call as an operator, or write it into a program."""
+    recording = is_recording()
+    height, width, num_keys = plain_sizes(call.grid_h, call.grid_w, call.k.shape[2])
+    call = call._replace(grid_h=height, grid_w=width, scale=plain_number(call.scale))
+    if not recording and not torch.compiler.is_compiling():
+        masks = _masks(call, source, (height, width), num_keys)
+        problem = call.problem(masks, deterministic=deterministic, return_probs=return_probs)
+        backend = choose(problem, call.backend)
+        _refuse_forward_mode(backend, call.q, call.k, call.v)
+        if backend != "gather":  # torch differentiates it
+            return execute(problem, backend)
+        return Result(*attention_op(*call._replace(handle=masks.handle, backend=backend)))
+    if return_probs:
+        raise ValueError(
+            "return_attn_probs with dropout under torch.compile or torch.export: the dropout mask "
+            "is not returned; call it outside of them."
+        )
+    if source is None:
+        return Result(*attention_op(*call))
+    if recording and is_exporting_onnx():
+        return Result(masked_dense(call, source))
+    if recording:
+        stored = carried(source, (height, width), num_keys)
+        return Result(*attention_op(*call._replace(carried=stored)))
+    return Result(*attention_op(*call._replace(handle=source.dynamic_handle)))
+
+
+def _masks(call: Call, source: Handled | None, grid: tuple[int, int], num_keys: int) -> HeadMasks:
+    if source is not None:
+        return source.masks_for(grid, num_keys)
+    return HeadMasks(
+        call.base_blockmask, call.head_mask_type, call.streaming_info, allow_empty_rows=True
+    )
+
+
+def _seed() -> Tensor:
+    return torch.randint(2**62, (1,), device="cpu")
 
 
 def _refuse_forward_mode(backend: str, *tensors: Tensor) -> None:
@@ -239,15 +258,6 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
-def _masks(
-    source: Handled | tuple[Tensor | None, ...], grid: tuple[int, int], num_keys: int
-) -> HeadMasks:
-    if isinstance(source, tuple):
-        head_mask_type, streaming_info, base_blockmask = source
-        return HeadMasks(base_blockmask, head_mask_type, streaming_info, allow_empty_rows=True)
-    return source.masks_for(grid, num_keys)  # type: ignore[attr-defined]
-
-
 # The kernel's own functions
 
 
@@ -269,33 +279,48 @@ def block_sparse_attn_func(
     exact_streaming: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """mit-han-lab's `block_sparse_attn_func`, same signature and semantics, on any device and dtype.
+    """Compute mit-han-lab's `block_sparse_attn_func` on any device and dtype, same signature.
 
     q                (total_q, H, D); k, v (total_k, G, D) with H a multiple of G
     cu_seqlens_*     (batch + 1,) int32
     head_mask_type   (H,) int32, streaming_info (2 * H,) int32 or None: see `HeadMasks`
-    base_blockmask   (batch or 1, S, ceil(max_seqlen_q_ / 128), ceil(max_seqlen_k_ / 128)) bool, or None
-    is_causal        bottom-right aligned; exact_streaming (causal only) counts sinks and windows in tokens
+    base_blockmask   (batch or 1, S, ceil(max_seqlen_q_ / 128), ceil(max_seqlen_k_ / 128)) bool,
+                     or None
+    is_causal        bottom-right aligned
+    exact_streaming  causal only: sinks and windows are counted in tokens
 
-    Tokens are taken in the order they come. A query that sees nothing gives 0 and LSE +inf. Returns out (total_q, H, D),
-    or with return_attn_probs (out, lse (batch, H, max_seqlen_q_) float32 without gradient, S_dmask). S_dmask is empty without
-    dropout; with it (batch, H, queries, keys), lengths rounded up to whole blocks: probabilities before dropout, negative
-    where they were dropped. The kernel's own is in the order of its registers, and comes so from `kernel`.
+    Tokens are taken in the order they come. A query that sees nothing gives 0 and LSE +inf.
+
+    Returns out (total_q, H, D), or with return_attn_probs (out, lse, S_dmask): lse (batch, H,
+    max_seqlen_q_) float32 without gradient; S_dmask empty without dropout, else (batch, H, queries,
+    keys), lengths rounded up to blocks: probabilities before dropout, negated where dropped.
+    The kernel's own S_dmask is in the order of its registers, and `kernel` returns it so.
     """
-    return _varlen(
-        q,
-        k,
-        v,
-        (cu_seqlens_q, cu_seqlens_k),
-        (head_mask_type, streaming_info, base_blockmask),
-        (max_seqlen_q_, max_seqlen_k_),
-        p_dropout,
-        deterministic,
-        softmax_scale,
-        is_causal,
-        exact_streaming,
-        return_attn_probs,
+    masks = (head_mask_type, streaming_info, base_blockmask)
+    cu_seqlens, max_seqlens = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q_, max_seqlen_k_)
+    heads = head_mask_type.numel() if isinstance(head_mask_type, Tensor) else None
+    check_tensors(q, k, v, 3, "(total, H, D)", heads)
+    check_numbers(p_dropout, softmax_scale)
+    check_varlen(q, k, cu_seqlens, masks, max_seqlens, is_causal, exact_streaming)
+    q, k, v = _autocast(*(x.transpose(0, 1)[None] for x in (q, k, v)))  # (1, H, T, D)
+    call = Call(
+        q, k, v, None, None, *cu_seqlens, *masks, None, _seed() if p_dropout else None
+    )._replace(
+        max_seqlen_q=max_seqlen_q_,
+        max_seqlen_k=max_seqlen_k_,
+        scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        is_causal=is_causal,
+        exact_streaming=exact_streaming,
+        dropout_p=p_dropout,
+        return_lse=return_attn_probs,
     )
+    return_probs = return_attn_probs and p_dropout > 0
+    out, lse, probs = _run(call, None, deterministic=deterministic, return_probs=return_probs)
+    out = out[0].transpose(0, 1)  # (T, H, D)
+    if not return_attn_probs:
+        return out
+    assert lse is not None
+    return out, lse.detach().float(), q.new_empty(0) if probs is None else probs.detach()
 
 
 def block_streaming_attn_func(
@@ -314,20 +339,19 @@ def block_streaming_attn_func(
     is_causal: bool = True,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """mit-han-lab's `block_streaming_attn_func`: dense and streaming heads, windows in blocks. See `block_sparse_attn_func`."""
-    return _varlen(
-        q,
-        k,
-        v,
-        (cu_seqlens_q, cu_seqlens_k),
-        (head_mask_type, streaming_info, None),
-        (max_seqlen_q_, max_seqlen_k_),
+    """Compute mit-han-lab's `block_streaming_attn_func`: dense and streaming heads.
+
+    Windows count in blocks. See `block_sparse_attn_func` for arguments and results.
+    """
+    return block_sparse_attn_func(
+        *(q, k, v, cu_seqlens_q, cu_seqlens_k),
+        *(head_mask_type, streaming_info, None),
+        *(max_seqlen_q_, max_seqlen_k_),
         p_dropout,
         deterministic,
         softmax_scale,
         is_causal,
-        False,
-        return_attn_probs,
+        return_attn_probs=return_attn_probs,
     )
 
 
@@ -345,61 +369,18 @@ def token_streaming_attn_func(
     softmax_scale: float | None = None,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """mit-han-lab's `token_streaming_attn_func`: causal, windows in tokens. See `block_sparse_attn_func`."""
-    return _varlen(
-        q,
-        k,
-        v,
-        (cu_seqlens_q, cu_seqlens_k),
-        (head_mask_type, streaming_info, None),
-        (max_seqlen_q_, max_seqlen_k_),
+    """Compute mit-han-lab's `token_streaming_attn_func`: causal, windows in tokens.
+
+    See `block_sparse_attn_func` for arguments and results.
+    """
+    return block_sparse_attn_func(
+        *(q, k, v, cu_seqlens_q, cu_seqlens_k),
+        *(head_mask_type, streaming_info, None),
+        *(max_seqlen_q_, max_seqlen_k_),
         0.0,
         deterministic,
         softmax_scale,
-        True,
-        True,
-        return_attn_probs,
-    )
-
-
-def _varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: tuple[Tensor, Tensor],
-    masks: tuple[Tensor | None, Tensor | None, Tensor | None],
-    longest: tuple[int, int],
-    dropout_p: float,
-    deterministic: bool,
-    scale: float | None,
-    is_causal: bool,
-    exact_streaming: bool,
-    return_attn_probs: bool,
-) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    head_mask_type = masks[0]
-    heads = head_mask_type.numel() if isinstance(head_mask_type, Tensor) else None
-    check_tensors(q, k, v, 3, "(total, H, D)", heads)
-    check_numbers(dropout_p, scale)
-    check_varlen(q, k, cu_seqlens, masks, longest, is_causal, exact_streaming)
-    result = _run(
-        masks,
-        *(x.transpose(0, 1)[None] for x in (q, k, v)),  # (1, H, T, D)
-        scale=scale,
-        dropout_p=dropout_p,
-        cu_seqlens=cu_seqlens,
-        longest=longest,
-        is_causal=is_causal,
-        exact_streaming=exact_streaming,
-        deterministic=deterministic,
-        return_lse=return_attn_probs,
-        return_probs=return_attn_probs and dropout_p > 0,
-    )
-    out = result.out[0].transpose(0, 1)  # (T, H, D)
-    if not return_attn_probs:
-        return out
-    assert result.lse is not None
-    return (
-        out,
-        result.lse.detach().float(),
-        q.new_empty(0) if result.probs is None else result.probs.detach(),
+        is_causal=True,
+        exact_streaming=True,
+        return_attn_probs=return_attn_probs,
     )

@@ -38,6 +38,10 @@ class Handled:
         self.dynamic_handle = DynamicInt(self.handle)
         _by_handle[self.handle] = self
 
+    def masks_for(self, grid: tuple[int, int], num_keys: int) -> HeadMasks:
+        """Return the masks for images of `grid` patches and `num_keys` keys."""
+        raise NotImplementedError
+
     def __getstate__(self) -> dict[str, Any]:
         return {
             key: value
@@ -77,7 +81,13 @@ class HeadMasks(Handled):
     layout           the layout the rows were made for; None = tokens as they come
     kv_layout        the layout of the columns where keys are other tokens than queries; None = `layout`
     block_size       tokens per block; taken from `layout` when that is given
-    allow_empty_rows a query block that sees nothing is an error unless this is set (its output would be 0)
+    allow_empty_rows a query block that sees nothing is an error unless this is set (its output
+                     would be 0)
+
+    num_heads        H
+    all_dense        whether every head computes every block
+    num_blocks       (R, C), or None without block-sparse heads
+    num_tokens       of the two layouts, None without one
 
     The masks are copied. Ones mixed with larger entries are refused where they could be meant as counted (as many positive
     entries as slices, and slices left over). Raises ValueError or TypeError for shapes, dtypes, slice numbers and empty rows
@@ -103,6 +113,10 @@ class HeadMasks(Handled):
         self.made_for = None if base_blockmask is None else layouts_of(base_blockmask)
         # Per head: 0 dense, -1 streaming, otherwise its 1-based slice of base_blockmask.
         self.slices = resolve_slices(head_mask_type, self.base_blockmask)
+        self.num_heads = len(self.slices)
+        self.all_dense = not any(self.slices)
+        shape = () if base_blockmask is None else base_blockmask.shape
+        self.num_blocks = (shape[2], shape[3]) if shape else None
         self._given_types = (
             (1,) * len(self.slices)
             if head_mask_type is None
@@ -123,9 +137,16 @@ class HeadMasks(Handled):
         self.block_size = block_size if layout is None else layout.block_size
         self.allow_empty_rows = allow_empty_rows
         self._check_layouts(block_size)
+        layouts = (self.layout, self.kv_layout)
+        self.num_tokens = tuple(None if x is None else x.num_tokens for x in layouts)
+        # The layouts that tokens must be sorted by; none where order does not change the result.
+        self.orders = tuple(
+            None if x is None or x.is_identity or self.all_dense else x for x in layouts
+        )
         if not allow_empty_rows:
             self._check_rows()
         self._cache: Cache[Any] = Cache(32)
+        self._latest: tuple[Hashable, RunTable] | None = None
         self._new_handle()
 
     @classmethod
@@ -181,15 +202,6 @@ class HeadMasks(Handled):
     # What the masks say
 
     @property
-    def num_heads(self) -> int:
-        return len(self.slices)
-
-    @property
-    def all_dense(self) -> bool:
-        """Whether every head computes every block."""
-        return all(s == DENSE for s in self.slices)
-
-    @property
     def head_mask_type(self) -> Tensor:
         """(H,) int32 in the convention it was given in, as the kernel's function takes it."""
         return torch.tensor(self._given_types, dtype=torch.int32, device=self._device)
@@ -203,15 +215,6 @@ class HeadMasks(Handled):
     @property
     def _device(self) -> torch.device:
         return torch.device("cpu") if self.base_blockmask is None else self.base_blockmask.device
-
-    @property
-    def num_blocks(self) -> tuple[int, int] | None:
-        """(R, C), or None when there is no block-sparse head."""
-        return (
-            None
-            if self.base_blockmask is None
-            else (self.base_blockmask.shape[2], self.base_blockmask.shape[3])
-        )
 
     @property
     def head_sparsity(self) -> tuple[float, ...]:
@@ -251,8 +254,12 @@ class HeadMasks(Handled):
     def run_table(self, num_q: int, num_k: int, *, causal: bool = False) -> RunTable:
         """What there is to compute, as tensors."""
         key = ("run_table", num_q, num_k, causal)
+        if self._latest is not None and self._latest[0] == key:
+            return self._latest[1]
         mask = self.block_mask(num_q, num_k, causal=causal)
-        return self._cache.get(key, lambda: run_table(mask, self.block_size, num_q, num_k))
+        table = self._cache.get(key, lambda: run_table(mask, self.block_size, num_q, num_k))
+        self._latest = (key, table)
+        return table
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` makes of these masks, made once: backends keep the masks in their own terms here."""
@@ -273,7 +280,7 @@ class HeadMasks(Handled):
         return tuple(round(count) for count in pairs.tolist())
 
     def masks_for(self, grid: tuple[int, int], num_keys: int) -> HeadMasks:
-        """Itself: these masks are for one layout. A layer's plan answers the same question for any grid and number of keys."""
+        """Return self. `LayerMasks` implements the same method for any grid."""
         return self
 
     def __repr__(self) -> str:

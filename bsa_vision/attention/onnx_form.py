@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from bsa_vision.attention.backends.problem import Call
 from bsa_vision.attention.carried_masks import is_symbolic, outside_of_tracing
-from bsa_vision.attention.head_masks import Handled, HeadMasks
-from bsa_vision.attention.packing import key_places
-from bsa_vision.attention.rel_pos import RelPos
+from bsa_vision.attention.head_masks import Handled
+from bsa_vision.attention.token_order import key_places
 from bsa_vision.errors import BackendUnavailable
 from bsa_vision.masks import TokenLayout
 
@@ -29,20 +29,14 @@ def is_exporting_onnx() -> bool:
     return True
 
 
-def masked_dense(
-    source: Handled,
-    grid: tuple[int, int],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rel_pos: RelPos | None,
-    scale: float,
-) -> Tensor:
+def masked_dense(call: Call, source: Handled) -> Tensor:
     """Return the attention of (B, H, N, D) tensors in model order, computed as N x N logits under the block mask.
 
     What a skipped block holds changes nothing, and a query that sees nothing gives 0. A query that sees a value that is
     not finite gives NaN.
     """
+    grid, scale = (call.grid_h, call.grid_w), call.scale
+    q, k, v, *terms = (x for x in call[:5] if x is not None)
     if is_symbolic(grid) or not all(isinstance(n, int) for n in (q.shape[2], k.shape[2])):
         raise BackendUnavailable(
             "ONNX export of sparse heads needs a fixed image size: height and width are dynamic; leave them out of "
@@ -50,14 +44,14 @@ def masked_dense(
         )
     _say_once()
     with outside_of_tracing():
-        masks: HeadMasks = source.masks_for(grid, k.shape[2])  # type: ignore[attr-defined]
+        masks = source.masks_for(grid, k.shape[2])
         blocks = masks.block_mask(q.shape[2], k.shape[2]).clone()  # (B or 1, H, R, C)
         row_of, column_of = (
             _block_of(layout, tokens, masks.block_size)
             for layout, tokens in ((masks.layout, q.shape[2]), (masks.kv_layout, k.shape[2]))
         )
         places = None
-        if rel_pos is not None and masks.kv_layout is not None:
+        if terms and masks.kv_layout is not None:
             places = tuple(
                 x.clone() for x in key_places(masks.kv_layout, False, torch.device("cpu"))
             )
@@ -68,8 +62,8 @@ def masked_dense(
     if group > 1:
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     logits = (q * scale) @ k.transpose(-1, -2)
-    if rel_pos is not None and places is not None:
-        for term, place in zip(rel_pos, places, strict=True):
+    if places is not None:
+        for term, place in zip(terms, places, strict=True):
             logits = logits + term[..., place.to(q.device)]
     logits = logits.masked_fill(~mask, -torch.inf)
     sees = (logits > -torch.inf).any(-1, keepdim=True) | logits.isnan().any(-1, keepdim=True)

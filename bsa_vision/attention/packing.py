@@ -1,13 +1,12 @@
-"""Token order, and batches of images as one packed sequence: (B, H, N, D) or a list of (H, n, D) <-> (T, H, D) + cu_seqlens.
+"""Pack batches of images into one sequence, (B, H, N, D) or a list of (H, n, D) -> (T, H, D), and back.
 
-Every do has its undo beside it: `order_tokens` / `restore_tokens`, `pack` / `unpack`.
+`pack` / `unpack` are inverse; `cu_seqlens` says where each image starts and ends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -15,37 +14,9 @@ from einops import rearrange
 from torch import Tensor
 
 from bsa_vision.attention.head_masks import HeadMasks
+from bsa_vision.attention.token_order import order_tokens, restore_tokens
 from bsa_vision.masks import TokenLayout
 from bsa_vision.masks.origin import check_layout
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # remembered, and later calls may need gradients
-def token_index(layout: TokenLayout, device: torch.device, inverse: bool = False) -> Tensor:
-    """(N,) int64 on `device`: `layout.permutation`, or `layout.inverse`."""
-    return (layout.inverse if inverse else layout.permutation).to(device)
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def key_places(layout: TokenLayout, ordered: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(N,) int64 patch row and column of every token, in packed (`ordered`) or in model order, on `device`."""
-    row, column = (place if ordered else place[layout.inverse] for place in layout.coordinates)
-    return row.to(device), column.to(device)
-
-
-def order_tokens(x: Tensor, layout: TokenLayout | None, dim: int = -2) -> Tensor:
-    """Model order -> packed order along `dim`; x itself where both are the same."""
-    if layout is None or layout.is_identity:
-        return x
-    return x.index_select(dim, token_index(layout, x.device))
-
-
-def restore_tokens(x: Tensor, layout: TokenLayout | None, dim: int = -2) -> Tensor:
-    """Packed order -> model order along `dim`; undoes `order_tokens`."""
-    if layout is None or layout.is_identity:
-        return x
-    return x.index_select(dim, token_index(layout, x.device, inverse=True))
 
 
 @dataclass(frozen=True, eq=False)

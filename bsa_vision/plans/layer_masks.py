@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -64,6 +65,7 @@ class LayerMasks(Handled):
     ) -> None:
         self.plan, self.spec, self.layer, self.context = plan, spec, layer, context
         self.is_dynamic = plan.is_dynamic(layer.key)
+        self._masks: Cache[HeadMasks] = Cache(64)
         self._new_handle()
 
     @property
@@ -76,29 +78,30 @@ class LayerMasks(Handled):
 
         ValueError where they follow prompts and there are none, or these lie outside an image of this size.
         """
-        key, layout = self.layer.key, self.plan.layout(self.spec, (grid[0], grid[1]))
-        keys = self.plan.key_layout(self.layer, layout, num_keys)
+        asked = (grid[0], grid[1]), num_keys
         if not self.is_dynamic:
-            return self.plan.compile(key, layout, keys=keys)
+            return self._masks.get(asked, lambda: self._compile(*asked))
         entry = self.context.entry
         if entry is None:
             raise ValueError(
                 f"layer {self.layer.name!r} has a pattern that follows prompts, and there are none: run the model inside "
                 "`with bsa.context(model, prompts=...)`, or inside `with bsa.dense(model)`."
             )
-        boxes = [one.on_patches(layout.grid, self.spec.patch_size) for one in entry.prompts]
-        return entry.masks.get(
-            (self, layout, keys), lambda: self.plan.compile(key, layout, boxes, keys)
-        )
+        return entry.masks.get((self, *asked), lambda: self._compile(*asked, entry.prompts))
 
     def without_prompts(self, grid: tuple[int, int]) -> HeadMasks:
         """As `masks_for`, with those of the moment if there are any, else of an image without: for trying and for reports."""
         if not self.is_dynamic or self.context.entry is not None:
             return self.masks_for(grid)
-        layout = self.plan.layout(self.spec, (grid[0], grid[1]))
-        return self.plan.compile(
-            self.layer.key, layout, keys=self.plan.key_layout(self.layer, layout)
-        )
+        return self._compile((grid[0], grid[1]), None)
+
+    def _compile(
+        self, grid: tuple[int, int], num_keys: int | None, prompts: Iterable[Prompts] = ()
+    ) -> HeadMasks:
+        layout = self.plan.layout(self.spec, grid)
+        boxes = [one.on_patches(layout.grid, self.spec.patch_size) for one in prompts]
+        keys = self.plan.key_layout(self.layer, layout, num_keys)
+        return self.plan.compile(self.layer.key, layout, boxes, keys)
 
 
 @carry.register

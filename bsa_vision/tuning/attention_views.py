@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from bsa_vision.adapters import Observation, inspect, observe
-from bsa_vision.attention.packing import key_places
+from bsa_vision.attention.token_order import key_places
 from bsa_vision.masks import TokenLayout
 from bsa_vision.models.features import eval_mode, features
 from bsa_vision.plans.plan import SparsityPlan

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bsa_vision.adapters import Observation
-from bsa_vision.attention.packing import key_places, order_tokens
+from bsa_vision.attention.token_order import key_places, order_tokens
 from bsa_vision.masks import TokenLayout
 
 BINS = 100  # of the histograms of kept attention

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bsa_vision import pack, unpack
-from bsa_vision.attention.packing import order_tokens, restore_tokens
+from bsa_vision.attention.token_order import order_tokens, restore_tokens
 from bsa_vision.masks import TokenLayout
 
 layouts = st.builds(

@@ -23,7 +23,7 @@ import bsa_vision as bsa
 from bsa_vision import masks
 from bsa_vision.adapters.swap.sparse_layer import layers_of
 from bsa_vision.attention.carried_masks import carried, read
-from bsa_vision.attention.packing import token_index
+from bsa_vision.attention.token_order import token_index
 from tests.adapters import test_torchvision_vit
 from tests.helpers import models, run_programs, sam_models, timm_models
 

@@ -57,9 +57,8 @@ class SparseAttention(Swapped):
             layer.fall_back(reason)
         if reason is not None or layer.runs_original():
             return super().forward(x)
-        return _attend(
-            self, layer, x, self.num_heads, drop.p if self.training and drop is not None else 0.0
-        )  # type: ignore
+        dropout_p = drop.p if self.training and drop is not None else 0.0
+        return _attend(self, layer, x, cast(int, self.num_heads), dropout_p)
 
 
 class SparseTransformersAttention(Swapped):

@@ -115,7 +115,7 @@ def _found(modules: Modules, root: str, attention: list[tuple[str, nn.Module]]) 
     layers = tuple(
         LayerSpec(
             modules.path(name), index, attn.num_heads, attn.head_dim, **block_weights(block, attn)
-        )  # type: ignore[arg-type]
+        )
         for index, ((name, attn), block) in enumerate(
             zip(cast(Any, attention), blocks, strict=True)
         )

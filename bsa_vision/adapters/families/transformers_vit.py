@@ -10,7 +10,7 @@ import copy
 import sys
 from collections.abc import Callable
 from math import isqrt
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -128,10 +128,10 @@ def _spec(
                 modules.path(name),
                 index,
                 config.num_attention_heads,
-                int(module.head_dim),
+                int(cast(Any, module).head_dim),
                 **options,
             )
-        )  # type: ignore
+        )
     if hasattr(config, "image_size"):
         image_size = _pair(config.image_size)
         grid = (image_size[0] // patch_size[0], image_size[1] // patch_size[1])

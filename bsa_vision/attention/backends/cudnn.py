@@ -31,6 +31,8 @@ MOST_HEADS = 65535  # images x heads: the launch grid's limit, which the package
 
 def why_not(problem: Problem) -> str | None:
     q, v = problem.q, problem.v
+    if problem.not_on_nvidia:
+        return f"cuDNN's kernels run on CUDA, {problem.not_on_nvidia}"
     if problem.masks.block_size != BLOCK:
         return (
             f"cuDNN's kernels have blocks of 128 tokens, the masks have {problem.masks.block_size}"
@@ -54,8 +56,6 @@ def why_not(problem: Problem) -> str | None:
     reason = rel_pos_columns.why_not(problem, WIDTHS[-1])
     if reason is not None:
         return reason
-    if problem.not_on_nvidia:
-        return f"cuDNN's kernels run on CUDA, {problem.not_on_nvidia}"
     major = torch.cuda.get_device_capability(q.device)[0]
     if not 9 <= major <= 12:
         return f"cuDNN's block-sparse kernels need a GPU of compute capability 9.0 to 12.x, this one has {major}.x"

@@ -8,7 +8,7 @@ Computed in float32 or float64, with torch operations: gradients of any order, i
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,22 +69,17 @@ def attend(problem: Problem, span: Span) -> Result:
         grouped(keep),
     )
     step = max(1, AT_ONCE // max(heads * num_k * (k.shape[-1] + v.shape[-1]), 1))
-    parts = [
-        _part(
-            problem,
-            Queries(*(None if x is None else x[:, start : start + step] for x in every)),
-            k,
-            v,
-        )  # type: ignore[arg-type]
-        for start in range(0, groups, step)
-    ]
+    parts = []
+    for start in range(0, groups, step):
+        some: Any = (None if x is None else x[:, start : start + step] for x in every)
+        parts.append(_part(problem, Queries(*some), k, v))
     return Result(*(torch.cat(x, 1).flatten(1, 2)[:, :num_q] for x in zip(*parts)))
 
 
 def _together(problem: Problem, mask: Tensor | None, *tensors: Tensor) -> int:
     """How many queries are computed together: all, a block or, where those of a block see different keys, one."""
     if mask is None or all_finite(*tensors):  # finite numbers may be multiplied by 0
-        return max(problem.longest_q, 1)
+        return max(problem.max_seqlen_q, 1)
     return 1 if problem.is_causal else problem.masks.block_size
 
 

@@ -36,6 +36,8 @@ Modify = Callable[..., Tensor]
 
 def why_not(problem: Problem) -> str | None:
     q, v = problem.q, problem.v
+    if problem.not_on_nvidia:
+        return f"FlexAttention skips blocks on CUDA only, {problem.not_on_nvidia}"
     if problem.dropout_p or problem.return_probs:
         return "FlexAttention has no dropout"
     if problem.exact_streaming:
@@ -50,8 +52,6 @@ def why_not(problem: Problem) -> str | None:
         return "there are no tokens"
     if problem.ragged and _blocks(problem) > MOST_BLOCKS:
         return f"images of different sizes follow each other as one sequence, whose block mask would be too large ({_blocks(problem):.1e} entries)"
-    if problem.not_on_nvidia:
-        return f"FlexAttention skips blocks on CUDA only, {problem.not_on_nvidia}"
     return _probe()
 
 

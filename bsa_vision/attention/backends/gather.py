@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bsa_vision.attention.backends import cpu_kernel
 from bsa_vision.attention.backends.problem import Problem, Result, Span, all_finite
 from bsa_vision.attention.backends.workers import run_tasks, scratch
 from bsa_vision.attention.block_lists import BlockRow, Run
@@ -44,8 +43,6 @@ class Gradients(NamedTuple):
 
 
 def run(problem: Problem) -> Result:
-    if cpu_kernel.why_not(problem) is None:
-        return cpu_kernel.run(problem)
     out = problem.empty_out()
     lse = problem.empty_lse() if problem.return_lse else None
     sparse = _dense_heads(problem, out) if _can_hand_over(problem) else range(problem.num_heads)
@@ -137,9 +134,6 @@ def _rows(
 
 def gradients(problem: Problem, out: Tensor, grad_out: Tensor) -> Gradients:
     """The gradients at `grad_out`, given the output; every block of the softmax is computed again."""
-    if cpu_kernel.why_not(problem) is None:
-        q, k, v, *rel_pos = cpu_kernel.gradients(problem, out, grad_out)
-        return Gradients(q, k, v, *(rel_pos or (None, None)))
     dtype = problem.compute_dtype
     inputs = (problem.q, problem.k, problem.v, *(problem.rel_pos or ()))
     grads = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in inputs]

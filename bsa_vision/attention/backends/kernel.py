@@ -51,6 +51,8 @@ def _probe() -> ModuleType | str:
 def why_not(problem: Problem) -> str | None:
     q, v = problem.q, problem.v
     widest = max(q.shape[-1], v.shape[-1])
+    if problem.not_on_nvidia:
+        return f"the kernel runs on CUDA, {problem.not_on_nvidia}"
     if widest > HEAD_DIMS[-1]:
         # Upstream accepts up to 256, launches nothing above 128 and returns uninitialised memory.
         return f"head dim {widest} > 128: the kernel would return uninitialised memory"
@@ -65,8 +67,6 @@ def why_not(problem: Problem) -> str | None:
         return reason
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"the kernel takes float16 or bfloat16, got {q.dtype}"
-    if problem.not_on_nvidia:
-        return f"the kernel runs on CUDA, {problem.not_on_nvidia}"
     if torch.cuda.get_device_capability(q.device) < (8, 0):
         return "the kernel needs a GPU of compute capability 8.0 or newer"
     module = _probe()
@@ -89,9 +89,9 @@ def _run(problem: Problem) -> Result:
         ends = (problem.cu_seqlens_q, problem.cu_seqlens_k)
     out, lse, probs = _Attend.apply(q, k, v, *ends, masks, _Call.of(problem))
     out = rearrange(out[..., :dim], "(b n) h d -> b h n d", b=images)
-    lse = lse[..., : problem.longest_q]
+    lse = lse[..., : problem.max_seqlen_q]
     if problem.cu_seqlens_q is not None:  # past the end of short images nothing was written
-        position = torch.arange(problem.longest_q, device=lse.device)
+        position = torch.arange(problem.max_seqlen_q, device=lse.device)
         lse = lse.masked_fill(position >= problem.cu_seqlens_q.diff()[:, None, None], torch.inf)
     return Result(out, lse, probs)
 
@@ -130,8 +130,8 @@ def _converted(problem: Problem) -> _Converted:
     key = (
         "kernel",
         problem.num_images,
-        problem.longest_q,
-        problem.longest_k,
+        problem.max_seqlen_q,
+        problem.max_seqlen_k,
         problem.q.device,
         gradient,
     )
@@ -152,7 +152,7 @@ def _convert(problem: Problem, gradient: bool) -> _Converted:
     rows = columns = None
     if wanted:
         assert masks.base_blockmask is not None
-        blocks = -(-problem.longest_q // BLOCK), -(-problem.longest_k // BLOCK)
+        blocks = -(-problem.max_seqlen_q // BLOCK), -(-problem.max_seqlen_k // BLOCK)
         base = masks.base_blockmask.to(problem.q.device)[:, wanted, : blocks[0], : blocks[1]]
         if problem.cu_seqlens_q is not None and problem.cu_seqlens_k is not None:
             # The kernel reads as many entries of a list as the image has blocks: those past its end must not be there.
@@ -170,7 +170,7 @@ def _convert(problem: Problem, gradient: bool) -> _Converted:
         columns,
         *(
             ints([image * tokens for image in range(images + 1)])
-            for tokens in (problem.longest_q, problem.longest_k)
+            for tokens in (problem.max_seqlen_q, problem.max_seqlen_k)
         ),
     )
 
@@ -203,7 +203,7 @@ class _Call:
     @classmethod
     def of(cls, problem: Problem) -> _Call:
         return cls(
-            (problem.longest_q, problem.longest_k),
+            (problem.max_seqlen_q, problem.max_seqlen_k),
             problem.dropout_p,
             problem.scale,
             problem.is_causal,

@@ -95,7 +95,7 @@ def cheapest(names: Sequence[str], problem: Problem) -> str:
 
 def _work(problem: Problem) -> tuple[int, int]:
     """Rows of blocks and kept pairs of all images and heads; of a ragged batch as if all images were as long as the longest."""
-    masks, tokens = problem.masks, (problem.longest_q, problem.longest_k)
+    masks, tokens = problem.masks, (problem.max_seqlen_q, problem.max_seqlen_k)
     pairs = masks.remember(("pairs", *tokens), lambda: sum(masks.kept_pairs(*tokens)))
     rows = -(-tokens[0] // masks.block_size) * masks.num_heads
     return problem.num_images * rows, problem.num_images * pairs

@@ -1,11 +1,11 @@
-"""One attention call, fully described: what every backend receives, and what all of them agree on."""
+"""Describe one attention call: flat as torch's operators take it, and as every backend receives it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -58,12 +58,11 @@ class Problem:
     scale: float
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
-    max_q: int | None = None
-    max_k: int | None = None
+    max_seqlens: tuple[int, int] | None = None
     is_causal: bool = False
     exact_streaming: bool = False
     dropout_p: float = 0.0
-    seed: int = 0
+    seed: Tensor | None = None
     deterministic: bool = False
     rel_pos: RelPos | None = None
     key_row: Tensor | None = None
@@ -91,12 +90,12 @@ class Problem:
         return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
 
     @property
-    def longest_q(self) -> int:
-        return self.q.shape[2] if self.max_q is None else self.max_q
+    def max_seqlen_q(self) -> int:
+        return self.q.shape[2] if self.max_seqlens is None else self.max_seqlens[0]
 
     @property
-    def longest_k(self) -> int:
-        return self.k.shape[2] if self.max_k is None else self.max_k
+    def max_seqlen_k(self) -> int:
+        return self.k.shape[2] if self.max_seqlens is None else self.max_seqlens[1]
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -113,8 +112,11 @@ class Problem:
     @property
     def needs_gradient(self) -> bool:
         """Whether torch would differentiate this call."""
-        tensors = (self.q, self.k, self.v, *(self.rel_pos or ()))
-        return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        if not torch.is_grad_enabled():
+            return False
+        terms = self.rel_pos or (self.q,)
+        inputs = (self.q, self.k, self.v, *terms)
+        return True in [x.requires_grad for x in inputs]
 
     def spans(self) -> Iterator[Span]:
         """The images, one by one."""
@@ -123,8 +125,8 @@ class Problem:
                 yield Span(image, image, slice(0, self.q.shape[2]), slice(0, self.k.shape[2]))
             return
         # Here too, where values are read anyway: on other devices and under a compiler nobody looked at them before.
-        bounds_q = check_bounds("q", self.cu_seqlens_q, self.q.shape[2], self.longest_q)
-        bounds_k = check_bounds("k", self.cu_seqlens_k, self.k.shape[2], self.longest_k)
+        bounds_q = check_bounds("q", self.cu_seqlens_q, self.q.shape[2], self.max_seqlen_q)
+        bounds_k = check_bounds("k", self.cu_seqlens_k, self.k.shape[2], self.max_seqlen_k)
         for image in range(self.num_images):
             yield Span(
                 image, 0, slice(*bounds_q[image : image + 2]), slice(*bounds_k[image : image + 2])
@@ -145,7 +147,7 @@ class Problem:
 
     def empty_lse(self) -> Tensor:
         """(images, H, longest), filled with +inf."""
-        shape = (self.num_images, self.num_heads, self.longest_q)
+        shape = (self.num_images, self.num_heads, self.max_seqlen_q)
         return torch.full(shape, torch.inf, dtype=self.compute_dtype, device=self.q.device)
 
     def token_mask(self, span: Span) -> Tensor | None:
@@ -171,11 +173,24 @@ class Problem:
 
     def keep(self, shape: tuple[int, ...], *place: int) -> Tensor:
         """A dropout mask, True = keep: the same bits whenever the same `place` of the same call is asked for."""
-        seed = self.seed
+        seed = 0 if self.seed is None else int(self.seed)
         for number in place:
             seed = (seed * 1_000_003 + number + 1) % 2**63
         generator = torch.Generator(device=self.q.device).manual_seed(seed)
         return torch.rand(shape, generator=generator, device=self.q.device) >= self.dropout_p
+
+
+class Backend(Protocol):
+    """One implementation of block-sparse attention."""
+
+    def why_not(self, problem: Problem) -> str | None:
+        """Return why this backend cannot run `problem`, in one sentence; None if it can."""
+
+    def run(self, problem: Problem) -> Result:
+        """Compute `problem`, whose tokens are in packed order."""
+
+    def __hash__(self) -> int:
+        """Return a hash: self-tests are remembered per backend."""
 
 
 def all_finite(*tensors: Tensor) -> bool:
@@ -203,3 +218,85 @@ def check_bounds(name: str, bounds: Tensor, total: int, longest: int) -> list[in
             "at least that."
         )
     return values
+
+
+class Call(NamedTuple):
+    """The arguments of one attention call, tokens in model order.
+
+    q                (B, H, N, D); a ragged batch is (1, H, T, D) with cu_seqlens and max_seqlens
+    k, v             (B, G, M, D) and (B, G, M, Dv), H a multiple of G
+    rel_h, rel_w     factored relative position
+    cu_seqlens_*     (images + 1,) int32; None is a uniform batch
+    head_mask_type, streaming_info, base_blockmask   the kernel's tensors, if masks come as these
+    carried          the masks of a saved program, if it is one (`carried_masks`)
+    seed             (1,) int64 for dropout: an input, so that compilers keep two calls apart
+    handle           otherwise, the `Handle` of the object whose `masks_for(grid, keys)` is asked
+    max_seqlen_*     tokens of the longest image of a ragged batch, 0 if uniform
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rel_h: Tensor | None = None
+    rel_w: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    head_mask_type: Tensor | None = None
+    streaming_info: Tensor | None = None
+    base_blockmask: Tensor | None = None
+    carried: Tensor | None = None
+    seed: Tensor | None = None
+    handle: int = 0
+    grid_h: int = 0
+    grid_w: int = 0
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+    scale: float = 1.0
+    is_causal: bool = False
+    exact_streaming: bool = False
+    dropout_p: float = 0.0
+    return_lse: bool = False
+    backend: str = "auto"
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        return self[: self._fields.index("handle")]
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        return self[self._fields.index("handle") :]
+
+    def problem(
+        self, masks: HeadMasks, *, deterministic: bool = False, return_probs: bool = False
+    ) -> Problem:
+        """Return the call as backends see it."""
+        ragged = self.cu_seqlens_q is not None
+        return Problem(
+            self.q,
+            self.k,
+            self.v,
+            masks,
+            self.scale,
+            cu_seqlens_q=self.cu_seqlens_q,
+            cu_seqlens_k=self.cu_seqlens_k,
+            max_seqlens=(self.max_seqlen_q, self.max_seqlen_k) if ragged else None,
+            is_causal=self.is_causal,
+            exact_streaming=self.exact_streaming,
+            dropout_p=self.dropout_p,
+            seed=self.seed,
+            deterministic=deterministic,
+            rel_pos=None
+            if self.rel_h is None or self.rel_w is None
+            else RelPos(self.rel_h, self.rel_w),
+            return_lse=self.return_lse,
+            return_probs=return_probs,
+        )
+
+
+SCHEMA_TYPES = {type(None): "Tensor?", int: "SymInt", float: "float", bool: "bool", str: "str"}
+
+
+def schema() -> str:
+    """Return the arguments of `Call` in the language of torch's operator schemas."""
+    kinds = {name: SCHEMA_TYPES[type(value)] for name, value in Call._field_defaults.items()}
+    return ", ".join(f"{kinds.get(name, 'Tensor')} {name}" for name in Call._fields)

@@ -16,7 +16,7 @@ def why_not(problem: Problem) -> str | None:
 def run(problem: Problem) -> Result:
     out, lse = problem.empty_out(), problem.empty_lse()
     size = problem.masks.block_size
-    rounded = (-(-problem.longest_q // size) * size, -(-problem.longest_k // size) * size)
+    rounded = (-(-problem.max_seqlen_q // size) * size, -(-problem.max_seqlen_k // size) * size)
     probs = (
         out.new_zeros(problem.num_images, problem.num_heads, *rounded)
         if problem.return_probs

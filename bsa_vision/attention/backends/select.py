@@ -1,13 +1,12 @@
-"""The ways to run a `Problem`, in the order `auto` prefers them, and the one place that chooses.
+"""Choose the backend that runs a call.
 
-A backend is a module with `why_not(problem) -> str | None`, the single source for choosing, for errors and for reports,
-and `run(problem) -> Result`. Backends never import each other.
+`why_not` of each backend is the only source for the choice, for errors and for reports. Backends
+never import each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from types import ModuleType
 
 from bsa_vision.attention.backends import (
     cpu_kernel,
@@ -20,10 +19,10 @@ from bsa_vision.attention.backends import (
     sdpa,
     self_test,
 )
-from bsa_vision.attention.backends.problem import Problem
+from bsa_vision.attention.backends.problem import Backend, Problem
 from bsa_vision.errors import BackendUnavailable
 
-BACKENDS: dict[str, ModuleType] = {
+BACKENDS: dict[str, Backend] = {
     "kernel": kernel,
     "cudnn": cudnn,
     "flex": flex,
@@ -31,13 +30,14 @@ BACKENDS: dict[str, ModuleType] = {
     "sdpa": sdpa,
     "reference": reference,
 }
-ON_TRIAL = ("kernel", "cudnn", "flex")  # taken on GPUs once they have proved themselves there
+ON_ANY_DEVICE = ("gather", "sdpa", "reference")
+GPU_ONLY = ("kernel", "cudnn", "flex")  # chosen after their self-test on this machine
 
 
 def why_not(name: str, problem: Problem) -> str | None:
     """Why this backend does not run `problem`: what it says itself, or what was found when it was tried."""
     reason = BACKENDS[name].why_not(problem)
-    if reason is not None or name not in ON_TRIAL or problem.q.device.type != "cuda":
+    if reason is not None or name not in GPU_ONLY or problem.q.device.type != "cuda":
         return reason
     return self_test.objection(BACKENDS[name], reference, self_test.Kind.of(problem))
 
@@ -75,7 +75,7 @@ def _what_matters(problem: Problem) -> tuple[Hashable, ...]:
         if problem.rel_pos is None
         else (problem.rel_pos[0].shape[-1], problem.rel_pos[1].shape[-1])
     )
-    lengths = (problem.longest_q, problem.longest_k)
+    lengths = (problem.max_seqlen_q, problem.max_seqlen_k)
     return (
         *tensors,
         *flags,
@@ -89,19 +89,17 @@ def _what_matters(problem: Problem) -> tuple[Hashable, ...]:
 
 def _choose(problem: Problem, backend: str) -> str:
     if backend == "auto":
-        # With nothing to skip, torch's own attention is mostly the fastest way to the same result.
-        dense = (
-            problem.masks.all_dense
-            and problem.rel_pos is None
-            and not cpu_kernel.outruns_dense(problem)
-        )
-        order = ("sdpa", *BACKENDS) if dense else tuple(BACKENDS)
-        can = (name for name in order if why_not(name, problem) is None)
-        return (
-            next(can)
-            if dense or problem.q.device.type != "cuda"
-            else measured_costs.cheapest(tuple(can), problem)
-        )
+        on_gpu = problem.q.device.type == "cuda"
+        # Without blocks to skip, torch's own attention is mostly the fastest.
+        dense = problem.masks.all_dense and problem.rel_pos is None
+        dense = dense and not cpu_kernel.outruns_dense(problem)
+        can = []
+        for name in ("sdpa",) * dense + (tuple(BACKENDS) if on_gpu else ON_ANY_DEVICE):
+            if why_not(name, problem) is None:
+                can.append(name)
+                if dense or not on_gpu:
+                    return name
+        return measured_costs.cheapest(tuple(can), problem)
     reason = why_not(backend, problem)
     if reason is not None:
         able = [name for name in BACKENDS if why_not(name, problem) is None]

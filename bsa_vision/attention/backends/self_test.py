@@ -11,13 +11,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from threading import Thread
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bsa_vision.attention.backends.problem import Problem
+from bsa_vision.attention.backends.problem import Backend, Problem
 from bsa_vision.attention.head_masks import HeadMasks
 from bsa_vision.attention.rel_pos import RelPos
 from bsa_vision.masks import TokenLayout, random_blocks, stack_heads
@@ -47,7 +46,7 @@ class Kind:
 
 
 @lru_cache(maxsize=256)
-def objection(backend: ModuleType, reference: ModuleType, kind: Kind) -> str | None:
+def objection(backend: Backend, reference: Backend, kind: Kind) -> str | None:
     """What is wrong with this backend here; None = its results are right."""
     # In a thread of its own: whatever the caller is in (autocast, inference mode, an operator, another default device), this is not.
     # Not an executor: that takes no work once the main thread has ended.
@@ -61,7 +60,7 @@ def objection(backend: ModuleType, reference: ModuleType, kind: Kind) -> str | N
     return found[0]
 
 
-def _try(backend: ModuleType, reference: ModuleType, kind: Kind) -> str | None:
+def _try(backend: Backend, reference: Backend, kind: Kind) -> str | None:
     problem = _problem(kind)
     try:
         with torch.cuda.device(kind.device) if kind.device.type == "cuda" else nullcontext():

@@ -141,7 +141,7 @@ def test_relative_position_with_widths_of_its_own():
         record = lambda *x, **options: (
             widths.append((x[0].shape[-1], x[2].shape[-1])),
             forward(*x, **options),
-        )[1]  # noqa: E731
+        )[1]
         patch.setattr(module, "block_sparse_attention_forward", record)
         found = cudnn.run(own).out.float()
     assert widths == [(96, 64)]

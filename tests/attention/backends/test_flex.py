@@ -233,8 +233,7 @@ class TestLists:
         ends = dict(
             cu_seqlens_q=varlen.cu_q,
             cu_seqlens_k=varlen.cu_k,
-            max_q=varlen.longest[0],
-            max_k=varlen.longest[1],
+            max_seqlens=(varlen.longest[0], varlen.longest[1]),
         )
         problem = Problem(q, k, v, masks, 1.0, is_causal=varlen.causal, **ends)
         where = flex._where(problem)

@@ -47,8 +47,7 @@ def problem_of(varlen: Varlen, dtype: torch.dtype) -> Problem:
         varlen.scale or q.shape[-1] ** -0.5,
         cu_seqlens_q=varlen.cu_q,
         cu_seqlens_k=varlen.cu_k,
-        max_q=varlen.longest[0],
-        max_k=varlen.longest[1],
+        max_seqlens=(varlen.longest[0], varlen.longest[1]),
         is_causal=varlen.causal,
         exact_streaming=varlen.exact,
         return_lse=True,
@@ -111,8 +110,7 @@ def test_images_shorter_than_the_longest():
         0.25,
         cu_seqlens_q=ends,
         cu_seqlens_k=ends,
-        max_q=512,
-        max_k=512,
+        max_seqlens=(512, 512),
         return_lse=True,
     )
     converted = kernel._convert(problem, gradient=True)
