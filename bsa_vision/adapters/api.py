@@ -1,11 +1,6 @@
 """Sparse heads inside the models people load: find the attention layers, swap them for a plan, put them back.
 
-One file per family. An adapter is a module with `find(model) -> list[Found]`, which imports no model library, and `serves`,
-`original_of`, `swap`, `check_swapped`, `unswap` for one attention module, `prepare`, which makes a process ready to run swapped ones, and
-`EXACT`: whether layers without a sparse head run here too, because that is faster than the original.
-
-An interruption (Ctrl-C) may come at any line. So `swap` first says on the module what is needed to put it back, and `unswap` takes
-that away last; both `unswap` and removing the hook can be called again.
+One file per family in `families`; `swap` says how a module is swapped and put back.
 """
 
 from __future__ import annotations
@@ -14,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
-from types import ModuleType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -29,6 +23,7 @@ from bsa_vision.adapters.families import (
     torchvision_vit,
     transformers_vit,
 )
+from bsa_vision.adapters.swap.adapter import Adapter
 from bsa_vision.adapters.swap.sparse_layer import (
     Found,
     Layer,
@@ -55,13 +50,13 @@ from bsa_vision.plans.model_spec import ModelSpec
 from bsa_vision.plans.plan import PatternLike, SparsityPlan, as_plan
 from bsa_vision.plans.prompts import Prompts
 
-ADAPTERS: tuple[ModuleType, ...] = (
-    transformers_vit,
-    timm_vit,
-    torchvision_vit,
-    sam_encoder,
-    sam2_encoder,
-    sam2_memory_attention,
+ADAPTERS: tuple[Adapter, ...] = (
+    transformers_vit.ADAPTER,
+    timm_vit.ADAPTER,
+    torchvision_vit.ADAPTER,
+    sam_encoder.ADAPTER,
+    sam2_encoder.ADAPTER,
+    sam2_memory_attention.ADAPTER,
 )
 SUPPORTED = (
     "timm's ViTs, NaFlexVit among them (Attention, AttentionRope, EvaAttention); torchvision's ViT; transformers ViT, DINOv2 (with and without registers), DINOv3, CLIP, SigLIP, SigLIP 2 "
@@ -132,7 +127,7 @@ def sparsify_(
         )
     tower = Tower(found.spec, plan, backend, on_unsupported, found.grid_of)
     chosen = [
-        (module, Layer(tower, spec, adapter, adapter.original_of(module), adapter.EXACT))
+        (module, Layer(tower, spec, adapter, adapter.method(module).original_of(module)))
         for module, spec in zip(found.modules, found.spec.layers, strict=True)
     ]
     for module, layer in chosen:
@@ -192,7 +187,7 @@ def restore_(model: Model) -> Model:
     for tower in towers:
         tower.check_whole(model, (layer for layer in swapped.values() if layer.tower is tower))
     for module, layer in swapped.items():
-        layer.adapter.check_swapped(module)
+        layer.adapter.method(module).check_swapped(module)
     _put_back(model, list(swapped), towers)
     return model
 
@@ -202,7 +197,7 @@ def _put_back(model: nn.Module, swapped: Sequence[nn.Module], towers: Sequence[T
     for module in swapped:
         layer = layer_of(module)
         assert layer is not None
-        layer.adapter.unswap(module)
+        layer.adapter.method(module).unswap(module)
     for tower in towers:
         tower.unwatch(model.modules())
 
@@ -331,7 +326,7 @@ def _as_it_is(model: nn.Module) -> list[tuple[nn.Module, Layer]]:
     adapter, found = _find(model)
     tower = Tower(found.spec, dense_plan(found.spec), "auto", "fallback", found.grid_of)
     return [
-        (module, Layer(tower, spec, adapter, adapter.original_of(module)))
+        (module, Layer(tower, spec, adapter, adapter.method(module).original_of(module)))
         for module, spec in zip(found.modules, found.spec.layers, strict=True)
     ]
 
@@ -366,7 +361,7 @@ def _sized(spec: ModelSpec, image_size: int | tuple[int, int] | None) -> ModelSp
     return replace(spec, grid=(pixels[0] // spec.patch_size[0], pixels[1] // spec.patch_size[1]))
 
 
-def _find(model: nn.Module) -> tuple[ModuleType, Found]:
+def _find(model: nn.Module) -> tuple[Adapter, Found]:
     check_model(model)
     found = [(adapter, encoder) for adapter in ADAPTERS for encoder in adapter.find(model)]
     if not found and any(isinstance(module, GraphModule) for module in model.modules()):

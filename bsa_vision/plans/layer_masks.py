@@ -99,7 +99,7 @@ class LayerMasks(Handled):
         self, grid: tuple[int, int], num_keys: int | None, prompts: Iterable[Prompts] = ()
     ) -> HeadMasks:
         layout = self.plan.layout(self.spec, grid)
-        boxes = [one.on_patches(layout.grid, self.spec.patch_size) for one in prompts]
+        boxes = [one.on_patches(layout.grid, self.spec.patch_size) for one in prompts] or [()]
         keys = self.plan.key_layout(self.layer, layout, num_keys)
         return self.plan.compile(self.layer.key, layout, boxes, keys)
 

@@ -10,7 +10,7 @@ import bsa_vision as bsa
 from bsa_vision import HeadMasks, sparse_attention
 from bsa_vision.attention.backends.problem import Problem
 from bsa_vision.attention.backends.select import choose, reasons
-from bsa_vision.measure.latency import describe_machine
+from bsa_vision.measure.latency import describe
 
 FOR_NVIDIA = ("kernel", "cudnn", "flex")
 
@@ -71,8 +71,7 @@ class TestOtherDevices:
 
     def test_what_attention_costs_there_is_not_what_it_costs_here(self):
         known = [
-            describe_machine(64, torch.float32, torch.device(device))
-            for device in ("cpu", "mps", "xpu")
+            describe(64, torch.float32, torch.device(device)) for device in ("cpu", "mps", "xpu")
         ]
         assert len(set(known)) == 3
 

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 import bsa_vision as bsa
 from bsa_vision import masks
 from bsa_vision.attention.backends.select import BACKENDS
-from bsa_vision.attention.functional import _run, attend_masks
+from bsa_vision.attention.functional import attend_masks
 from bsa_vision.attention.rel_pos import decompose
 from bsa_vision.masks import TokenLayout, local_window, random_blocks, stack_heads
 from tests.helpers import oracle
+from tests.helpers.calls import attend
 from tests.helpers.problems import Varlen, varlens
 
 CPU_BACKENDS = ["reference", "sdpa", "gather"]
@@ -60,7 +61,7 @@ def close(a, b, tolerance=1e-10):
 def run_varlen(problem: Varlen, backend: str, **options):
     """The drop-in functions choose by themselves; tests name the backend."""
     raw = (problem.head_mask_type, problem.streaming_info, problem.base_blockmask)
-    result = _run(
+    result = attend(
         raw,
         *(x.transpose(0, 1)[None] for x in (problem.q, problem.k, problem.v)),
         scale=problem.scale,
@@ -903,7 +904,7 @@ def test_rel_pos_without_a_layout_is_refused_below_the_checks_as_well():
     """`attend_masks` checks nothing; the compiled loop would read the places of keys through a null pointer."""
     q = torch.randn(1, 2, 16, 8)
     term = torch.randn(1, 2, 16, 4)
-    with pytest.raises(ValueError, match="rel_pos with masks that have no layout"):
+    with pytest.raises(ValueError, match="rel_pos needs the patch of each key"):
         attend_masks(
             bsa.HeadMasks(None, [0, 0]), q, q, q, rel_pos=bsa.RelPos(term, term), backend="gather"
         )

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import bsa_vision as bsa
 from bsa_vision.attention.backends import cpu_kernel
-from bsa_vision.attention.functional import _run
 from bsa_vision.masks import TokenLayout
+from tests.helpers.calls import attend
 
 WAYS = ["reference", "sdpa", "gather", "gather in torch"]
 STRANGE = [torch.nan, torch.inf, -torch.inf]
@@ -29,7 +29,7 @@ def run(way, masks, q, k, v, rel_pos=None, **options):
     with pytest.MonkeyPatch.context() as patch:
         if way == "gather in torch":
             patch.setattr(cpu_kernel, "why_not", lambda problem=None: "switched off")
-        return _run(
+        return attend(
             masks,
             q,
             k,

@@ -934,12 +934,10 @@ def test_scripts(script, from_root, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_draw_with_the_checkout_they_lie_in(script, tmp_path):
     """Not with an installed `masks`, nor with a folder of that name where they are run."""
-    shutil.copytree(
-        ROOT / "masks",
-        tmp_path / "checkout" / "masks",
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )
-    drawing = tmp_path / "checkout" / "masks" / "drawing.py"
+    for package in ("masks", "bsa_vision"):
+        copied = tmp_path / "checkout" / package
+        shutil.copytree(ROOT / package, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    drawing = tmp_path / "checkout" / "bsa_vision" / "masks" / "drawing.py"
     drawing.write_text(
         drawing.read_text(encoding="utf-8").replace('" ░▒▓█"', '" .:+#"'), encoding="utf-8"
     )

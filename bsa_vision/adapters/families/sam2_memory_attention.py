@@ -14,14 +14,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from bsa_vision.adapters.linear_weights import linear_weights
-from bsa_vision.adapters.swap import swap as swap_by
+from bsa_vision.adapters.swap.adapter import Adapter, is_of_transformers
+from bsa_vision.adapters.swap.class_swap import kind_of
 from bsa_vision.adapters.swap.sdpa_intercept import Intercepted
-from bsa_vision.adapters.swap.sparse_layer import Found, Layer
-from bsa_vision.adapters.swap.swap import check_swapped, kind_of, original_of, prepare, unswap
+from bsa_vision.adapters.swap.sparse_layer import Found
 from bsa_vision.adapters.swap.wrappers import Modules, unwrap
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 
-EXACT = False  # a layer without sparse heads runs its original attention
 FAMILY = "sam2_memory"
 FRAMES, POINTERS, TOKENS_PER_POINTER = 7, 16, 4  # of SAM 2, where a model does not say
 PIXELS = 16  # per side of a token, where the image size is not known
@@ -169,8 +168,8 @@ def grid_of(
     return grid if grid[0] * grid[1] == tokens and pointers < tokens else None
 
 
-def swap(module: Any, layer: Layer) -> None:
-    swap_by.swap(module, layer, SparseAttention)
+def mixin_of(module: nn.Module) -> type[Intercepted] | None:
+    return None if is_of_transformers(module) else SparseAttention
 
 
-__all__ = ["EXACT", "check_swapped", "find", "original_of", "prepare", "serves", "swap", "unswap"]
+ADAPTER = Adapter(find, serves, mixin_of)

@@ -15,21 +15,14 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from bsa_vision.adapters.families.transformers_vit import (
+from bsa_vision.adapters.linear_weights import block_weights, convolution, outside_weights
+from bsa_vision.adapters.swap.adapter import Adapter
+from bsa_vision.adapters.swap.class_swap import Swapped, kind_of
+from bsa_vision.adapters.swap.config_swap import (
     WEIGHTS_ASKED_FOR,
     WEIGHTS_WATCHED,
     attentions_are_collected,
     is_watched,
-)
-from bsa_vision.adapters.linear_weights import block_weights, convolution, outside_weights
-from bsa_vision.adapters.swap import class_swap
-from bsa_vision.adapters.swap.class_swap import (
-    Swapped,
-    check_swapped,
-    kind_of,
-    original_of,
-    prepare,
-    unswap,
 )
 from bsa_vision.adapters.swap.sdpa_intercept import dropout_watched
 from bsa_vision.adapters.swap.sparse_layer import Found, Layer, check_indices, layer_of
@@ -37,8 +30,6 @@ from bsa_vision.adapters.swap.wrappers import Modules, unwrap
 from bsa_vision.attention.carried_masks import plain_sizes
 from bsa_vision.attention.rel_pos import RelPos, decompose, resize_table
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
-
-EXACT = True  # dense layers run here too: the same result, faster, because the originals build an N x N bias
 
 
 class SparseAttention(Swapped):
@@ -101,8 +92,8 @@ class SparseOwnAttention(Swapped):
         return layer.attend(q, k, v, None, 0.0, grid=grid, rel_pos=rel_pos)
 
 
-# Module and class of the attention -> seam.
-SEAMS: dict[tuple[str, str], type[Swapped]] = {
+# Module and class of the attention -> mixin.
+MIXINS: dict[tuple[str, str], type[Swapped]] = {
     ("bsa_vision.models.blocks", "Attention"): SparseOwnAttention,
     ("segment_anything.modeling.image_encoder", "Attention"): SparseAttention,
     ("timm.models.vision_transformer_sam", "Attention"): SparseAttention,
@@ -120,11 +111,11 @@ SEAMS: dict[tuple[str, str], type[Swapped]] = {
 DEEPSEEK_MODULE = re.compile(r"(^|\.)(deepencoder|sam_vary_sdpa)$")
 
 
-def _seam(module: nn.Module) -> type[Swapped] | None:
+def mixin_of(module: nn.Module) -> type[Swapped] | None:
     library, name = kind_of(module)
     if DEEPSEEK_MODULE.search(library) and name == "Attention":
         return SparseAttention if _is_deepseek_sam(module) else None
-    return SEAMS.get((library, name))
+    return MIXINS.get((library, name))
 
 
 def _is_deepseek_sam(module: nn.Module) -> bool:
@@ -137,7 +128,7 @@ def _is_deepseek_sam(module: nn.Module) -> bool:
 
 def serves(module: nn.Module) -> bool:
     """Whether this adapter knows the class of an attention module."""
-    return _seam(module) is not None
+    return mixin_of(module) is not None
 
 
 def find(model: nn.Module) -> list[Found]:
@@ -234,10 +225,4 @@ def _rotate(rope: Any, tokens: Tensor) -> Tensor:
     return apply_rot_embed_cat(tokens, rope.get_embed())
 
 
-def swap(module: Any, layer: Layer) -> None:
-    seam = _seam(module)
-    assert seam is not None
-    class_swap.swap(module, layer, seam)
-
-
-__all__ = ["EXACT", "check_swapped", "find", "original_of", "prepare", "serves", "swap", "unswap"]
+ADAPTER = Adapter(find, serves, mixin_of, exact=True)  # the originals build an N x N bias

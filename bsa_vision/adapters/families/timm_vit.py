@@ -13,14 +13,12 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from bsa_vision.adapters.linear_weights import block_weights, outside_weights
-from bsa_vision.adapters.swap import class_swap
-from bsa_vision.adapters.swap.class_swap import check_swapped, kind_of, original_of, prepare, unswap
+from bsa_vision.adapters.swap.adapter import Adapter
+from bsa_vision.adapters.swap.class_swap import kind_of
 from bsa_vision.adapters.swap.sdpa_intercept import Intercepted
 from bsa_vision.adapters.swap.sparse_layer import Found, Layer, check_indices
 from bsa_vision.adapters.swap.wrappers import Modules, unwrap
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
-
-EXACT = False  # a layer without sparse heads runs its original attention
 
 NAFLEX_GRID = (16, 16)  # of a NaFlexVit without position embeddings, which has no grid of its own
 FAMILIES = (
@@ -152,8 +150,8 @@ def grid_of(embed: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     return size[0] // down, size[1] // across
 
 
-def swap(module: Any, layer: Layer) -> None:
-    class_swap.swap(module, layer, ATTENTION[kind_of(module)])
+def mixin_of(module: nn.Module) -> type[Intercepted]:
+    return ATTENTION[kind_of(module)]
 
 
-__all__ = ["EXACT", "check_swapped", "find", "original_of", "prepare", "serves", "swap", "unswap"]
+ADAPTER = Adapter(find, serves, mixin_of)

@@ -14,21 +14,12 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from bsa_vision.adapters.linear_weights import linear_weights, outside_weights
-from bsa_vision.adapters.swap import class_swap
-from bsa_vision.adapters.swap.class_swap import (
-    Swapped,
-    check_swapped,
-    kind_of,
-    original_of,
-    prepare,
-    unswap,
-)
+from bsa_vision.adapters.swap.adapter import Adapter
+from bsa_vision.adapters.swap.class_swap import Swapped, kind_of
 from bsa_vision.adapters.swap.sparse_layer import Found, Layer, layer_of
 from bsa_vision.adapters.swap.wrappers import Modules, unwrap, wrapped
 from bsa_vision.errors import PlanError
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
-
-EXACT = False  # a layer without sparse heads runs its original attention
 
 ENCODER = ("torchvision.models.vision_transformer", "VisionTransformer")
 
@@ -146,8 +137,8 @@ def _unwrapped(path: str, module: Any) -> tuple[str, Any]:
     return path, module
 
 
-def swap(module: Any, layer: Layer) -> None:
-    class_swap.swap(module, layer, SparseMultiheadAttention)
+def mixin_of(module: nn.Module) -> type[Swapped]:
+    return SparseMultiheadAttention
 
 
-__all__ = ["EXACT", "check_swapped", "find", "original_of", "prepare", "serves", "swap", "unswap"]
+ADAPTER = Adapter(find, serves, mixin_of)

@@ -68,11 +68,13 @@ def kind_of(module: nn.Module) -> tuple[str, str]:
 
 
 def original_of(module: Any) -> Any:
-    """What `unswap` puts back: the module's own class."""
+    """Return what `unswap` puts back: the module's own class."""
     return type(module)
 
 
-def swap(module: Any, layer: Layer, mixin: type[Swapped]) -> None:
+def swap(module: Any, layer: Layer, mixin: type[Swapped] | None) -> None:
+    """Make `module` an instance of its own class with `mixin`."""
+    assert mixin is not None
     layer.swapped = mixin
     if _own_method(module, layer) is not None:
         raise ValueError(
@@ -120,7 +122,7 @@ def _own_method(module: Any, layer: Layer) -> Any:
 
 
 def unswap(module: Any) -> None:
-    """Undo `swap`, also one that was interrupted; to be called again where it was interrupted itself."""
+    """Undo `swap`, also an interrupted one; call it again if it was interrupted itself."""
     layer = layer_of(module)
     assert layer is not None
     module.__class__ = layer.original
@@ -129,4 +131,4 @@ def unswap(module: Any) -> None:
 
 
 def prepare() -> None:
-    """Nothing: the subclass is all there is."""
+    """Do nothing: the subclass is all there is."""

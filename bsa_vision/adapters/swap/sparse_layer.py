@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import threading
 import warnings
 import weakref
@@ -10,8 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet, ref
 
 import torch
@@ -31,6 +29,9 @@ from bsa_vision.errors import BackendUnavailable, PlanError
 from bsa_vision.plans.layer_masks import Context, LayerMasks
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 from bsa_vision.plans.plan import SparsityPlan
+
+if TYPE_CHECKING:
+    from bsa_vision.adapters.swap.adapter import Adapter
 
 # On an attention module: a plain attribute, so neither a parameter, a buffer nor a state_dict key.
 ATTRIBUTE = "_bsa_layer"
@@ -287,17 +288,15 @@ class Tower:
 class Layer:
     """One swapped attention module: its masks, and the calls that went to the original instead, by reason."""
 
-    def __init__(
-        self, tower: Tower, spec: LayerSpec, adapter: ModuleType, original: Any, exact: bool = False
-    ) -> None:
+    def __init__(self, tower: Tower, spec: LayerSpec, adapter: Adapter, original: Any) -> None:
         self.tower, self.spec = tower, spec
-        self._adapter = adapter.__name__  # pickles name it
+        self.adapter = adapter
         self.masks = LayerMasks(tower.plan, tower.spec, spec, tower.context)
         self.original = original  # what the adapter needs to put back
         self.swapped: Any = None  # what it needs to know of what it put there instead
         # A layer without a sparse head has nothing to skip: unless a backend was named, or we are faster (`exact`), the original
         # runs as it is.
-        self.untouched = self.masks.all_dense and tower.backend == "auto" and not exact
+        self.untouched = self.masks.all_dense and tower.backend == "auto" and not adapter.exact
         self.fallbacks: Counter[str] = Counter()
         self.covered: dict[
             str, Any
@@ -308,10 +307,6 @@ class Layer:
         self.__dict__.update(state)
         self.tower.layers.add(self)
         self.adapter.prepare()  # unpickled, maybe in a process that never called sparsify_
-
-    @property
-    def adapter(self) -> ModuleType:
-        return importlib.import_module(self._adapter)
 
     def attach(self, module: nn.Module) -> None:
         """Say of `module` that it is swapped, or about to be."""

@@ -15,11 +15,11 @@ import bsa_vision as bsa
 from bsa_vision.attention.backends import cpu_kernel, gather
 from bsa_vision.attention.backends.cpu_kernel import VARIANTS
 from bsa_vision.attention.backends.problem import Problem
-from bsa_vision.attention.functional import _run
 from bsa_vision.attention.head_masks import HeadMasks
-from bsa_vision.attention.operator import _gradients
-from bsa_vision.attention.operator import attend as attend_problem
+from bsa_vision.attention.token_order import attend as attend_problem
+from bsa_vision.attention.token_order import gradients
 from bsa_vision.masks import TokenLayout, local_window, random_blocks, stack_heads
+from tests.helpers import calls
 
 HERE = (
     list(VARIANTS)[list(VARIANTS).index(torch.backends.cpu.get_cpu_capability()) :]
@@ -103,7 +103,7 @@ def attend(problem, backend, dtype=torch.float32, **options):
     masks, q, k, v, rel_pos, scale = problem
     q, k, v = (x.to(dtype) for x in (q, k, v))
     rel_pos = None if rel_pos is None else bsa.RelPos(*(term.to(dtype) for term in rel_pos))
-    return _run(masks, q, k, v, rel_pos=rel_pos, scale=scale, backend=backend, **options)
+    return calls.attend(masks, q, k, v, rel_pos=rel_pos, scale=scale, backend=backend, **options)
 
 
 ROUNDING = 2.0**-21  # a few times float32's own
@@ -286,8 +286,8 @@ class TestGradients:
         grad = torch.randn(out.shape)
         (right,) = torch.autograd.grad(out, q, grad)
         problem = Problem(q, k, v, masks, 0.25)
-        torch.testing.assert_close(_gradients(problem, out, grad)[0], right)
-        wrong = _gradients(problem, torch.zeros_like(out), grad)[0]
+        torch.testing.assert_close(gradients(problem, out, grad)[0], right)
+        wrong = gradients(problem, torch.zeros_like(out), grad)[0]
         assert (right - wrong).abs().max() > 0.1
 
     def test_gradients_of_what_nobody_keeps_are_zero(self, way):

@@ -18,10 +18,10 @@ from bsa_vision import HeadMasks, RelPos
 from bsa_vision.attention.backends import flex, gather, measured_costs, self_test
 from bsa_vision.attention.backends.problem import Problem
 from bsa_vision.attention.backends.select import choose
-from bsa_vision.attention.functional import _run
 from bsa_vision.masks import TokenLayout, local_window, random_blocks, stack_heads
 from tests.attention.backends.test_cpu_kernel import problems
 from tests.attention.test_functional import close, qkv, run_varlen
+from tests.helpers.calls import attend
 from tests.helpers.problems import varlens
 
 
@@ -37,7 +37,7 @@ def on_a_cpu(monkeypatch):
 
 def run(problem, backend, **options):
     masks, q, k, v, rel_pos, scale = problem
-    return _run(masks, q, k, v, rel_pos=rel_pos, scale=scale, backend=backend, **options)
+    return attend(masks, q, k, v, rel_pos=rel_pos, scale=scale, backend=backend, **options)
 
 
 class TestEqualsReference:
@@ -63,7 +63,7 @@ class TestEqualsReference:
         for backend in ("flex", "reference"):
             leaves = [x.detach().clone().requires_grad_() for x in (*tensors, *(rel_pos or ()))]
             own = RelPos(*leaves[3:]) if rel_pos else None
-            out = _run(masks, *leaves[:3], rel_pos=own, scale=scale, backend=backend).out
+            out = attend(masks, *leaves[:3], rel_pos=own, scale=scale, backend=backend).out
             grad = torch.randn(
                 out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype
             )
@@ -95,13 +95,13 @@ class TestEqualsReference:
         monkeypatch.setattr(
             flex, "_score_mod", lambda problem: modified.append(score_mod(problem)) or modified[-1]
         )
-        _run(masks, q, k, v, rel_pos=rel_pos, backend="flex")
+        attend(masks, q, k, v, rel_pos=rel_pos, backend="flex")
         assert modified == [None]
         with torch.no_grad():
-            _run(masks, q, k, v, rel_pos=rel_pos, backend="flex")
+            attend(masks, q, k, v, rel_pos=rel_pos, backend="flex")
         assert modified[1] is not None
         wide = RelPos(*(torch.randn(2, 2, 126, n, generator=generator) for n in (9, 200)))
-        _run(masks, *(x.float() for x in (q, k, v)), rel_pos=wide, backend="flex")
+        attend(masks, *(x.float() for x in (q, k, v)), rel_pos=wide, backend="flex")
         assert modified[2] is not None
 
     @pytest.mark.parametrize("with_rel_pos", [False, True])
@@ -122,7 +122,7 @@ class TestEqualsReference:
         for backend in ("flex", "reference"):
             leaves = [x.clone().requires_grad_(gradients) for x in (q, k, v, *terms)]
             rel_pos = RelPos(*leaves[3:]) if terms else None
-            out, lse, _ = _run(
+            out, lse, _ = attend(
                 masks, *leaves[:3], rel_pos=rel_pos, backend=backend, return_lse=True
             )
             results.append(
@@ -150,7 +150,7 @@ class TestEqualsReference:
         layout = TokenLayout((16, 24))
         q, k, v = (x.detach() for x in qkv(1, 2, 384, 8))
         outs = [
-            _run(HeadMasks(mask.expand(1, 2, 3, 3), layout=layout), q, k, v, backend="flex").out
+            attend(HeadMasks(mask.expand(1, 2, 3, 3), layout=layout), q, k, v, backend="flex").out
             for mask in (local_window(layout, radius=1), torch.eye(3, dtype=torch.bool))
         ]
         assert not torch.allclose(*outs, atol=1e-3)
@@ -281,10 +281,10 @@ class TestLists:
             rel_pos = RelPos(
                 *(torch.randn(1, 2, 240, side, generator=generator) for side in (12, 20))
             )
-            _run(masks, q, k, v, rel_pos=rel_pos, backend="flex")
+            attend(masks, q, k, v, rel_pos=rel_pos, backend="flex")
             made.append(counters["stats"]["unique_graphs"])
         assert made[0] == made[-1] > 0
-        _run(
+        attend(
             masks, *(x[:, :, :, :8] for x in (q, k, v)), rel_pos=rel_pos, backend="flex"
         )  # the twin: another head dim does
         assert counters["stats"]["unique_graphs"] > made[-1]
@@ -313,12 +313,12 @@ def test_compiled_for_a_cpu(monkeypatch, with_rel_pos):
     )
     monkeypatch.setattr(flex, "_compiled", inductor)
     found, expected = (
-        _run(masks, q, k, v, rel_pos=rel_pos, backend=name).out for name in ("flex", "reference")
+        attend(masks, q, k, v, rel_pos=rel_pos, backend=name).out for name in ("flex", "reference")
     )
     close(found, expected, 1e-5)
     k[:, 0, :128], v[:, 1, 128:256] = torch.nan, torch.nan  # what is skipped is not read
     found, expected = (
-        _run(masks, q, k, v, rel_pos=rel_pos, backend=name).out for name in ("flex", "reference")
+        attend(masks, q, k, v, rel_pos=rel_pos, backend=name).out for name in ("flex", "reference")
     )
     seen = expected.isnan()
     assert 0 < seen.sum() < seen.numel()
@@ -328,10 +328,10 @@ def test_compiled_for_a_cpu(monkeypatch, with_rel_pos):
     close(found[~seen], expected[~seen], 1e-5)
     if not with_rel_pos:
         k, v = k.nan_to_num(), v.nan_to_num()
-        expected = _run(masks, q, k, v, backend="reference").out
+        expected = attend(masks, q, k, v, backend="reference").out
         where = flex._where(Problem(q, k, v, masks, 1.0))
         where.blocks.full_kv_num_blocks[0, 0, 0] -= 1
-        assert not torch.allclose(_run(masks, q, k, v, backend="flex").out, expected, atol=1e-2)
+        assert not torch.allclose(attend(masks, q, k, v, backend="flex").out, expected, atol=1e-2)
 
 
 def inductor(device):
