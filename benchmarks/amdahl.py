@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from bsa_vision import adapters
-from bsa_vision.adapters.swap.sparse_layer import Layer
+from bsa_vision.adapters.swap.sparse_layer import SparseLayer
 from bsa_vision.bench.models import ModelCase, build_model, make_pixels, make_plan
 from bsa_vision.cli import parse
 from bsa_vision.measure.timing import paired
@@ -75,21 +75,21 @@ class Clock:
 def attention_timed() -> Iterator[list[float]]:
     """Collect the seconds of each call of torch's attention and of a swapped layer's."""
     spent: list[float] = []
-    attend = Layer.attend
+    attend = SparseLayer.attend
 
-    def timed_attend(layer: Layer, *args: Any, **kwargs: Any) -> Any:
+    def timed_attend(layer: SparseLayer, *args: Any, **kwargs: Any) -> Any:
         before, start = len(spent), time.perf_counter()
         try:
             return attend(layer, *args, **kwargs)
         finally:  # what the layer called is counted once, as a whole
             spent[before:] = [time.perf_counter() - start]
 
-    Layer.attend = timed_attend  # type: ignore[method-assign, assignment]
+    SparseLayer.attend = timed_attend  # type: ignore[method-assign, assignment]
     try:
         with TimedAttention(spent):
             yield spent
     finally:
-        Layer.attend = attend  # type: ignore[method-assign]
+        SparseLayer.attend = attend  # type: ignore[method-assign]
 
 
 class TimedAttention(TorchFunctionMode):

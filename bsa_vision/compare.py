@@ -126,7 +126,7 @@ def compare(
             f"images of shapes {[tuple(image.shape) for image in images]}: expected at least one, each (1, 3, h, w), all of one size; resize "
             "them."
         )
-    towers = {id(layer.tower): layer.tower for layer in layers_of(model)}
+    towers = {id(layer.encoder): layer.encoder for layer in layers_of(model)}
     if len(towers) != 1 or any(tower.dense for tower in towers.values()):
         raise ValueError(
             f"{type(model).__name__} has no sparse heads to compare, or runs dense at the moment, or has those of several encoders: sparsify_ one "
@@ -174,7 +174,7 @@ def _compare(
         on_round=on_step,
     )
     layers = layers_of(model)
-    grid = layers[0].tower.grid
+    grid = layers[0].encoder.grid
     sparsity = {x.spec.name: x.masks.without_prompts(x.grid_of(grid)).sparsity for x in layers}
     return Comparison(
         grid=grid,

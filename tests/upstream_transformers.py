@@ -52,10 +52,10 @@ class Swapped:
     def pytest_sessionstart(self, session: Any) -> None:
         from transformers import PreTrainedModel
 
-        from bsa_vision.adapters.swap.sparse_layer import Layer
+        from bsa_vision.adapters.swap.sparse_layer import SparseLayer
 
         made, loaded = PreTrainedModel.post_init, PreTrainedModel.from_pretrained.__func__
-        attend, fall_back = Layer.attend, Layer.fall_back
+        attend, fall_back = SparseLayer.attend, SparseLayer.fall_back
 
         def post_init(model: Any) -> None:
             made(model)
@@ -80,7 +80,7 @@ class Swapped:
 
         PreTrainedModel.post_init = post_init
         PreTrainedModel.from_pretrained = classmethod(from_pretrained)
-        Layer.attend, Layer.fall_back = counted_attend, counted_fall_back
+        SparseLayer.attend, SparseLayer.fall_back = counted_attend, counted_fall_back
 
     def swap(self, model: Any) -> None:
         import bsa_vision as bsa

@@ -12,7 +12,7 @@ from bsa_vision.adapters.api import (
     uniform_plan,
 )
 from bsa_vision.adapters.describe import LayerReport, ModelReport
-from bsa_vision.adapters.swap.sparse_layer import Observation
+from bsa_vision.adapters.swap.encoder_state import Observation
 from bsa_vision.adapters.unsupported import LeftDense
 
 __all__ = [

@@ -24,16 +24,20 @@ from bsa_vision.adapters.families import (
     transformers_vit,
 )
 from bsa_vision.adapters.swap.adapter import Adapter
-from bsa_vision.adapters.swap.sparse_layer import (
-    Found,
-    Layer,
+from bsa_vision.adapters.swap.encoder_state import (
+    EncoderState,
+    FoundEncoder,
     Observation,
-    Tower,
     check_model,
+    watching,
+)
+from bsa_vision.adapters.swap.method import method_of
+from bsa_vision.adapters.swap.sparse_layer import (
+    SparseLayer,
+    check_whole,
     layer_of,
     layers_of,
     swapped_in,
-    watching,
 )
 from bsa_vision.adapters.swap.undo import always
 from bsa_vision.adapters.swap.values import like_of, output_weight
@@ -125,20 +129,25 @@ def sparsify_(
         raise ValueError(
             f"backend={backend!r}: allowed are 'auto', {', '.join(map(repr, BACKENDS))}; choose one of them."
         )
-    tower = Tower(found.spec, plan, backend, on_unsupported, found.grid_of)
+    encoder = EncoderState(found.spec, plan, backend, on_unsupported, found.grid_of)
     chosen = [
-        (module, Layer(tower, spec, adapter, adapter.method(module).original_of(module)))
+        (
+            module,
+            SparseLayer(encoder, spec, adapter, method_of(adapter, module).original_of(module)),
+        )
         for module, spec in zip(found.modules, found.spec.layers, strict=True)
     ]
     for module, layer in chosen:
         _rehearse(layer, like_of(module, model))
     try:
         adapter.prepare()
-        tower.watch(model, found.embeddings)
+        encoder.watch(model, found.embeddings)
         for module, layer in chosen:
-            adapter.swap(module, layer)
+            method_of(adapter, module).swap(module, layer, adapter.mixin_of(module))
     except BaseException:
-        _put_back(model, [module for module, layer in chosen if layer_of(module) is layer], [tower])
+        _put_back(
+            model, [module for module, layer in chosen if layer_of(module) is layer], [encoder]
+        )
         raise
     return model
 
@@ -154,21 +163,21 @@ def _check_unswapped(model: nn.Module) -> None:
         )
 
 
-def _rehearse(layer: Layer, like: Tensor) -> None:
+def _rehearse(layer: SparseLayer, like: Tensor) -> None:
     """Everything about a swap that can fail: lay the masks out for the model's own grid, and choose the backend."""
     if layer.untouched:
         return
     masks = layer.masks.without_prompts(layer.grid_of(_rehearsal_grid(layer)))
-    choose(probe_problem(layer, masks, like), layer.tower.backend)
+    choose(probe_problem(layer, masks, like), layer.encoder.backend)
 
 
-def _rehearsal_grid(layer: Layer) -> tuple[int, int]:
+def _rehearsal_grid(layer: SparseLayer) -> tuple[int, int]:
     """The grid a plan is tried on: that of its static masks where it has any, else the model's own."""
-    for name in layer.tower.plan.layers[layer.spec.key]:
-        layout = getattr(layer.tower.plan.patterns.get(name), "layout", None)
+    for name in layer.encoder.plan.layers[layer.spec.key]:
+        layout = getattr(layer.encoder.plan.patterns.get(name), "layout", None)
         if layout is not None:
             return layout.grid
-    return layer.tower.spec.grid
+    return layer.encoder.spec.grid
 
 
 def restore_(model: Model) -> Model:
@@ -179,27 +188,33 @@ def restore_(model: Model) -> Model:
     is then untouched.
     """
     swapped = swapped_in(model)
-    towers = list(dict.fromkeys((*(layer.tower for layer in swapped.values()), *watching(model))))
-    if not towers:
+    encoders = list(
+        dict.fromkeys((*(layer.encoder for layer in swapped.values()), *watching(model)))
+    )
+    if not encoders:
         raise ValueError(
             "this model has no sparse heads: nothing to restore; sparsify_(model, plan) gives it some."
         )
-    for tower in towers:
-        tower.check_whole(model, (layer for layer in swapped.values() if layer.tower is tower))
+    for encoder in encoders:
+        check_whole(
+            encoder, model, (layer for layer in swapped.values() if layer.encoder is encoder)
+        )
     for module, layer in swapped.items():
-        layer.adapter.method(module).check_swapped(module)
-    _put_back(model, list(swapped), towers)
+        method_of(layer.adapter, module).check_swapped(module)
+    _put_back(model, list(swapped), encoders)
     return model
 
 
-def _put_back(model: nn.Module, swapped: Sequence[nn.Module], towers: Sequence[Tower]) -> None:
+def _put_back(
+    model: nn.Module, swapped: Sequence[nn.Module], encoders: Sequence[EncoderState]
+) -> None:
     """Undo whatever of `sparsify_` was done; to be called again where it was interrupted."""
     for module in swapped:
         layer = layer_of(module)
         assert layer is not None
-        layer.adapter.method(module).unswap(module)
-    for tower in towers:
-        tower.unwatch(model.modules())
+        method_of(layer.adapter, module).unswap(module)
+    for encoder in encoders:
+        encoder.unwatch(model.modules())
 
 
 @contextmanager
@@ -217,21 +232,21 @@ def dense(model: Model) -> Iterator[Model]:
     Holds for every thread that uses the model; with gradient checkpointing, run backward inside as well. ValueError when it
     has no sparse heads.
     """
-    towers = {id(layer.tower): layer.tower for layer in layers_of(model)}
-    if not towers:
+    encoders = {id(layer.encoder): layer.encoder for layer in layers_of(model)}
+    if not encoders:
         raise ValueError(
             "this model has no sparse heads, so it is dense already; sparsify_(model, plan) gives it some."
         )
     mine = object()
 
     def leave() -> None:
-        for tower in towers.values():
-            if mine in tower.dense:
-                tower.dense.remove(mine)
+        for encoder in encoders.values():
+            if mine in encoder.dense:
+                encoder.dense.remove(mine)
 
     with always(leave):
-        for tower in towers.values():
-            tower.dense.append(mine)
+        for encoder in encoders.values():
+            encoder.dense.append(mine)
         yield model
 
 
@@ -253,7 +268,9 @@ def context(model: Model, *, prompts: Prompts | Sequence[Prompts]) -> Iterator[M
             "bsa.Prompts(points=[(x, y)], image_size=(height, width))."
         )
     contexts = {
-        id(layer.tower): layer.tower.context for layer in layers_of(model) if layer.masks.is_dynamic
+        id(layer.encoder): layer.encoder.context
+        for layer in layers_of(model)
+        if layer.masks.is_dynamic
     }
     if not contexts:
         raise ValueError(
@@ -278,7 +295,7 @@ def observe(model: Model, see: Callable[[Observation], None]) -> Iterator[Model]
             layer.weight = output_weight(
                 module, layer.spec.heads * layer.spec.head_dim, like_of(module, model)
             )
-            layer.tower.observer = see
+            layer.encoder.observer = see
         yield model
 
 
@@ -294,39 +311,42 @@ def describe(
     """
     pairs = list(swapped_in(model).items()) or _as_it_is(model)
     layers = [layer for _, layer in pairs]
-    tower = layers[0].tower
-    if any(layer.tower is not tower for layer in layers):
+    encoder = layers[0].encoder
+    if any(layer.encoder is not encoder for layer in layers):
         raise ValueError(
             f"{type(model).__name__} holds several encoders with sparse heads: one at a time is described; pass the one you mean."
         )
     grid = (
-        tower.grid
-        if image_size is None and tower.grid != (0, 0)
-        else _sized(tower.spec, image_size).grid
+        encoder.grid
+        if image_size is None and encoder.grid != (0, 0)
+        else _sized(encoder.spec, image_size).grid
     )
     like = like_of(pairs[0][0], model)
-    latency = latency or latency_here(tower.spec.layers[0].head_dim, like.dtype, like.device)
+    latency = latency or latency_here(encoder.spec.layers[0].head_dim, like.dtype, like.device)
     spec = replace(
-        tower.spec, grid=grid, layers=tuple(layer.spec for layer in layers)
+        encoder.spec, grid=grid, layers=tuple(layer.spec for layer in layers)
     )  # some may be removed since
     model_cost = cost(spec, element_size=like.element_size())
     reports = tuple(report_layer(layer, grid, like, latency, model_cost) for layer in layers)
-    used = {name for names in tower.plan.layers.values() for name in names if name != "dense"}
+    used = {name for names in encoder.plan.layers.values() for name in names if name != "dense"}
     labels = tuple(
-        f"{name}: {label}" for name in sorted(used) for label in _labels(tower.plan, name, spec)
+        f"{name}: {label}" for name in sorted(used) for label in _labels(encoder.plan, name, spec)
     )
     left = left_dense(model, [module for module, _ in pairs], _is_served)
     return ModelReport(
-        spec.family, grid, tower.plan.order, reports, latency.what, model_cost, left, labels
+        spec.family, grid, encoder.plan.order, reports, latency.what, model_cost, left, labels
     )
 
 
-def _as_it_is(model: nn.Module) -> list[tuple[nn.Module, Layer]]:
+def _as_it_is(model: nn.Module) -> list[tuple[nn.Module, SparseLayer]]:
     """The layers that a plan of dense heads would give a model that has none; the model is not touched."""
     adapter, found = _find(model)
-    tower = Tower(found.spec, dense_plan(found.spec), "auto", "fallback", found.grid_of)
+    encoder = EncoderState(found.spec, dense_plan(found.spec), "auto", "fallback", found.grid_of)
     return [
-        (module, Layer(tower, spec, adapter, adapter.method(module).original_of(module)))
+        (
+            module,
+            SparseLayer(encoder, spec, adapter, method_of(adapter, module).original_of(module)),
+        )
         for module, spec in zip(found.modules, found.spec.layers, strict=True)
     ]
 
@@ -361,7 +381,7 @@ def _sized(spec: ModelSpec, image_size: int | tuple[int, int] | None) -> ModelSp
     return replace(spec, grid=(pixels[0] // spec.patch_size[0], pixels[1] // spec.patch_size[1]))
 
 
-def _find(model: nn.Module) -> tuple[Adapter, Found]:
+def _find(model: nn.Module) -> tuple[Adapter, FoundEncoder]:
     check_model(model)
     found = [(adapter, encoder) for adapter in ADAPTERS for encoder in adapter.find(model)]
     if not found and any(isinstance(module, GraphModule) for module in model.modules()):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bsa_vision.adapters.swap.sparse_layer import Layer
+from bsa_vision.adapters.swap.sparse_layer import SparseLayer
 from bsa_vision.adapters.unsupported import LeftDense
 from bsa_vision.attention.backends.problem import Problem
 from bsa_vision.attention.backends.select import choose, reasons
@@ -163,7 +163,7 @@ def _names(layers: list[LayerReport], which: Callable[[LayerReport], bool]) -> s
     return ", ".join(layer.name for layer in layers if which(layer))
 
 
-def probe_problem(layer: Layer, masks: HeadMasks, like: Tensor) -> Problem:
+def probe_problem(layer: SparseLayer, masks: HeadMasks, like: Tensor) -> Problem:
     """A problem of this layer's kind and size for choosing a backend: backends look at metadata only."""
     one = like.new_empty(1)
 
@@ -184,17 +184,17 @@ def probe_problem(layer: Layer, masks: HeadMasks, like: Tensor) -> Problem:
 
 
 def report_layer(
-    layer: Layer, grid: tuple[int, int], like: Tensor, latency: Latency, cost: ModelCost
+    layer: SparseLayer, grid: tuple[int, int], like: Tensor, latency: Latency, cost: ModelCost
 ) -> LayerReport:
     """The report of one layer at `grid`, for tensors of the device and dtype of `like`, one image per call."""
-    spec, plan = layer.spec, layer.tower.plan
+    spec, plan = layer.spec, layer.encoder.plan
     grid = layer.grid_of(grid)
     masks = layer.masks.without_prompts(grid)
-    layout = plan.layout(layer.tower.spec, grid)
+    layout = plan.layout(layer.encoder.spec, grid)
     tokens, keys = layout.num_tokens, (masks.kv_layout or layout).num_tokens
     sparse = masks.head_sparsity if masks.num_blocks is not None else (0.0,) * spec.heads
     problem = probe_problem(layer, masks, like)
-    backend = "original" if layer.untouched else choose(problem, layer.tower.backend)
+    backend = "original" if layer.untouched else choose(problem, layer.encoder.backend)
     why_not = {}
     if backend != "original" and not masks.all_dense:
         for name, reason in reasons(problem).items():

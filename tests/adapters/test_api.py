@@ -685,7 +685,7 @@ class TestTokensOfAnotherImage:
                 self.blocks(model, tokens)
         model(tall)  # a refusal leaves nothing behind
         self.blocks(model, self.made(model, wide))
-        assert layers_of(model)[0].tower.grid == (8, 12)
+        assert layers_of(model)[0].encoder.grid == (8, 12)
 
     @torch.no_grad()
     def test_dense_runs_and_failures_leave_nothing_behind(self, model):

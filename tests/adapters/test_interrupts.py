@@ -196,7 +196,7 @@ def test_dense(watched):
     for point in trace.points:
         with tracing(Trace(point)), pytest.raises(KeyboardInterrupt):
             call()
-        assert not any(layer.tower.dense for layer in layers.layers_of(watched.model)), point
+        assert not any(layer.encoder.dense for layer in layers.layers_of(watched.model)), point
     assert torch.equal(watched.run(), sparse)
     assert not torch.equal(sparse, watched.output)
 

@@ -19,7 +19,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import bsa_vision as bsa
-from bsa_vision.adapters.swap.sparse_layer import Tower, layers_of, swapped_in, watching
+from bsa_vision.adapters.swap.encoder_state import EncoderState, watching
+from bsa_vision.adapters.swap.sparse_layer import layers_of, swapped_in
 from bsa_vision.adapters.swap.values import like_of, output_weight, state
 from bsa_vision.tuning.store import digest
 from tests.adapters import test_robustness
@@ -76,7 +77,7 @@ def alone():
 
 
 def is_ours(hook):
-    return isinstance(getattr(hook, "__self__", None), Tower)
+    return isinstance(getattr(hook, "__self__", None), EncoderState)
 
 
 def put(model, path, module):

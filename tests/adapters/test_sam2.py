@@ -374,7 +374,7 @@ class TestMemory:
         bsa.sparsify_(model, local(model))
         with torch.no_grad():
             remember(model)
-        assert layers_of(model)[0].tower.grid == (9, 16)
+        assert layers_of(model)[0].encoder.grid == (9, 16)
 
     def test_dropout_in_training(self):
         model, run = build("memory", "sam2")

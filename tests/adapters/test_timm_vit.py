@@ -346,7 +346,7 @@ class TestNaFlex:
                 bsa.restore_(model)
                 bsa.sparsify_(model, local(model), backend=backend, on_unsupported="error")
                 outs[backend] = model(pixels)
-            assert layers_of(model)[0].tower.grid == (12, 8)
+            assert layers_of(model)[0].encoder.grid == (12, 8)
         assert relative(outs["gather"], outs["reference"]) < 1e-5
         assert relative(outs["gather"], dense) > 1e-2
 

@@ -101,7 +101,7 @@ def test_trace(name):
     assert relative(traced(*inputs), expected) < 1e-6
     other = tuple(x.flip(0) + 0.1 for x in inputs)
     assert relative(traced(*other), model(*other)) < 1e-6
-    tower = layers_of(model)[0].tower
+    tower = layers_of(model)[0].encoder
     assert all(type(side) is int for side in tower.grid)  # no tensor is left in the model
 
 

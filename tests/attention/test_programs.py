@@ -157,7 +157,7 @@ def test_export_of_a_model_that_never_ran_leaves_it_as_it_was(name):
     never_ran = torch.export.export(model, (pixels,))
     assert list(model.state_dict()) == keys
     for layer in layers_of(model):
-        grid = layer.grid_of(layer.tower.grid)
+        grid = layer.grid_of(layer.encoder.grid)
         assert all(type(side) is int for side in grid)
         hm = layer.masks.masks_for(grid)
         cached = [

@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from bsa_vision.adapters.linear_weights import convolution, convolution_weights, linear_weights
-from bsa_vision.adapters.swap.adapter import Adapter, is_of_transformers
-from bsa_vision.adapters.swap.class_swap import kind_of
+from bsa_vision.adapters.swap import config_swap
+from bsa_vision.adapters.swap.adapter import Adapter
+from bsa_vision.adapters.swap.class_swap import is_of_transformers, kind_of
+from bsa_vision.adapters.swap.encoder_state import FoundEncoder
 from bsa_vision.adapters.swap.sdpa_intercept import Intercepted
-from bsa_vision.adapters.swap.sparse_layer import Found
 from bsa_vision.adapters.swap.wrappers import Modules, unwrap, wrapped
 from bsa_vision.errors import PlanError
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec, OtherBlock
@@ -41,7 +42,7 @@ def serves(module: nn.Module) -> bool:
     return kind_of(module) in ATTENTION
 
 
-def find(model: nn.Module) -> list[Found]:
+def find(model: nn.Module) -> list[FoundEncoder]:
     """The encoders of this family in `model`: attention is `<encoder>.blocks.<index>.attn`, pixels enter `<encoder>.patch_embed`."""
     # A dot before each name, so that an encoder that is the model itself has the name "".
     modules = Modules(model)
@@ -51,7 +52,7 @@ def find(model: nn.Module) -> list[Found]:
     return [one for one in found if one is not None]
 
 
-def _found(modules: Modules, root: str) -> Found | None:
+def _found(modules: Modules, root: str) -> FoundEncoder | None:
     encoder: Any = modules[root]
     blocks = _blocks(encoder)
     chosen = [
@@ -87,7 +88,7 @@ def _found(modules: Modules, root: str) -> Found | None:
             if (index, block) not in chosen
         ),
     )
-    return Found(
+    return FoundEncoder(
         spec, tuple(unwrap(block.attn) for _, block in chosen), unwrap(encoder.patch_embed)
     )
 
@@ -173,4 +174,4 @@ def mixin_of(module: nn.Module) -> type[Intercepted] | None:
     return None if is_of_transformers(module) else SparseAttention
 
 
-ADAPTER = Adapter(find, serves, mixin_of)
+ADAPTER = Adapter(find, serves, mixin_of, config_swap.prepare)

@@ -14,10 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from bsa_vision.adapters.linear_weights import linear_weights
-from bsa_vision.adapters.swap.adapter import Adapter, is_of_transformers
-from bsa_vision.adapters.swap.class_swap import kind_of
+from bsa_vision.adapters.swap import config_swap
+from bsa_vision.adapters.swap.adapter import Adapter
+from bsa_vision.adapters.swap.class_swap import is_of_transformers, kind_of
+from bsa_vision.adapters.swap.encoder_state import FoundEncoder
 from bsa_vision.adapters.swap.sdpa_intercept import Intercepted
-from bsa_vision.adapters.swap.sparse_layer import Found
 from bsa_vision.adapters.swap.wrappers import Modules, unwrap
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 
@@ -55,7 +56,7 @@ def serves(module: nn.Module) -> bool:
     return kind_of(module) in ATTENTION
 
 
-def find(model: nn.Module) -> list[Found]:
+def find(model: nn.Module) -> list[FoundEncoder]:
     """The memory attentions in `model`: modules whose `layers` hold a `self_attn` and a `cross_attn_image` that are served."""
     modules = Modules(model)
     return [_found(modules, root, module) for root, module in modules if _is_memory(module)]
@@ -74,7 +75,7 @@ def _is_memory(module: Any) -> bool:
     )
 
 
-def _found(names: Modules, root: str, memory: Any) -> Found:
+def _found(names: Modules, root: str, memory: Any) -> FoundEncoder:
     config, model = getattr(memory, "config", None), names[""]
     frames = _said("num_maskmem", config, model) or FRAMES
     pointers = (
@@ -91,7 +92,7 @@ def _found(names: Modules, root: str, memory: Any) -> Found:
     grid, image = _own_grid(memory, modules[0]), _said("image_size", config, model)
     patch = image // grid[0] if isinstance(image, int) else PIXELS
     spec = ModelSpec(FAMILY, tuple(layers), grid, (patch, patch))
-    return Found(spec, tuple(modules), memory, partial(grid_of, grid))
+    return FoundEncoder(spec, tuple(modules), memory, partial(grid_of, grid))
 
 
 def _said(name: str, *places: Any) -> Any:
@@ -172,4 +173,4 @@ def mixin_of(module: nn.Module) -> type[Intercepted] | None:
     return None if is_of_transformers(module) else SparseAttention
 
 
-ADAPTER = Adapter(find, serves, mixin_of)
+ADAPTER = Adapter(find, serves, mixin_of, config_swap.prepare)

@@ -24,8 +24,9 @@ from bsa_vision.adapters.swap.config_swap import (
     attentions_are_collected,
     is_watched,
 )
+from bsa_vision.adapters.swap.encoder_state import FoundEncoder
 from bsa_vision.adapters.swap.sdpa_intercept import dropout_watched
-from bsa_vision.adapters.swap.sparse_layer import Found, Layer, check_indices, layer_of
+from bsa_vision.adapters.swap.sparse_layer import SparseLayer, check_indices, layer_of
 from bsa_vision.adapters.swap.wrappers import Modules, unwrap
 from bsa_vision.attention.carried_masks import plain_sizes
 from bsa_vision.attention.rel_pos import RelPos, decompose, resize_table
@@ -131,7 +132,7 @@ def serves(module: nn.Module) -> bool:
     return mixin_of(module) is not None
 
 
-def find(model: nn.Module) -> list[Found]:
+def find(model: nn.Module) -> list[FoundEncoder]:
     """The encoders of this family in `model`. In every code base, attention is `<encoder>.<blocks>.<index>.attn`."""
     modules = Modules(model)
     encoders: dict[str, list[tuple[str, nn.Module]]] = {}
@@ -146,7 +147,7 @@ def find(model: nn.Module) -> list[Found]:
     ]
 
 
-def _found(modules: Modules, root: str, attention: list[tuple[str, nn.Module]]) -> Found:
+def _found(modules: Modules, root: str, attention: list[tuple[str, nn.Module]]) -> FoundEncoder:
     encoder: Any = modules[root]
     layers, blocks = [], []
     check_indices(attention)
@@ -169,7 +170,7 @@ def _found(modules: Modules, root: str, attention: list[tuple[str, nn.Module]]) 
         start=int(getattr(encoder, "num_special", 0)),
         **outside_weights(encoder, blocks, embed),  # type: ignore[arg-type]
     )
-    return Found(spec, tuple(module for _, module in attention), embed)
+    return FoundEncoder(spec, tuple(module for _, module in attention), embed)
 
 
 def _grid_and_patch(encoder: Any, embed: Any) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -186,7 +187,7 @@ def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _attend(module: Any, layer: Layer, x: Tensor, heads: int, dropout_p: float) -> Tensor:
+def _attend(module: Any, layer: SparseLayer, x: Tensor, heads: int, dropout_p: float) -> Tensor:
     """(B, h, w, C) -> (B, h, w, C): project, attend, project."""
     height, width = plain_sizes(x.shape[1], x.shape[2])
     by_tokens = hasattr(

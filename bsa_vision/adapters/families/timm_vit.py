@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from bsa_vision.adapters.linear_weights import block_weights, outside_weights
 from bsa_vision.adapters.swap.adapter import Adapter
 from bsa_vision.adapters.swap.class_swap import kind_of
+from bsa_vision.adapters.swap.encoder_state import FoundEncoder
 from bsa_vision.adapters.swap.sdpa_intercept import Intercepted
-from bsa_vision.adapters.swap.sparse_layer import Found, Layer, check_indices
+from bsa_vision.adapters.swap.sparse_layer import SparseLayer, check_indices
 from bsa_vision.adapters.swap.wrappers import Modules, unwrap
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 
@@ -74,7 +75,9 @@ def _asked(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
     )  # torch.fx has something else for a flag
 
 
-def _unsupported(layer: Layer, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> str | None:
+def _unsupported(
+    layer: SparseLayer, x: Tensor, attn_mask: Tensor | None, is_causal: bool
+) -> str | None:
     if attn_mask is not None:
         return "an attention mask was passed"
     if is_causal:
@@ -87,7 +90,7 @@ def serves(module: nn.Module) -> bool:
     return kind_of(module) in ATTENTION
 
 
-def find(model: nn.Module) -> list[Found]:
+def find(model: nn.Module) -> list[FoundEncoder]:
     """The encoders of this family in `model`: attention is `<encoder>.blocks.<index>.attn`, pixels enter `patch_embed` or `embeds` beside them."""
     modules = Modules(model)
     encoders: dict[str, list[tuple[str, nn.Module]]] = {}
@@ -106,7 +109,7 @@ def _embeddings(encoder: Any) -> Any:
     return unwrap(getattr(encoder, "patch_embed", None) or getattr(encoder, "embeds", None))
 
 
-def _found(modules: Modules, root: str, attention: list[tuple[str, nn.Module]]) -> Found:
+def _found(modules: Modules, root: str, attention: list[tuple[str, nn.Module]]) -> FoundEncoder:
     check_indices(attention)
     encoder: Any = modules[root]
     blocks = [modules[name.rpartition(".")[0]] for name, _ in attention]
@@ -128,7 +131,7 @@ def _found(modules: Modules, root: str, attention: list[tuple[str, nn.Module]]) 
         start=encoder.num_prefix_tokens,
         **outside_weights(encoder, blocks, embed),  # type: ignore[arg-type]
     )
-    return Found(spec, tuple(module for _, module in attention), embed, grid_of)
+    return FoundEncoder(spec, tuple(module for _, module in attention), embed, grid_of)
 
 
 def _family(encoder: Any) -> str:

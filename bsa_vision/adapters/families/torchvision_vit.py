@@ -16,7 +16,8 @@ from torch.fx import Proxy
 from bsa_vision.adapters.linear_weights import linear_weights, outside_weights
 from bsa_vision.adapters.swap.adapter import Adapter
 from bsa_vision.adapters.swap.class_swap import Swapped, kind_of
-from bsa_vision.adapters.swap.sparse_layer import Found, Layer, layer_of
+from bsa_vision.adapters.swap.encoder_state import FoundEncoder
+from bsa_vision.adapters.swap.sparse_layer import SparseLayer, layer_of
 from bsa_vision.adapters.swap.wrappers import Modules, unwrap, wrapped
 from bsa_vision.errors import PlanError
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
@@ -44,7 +45,7 @@ class SparseMultiheadAttention(Swapped):
 
 def _unsupported(
     module: Any,
-    layer: Layer,
+    layer: SparseLayer,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -66,7 +67,7 @@ def _unsupported(
     return layer.wrong_grid(query.shape[1])
 
 
-def _attend(module: Any, layer: Layer, x: Tensor) -> Tensor:
+def _attend(module: Any, layer: SparseLayer, x: Tensor) -> Tensor:
     qkv = F.linear(x, module.in_proj_weight, module.in_proj_bias)  # (B, N, 3 * C)
     q, k, v = (
         qkv.unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -80,7 +81,7 @@ def serves(module: nn.Module) -> bool:
     return isinstance(module, SparseMultiheadAttention)
 
 
-def find(model: nn.Module) -> list[Found]:
+def find(model: nn.Module) -> list[FoundEncoder]:
     """The encoders of this family in `model`: `nn.MultiheadAttention` is served inside torchvision's ViT and nowhere else."""
     modules = Modules(model)
     return [
@@ -88,7 +89,7 @@ def find(model: nn.Module) -> list[Found]:
     ]
 
 
-def _found(modules: Modules, root: str, encoder: Any) -> Found:
+def _found(modules: Modules, root: str, encoder: Any) -> FoundEncoder:
     layers, attentions = [], []
     inside = ".".join(filter(None, (root, "encoder.layers")))
     names = [name for name, _ in modules[inside].named_children()]
@@ -106,7 +107,7 @@ def _found(modules: Modules, root: str, encoder: Any) -> Found:
     embed = unwrap(encoder.conv_proj)
     outside: dict[str, Any] = outside_weights(encoder, blocks, embed)
     spec = ModelSpec("vit", tuple(layers), (side, side), (patch, patch), start=1, **outside)
-    return Found(spec, tuple(attentions), embed)
+    return FoundEncoder(spec, tuple(attentions), embed)
 
 
 def _unwrapped(path: str, module: Any) -> tuple[str, Any]:

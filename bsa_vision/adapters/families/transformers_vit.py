@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 
 from bsa_vision.adapters.linear_weights import block_weights, outside_weights
-from bsa_vision.adapters.swap.adapter import Adapter, by_config
-from bsa_vision.adapters.swap.sparse_layer import Found, GridOf
+from bsa_vision.adapters.swap import config_swap
+from bsa_vision.adapters.swap.adapter import Adapter
+from bsa_vision.adapters.swap.encoder_state import FoundEncoder, GridOf
 from bsa_vision.adapters.swap.wrappers import Modules, own_class
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 
@@ -70,7 +71,7 @@ ATTENTION = {
 EMBEDDINGS = {kind.embeddings for kind in ATTENTION.values()}
 
 
-def find(model: nn.Module) -> list[Found]:
+def find(model: nn.Module) -> list[FoundEncoder]:
     """The encoders of this family in `model`, one per patch embedding; looks at names of classes and imports nothing."""
     modules = Modules(model)
     attention = [(name, module) for name, module in modules if serves(module)]
@@ -88,7 +89,9 @@ def find(model: nn.Module) -> list[Found]:
         ]
         if inside:
             spec, grid_of = _spec(modules, root, inside, embedding), _kind(inside[0][1]).grid_of
-            found.append(Found(spec, tuple(module for _, module in inside), embedding, grid_of))
+            found.append(
+                FoundEncoder(spec, tuple(module for _, module in inside), embedding, grid_of)
+            )
     return found
 
 
@@ -143,4 +146,8 @@ def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-ADAPTER = Adapter(find, serves, by_config, returns_weights=True)
+def mixin_of(module: nn.Module) -> None:
+    """Return None: these modules are swapped by their config."""
+
+
+ADAPTER = Adapter(find, serves, mixin_of, config_swap.prepare, returns_weights=True)

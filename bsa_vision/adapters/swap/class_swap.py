@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from bsa_vision.adapters.swap.sparse_layer import Layer, layer_of
+from bsa_vision.adapters.swap.sparse_layer import SparseLayer, layer_of
 from bsa_vision.adapters.swap.wrappers import own_class
 
 
@@ -21,11 +21,11 @@ class Swapped(nn.Module):
 
     COVERS: tuple[
         str, ...
-    ] = ()  # attributes that a property of the mixin hides; found in `Layer.covered`
+    ] = ()  # attributes that a property of the mixin hides; found in `SparseLayer.covered`
     OVERRIDES = "forward"  # the method of the mixin that runs our attention
 
     @property
-    def _layer(self) -> Layer:
+    def _layer(self) -> SparseLayer:
         layer = layer_of(self)
         assert layer is not None
         return layer
@@ -72,9 +72,10 @@ def original_of(module: Any) -> Any:
     return type(module)
 
 
-def swap(module: Any, layer: Layer, mixin: type[Swapped] | None) -> None:
+def swap(module: Any, layer: SparseLayer, mixin: type | None) -> None:
     """Make `module` an instance of its own class with `mixin`."""
     assert mixin is not None
+    assert issubclass(mixin, Swapped)
     layer.swapped = mixin
     if _own_method(module, layer) is not None:
         raise ValueError(
@@ -107,7 +108,7 @@ def check_swapped(module: Any) -> None:
         )
 
 
-def _own_method(module: Any, layer: Layer) -> Any:
+def _own_method(module: Any, layer: SparseLayer) -> Any:
     """Return the method that is set on a module in place of ours.
 
     None where it is that of its class: accelerate leaves such a one behind when its hooks are removed.
@@ -130,5 +131,6 @@ def unswap(module: Any) -> None:
     layer.detach(module)
 
 
-def prepare() -> None:
-    """Do nothing: the subclass is all there is."""
+def is_of_transformers(module: nn.Module) -> bool:
+    """Return whether a module's own class lives in transformers."""
+    return kind_of(module)[0].startswith("transformers.")

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bsa_vision.adapters.swap.sparse_layer import Layer, layer_of
+from bsa_vision.adapters.swap.sparse_layer import SparseLayer, layer_of
 from bsa_vision.adapters.swap.wrappers import own_class
 
 NAME = "bsa_vision"  # transformers reads meaning into names that contain "sdpa" or "flash"
@@ -27,7 +27,7 @@ def original_of(module: Any) -> Any:
     return module.config
 
 
-def swap(module: Any, layer: Layer, mixin: type | None = None) -> None:
+def swap(module: Any, layer: SparseLayer, mixin: type | None = None) -> None:
     """Give `module` a copy of its config that names our attention function."""
     layer.swapped = copy.copy(layer.original)
     setattr(layer.swapped, IMPLEMENTATION, NAME)
@@ -89,7 +89,7 @@ def attention(
     if reason is not None or layer.runs_original():
         name = getattr(layer.original, IMPLEMENTATION)
         return _original(name, module)(module, query, key, value, attention_mask, **kwargs)
-    grid = layer.grid_of(layer.tower.current_grid(query.shape[2]))
+    grid = layer.grid_of(layer.encoder.current_grid(query.shape[2]))
     out = layer.attend(
         query, key, value, kwargs.get("scaling"), kwargs.get("dropout") or 0.0, grid=grid
     )
@@ -97,7 +97,7 @@ def attention(
 
 
 def _unsupported(
-    layer: Layer,
+    layer: SparseLayer,
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -135,7 +135,7 @@ def is_watched(module: nn.Module) -> bool:
     )
 
 
-def _returns_weights(layer: Layer, module: nn.Module) -> bool:
+def _returns_weights(layer: SparseLayer, module: nn.Module) -> bool:
     """Return whether the original module would return attention weights beside its output."""
     name = str(getattr(layer.original, IMPLEMENTATION))
     without = "sdpa" in name or "flash" in name

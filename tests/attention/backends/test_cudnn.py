@@ -138,10 +138,11 @@ def test_relative_position_with_widths_of_its_own():
     with pytest.MonkeyPatch.context() as patch:
         module = sys.modules["cudnn.block_sparse_attention"]
         forward = module.block_sparse_attention_forward
-        record = lambda *x, **options: (
-            widths.append((x[0].shape[-1], x[2].shape[-1])),
-            forward(*x, **options),
-        )[1]
+
+        def record(*x, **options):
+            widths.append((x[0].shape[-1], x[2].shape[-1]))
+            return forward(*x, **options)
+
         patch.setattr(module, "block_sparse_attention_forward", record)
         found = cudnn.run(own).out.float()
     assert widths == [(96, 64)]
