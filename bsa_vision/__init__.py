@@ -44,6 +44,7 @@ from bsa_vision.plans.flops import LayerCost, ModelCost, cost
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 from bsa_vision.plans.plan import SparsityPlan
 from bsa_vision.plans.prompts import Prompts
+from bsa_vision.plans.prune import prune
 from bsa_vision.tuning import report, tune
 
 try:
@@ -85,6 +86,7 @@ __all__ = [
     "observe",
     "pack",
     "pack_head_masks",
+    "prune",
     "report",
     "restore_",
     "sparse_attention",

@@ -16,7 +16,6 @@ from bsa_vision.attention.rel_pos import RelPos
 from bsa_vision.measure.latency import Latency
 from bsa_vision.plans import text_table
 from bsa_vision.plans.flops import ModelCost
-from bsa_vision.plans.prune import better_dense
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ class ModelReport:
             if layer.better_dense:
                 heads = ", ".join(map(str, layer.better_dense))
                 lines.append(
-                    f"{layer.name}: heads {heads} gain nothing here and are better dense; plan.prune(...) makes them so"
+                    f"{layer.name}: heads {heads} gain nothing here and are better dense; bsa.prune(plan, spec) makes them so"
                 )
         return lines
 
@@ -219,7 +218,7 @@ def report_layer(
         )
         if is_sparse
         else 0,
-        better_dense=better_dense(masks, tokens, latency, keys=keys),
+        better_dense=latency.better_dense(masks, tokens, keys=keys),
         backend=backend,
         why_not=why_not,
         share=cost.share([spec.key]),

@@ -72,6 +72,31 @@ class Latency:
             return self.dense(masks.num_heads, tokens, images, keys)
         return self.sparse_call + images * sum(self.of_heads(masks, tokens, keys))
 
+    def better_dense(
+        self,
+        masks: HeadMasks,
+        tokens: int,
+        images: int = 1,
+        min_gain: float = 0.0,
+        keys: int = 0,
+    ) -> tuple[int, ...]:
+        """Return the sparse heads that save less than `min_gain` of a dense head's time.
+
+        All of them if the whole call saves less than that.
+        """
+        dense_heads = HeadMasks(None, [DENSE] * masks.num_heads, block_size=masks.block_size)
+        alone = self.of_heads(dense_heads, tokens, keys)
+        seconds = self.of_heads(masks, tokens, keys)
+        sparse = [head for head, kind in enumerate(masks.slices) if kind != DENSE]
+        slow = [head for head in sparse if seconds[head] >= (1 - min_gain) * alone[head]]
+        rest = self.sparse_call + images * sum(
+            alone[h] if h in slow else seconds[h] for h in range(masks.num_heads)
+        )
+        pays = len(slow) < len(sparse) and rest < (1 - min_gain) * self.dense(
+            masks.num_heads, tokens, images, keys
+        )
+        return tuple(slow if pays else sparse)
+
     def break_even(
         self, heads: int, density: float, block_size: int = 128, images: int = 1, keys: float = 1.0
     ) -> int | None:

@@ -115,7 +115,7 @@ def _(source: LayerMasks, grid: tuple[int, int], num_keys: int) -> bytes:
     plan = replace(source.plan, layers={key: names}, patterns=used, scores={}, notes={})
     spec = replace(source.spec, layers=(source.layer,), others=())
     try:
-        text = plan_file.dumps(plan)
+        text = plan_file.dumps(plan.to_dict())
     except PlanError as error:
         raise PlanError(
             f"layer {source.layer.name!r}: a program whose image size may change carries patterns, not masks, and {error} "
@@ -129,7 +129,8 @@ def _layer(header: dict[str, Any], payload: bytes) -> LayerMasks:
     pairs = {name: tuple(fields[name]) for name in ("grid", "patch_size", "others")}
     layer = LayerSpec(**fields["layers"][0])
     spec = ModelSpec(**{**fields, **pairs, "layers": (layer,)})
-    return LayerMasks(plan_file.loads(header["plan"]), spec, layer, Context())
+    plan = SparsityPlan.from_dict(plan_file.loads(header["plan"]))
+    return LayerMasks(plan, spec, layer, Context())
 
 
 READERS["layer"] = _layer

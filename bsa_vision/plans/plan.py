@@ -5,29 +5,28 @@ Knows no model: an adapter describes one as a `ModelSpec`, and a plan says what 
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bsa_vision.attention.head_masks import DENSE, HeadMasks, instead_of_masks
-from bsa_vision.attention.head_patterns import BlockMaskFn, check_blocks, with_special
+from bsa_vision.attention.head_masks import DENSE, HeadMasks
 from bsa_vision.errors import PlanError, nearest
-from bsa_vision.masks import PATTERNS, Pattern, TokenLayout
+from bsa_vision.masks import Pattern, TokenLayout
 from bsa_vision.masks.origin import check_layout
-from bsa_vision.masks.patterns import Box, is_pattern_name, parameters
+from bsa_vision.masks.patterns import Box, is_pattern_name
+from bsa_vision.plans import plan_file
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
-from bsa_vision.plans.static_mask import Static, static_heads
+from bsa_vision.plans.named_patterns import check_options, lay_out, listed, named
+from bsa_vision.plans.pattern_spec import PatternLike, from_spec, to_spec
+from bsa_vision.plans.static_mask import Static, static_layers
+from bsa_vision.plans.validation import check_fields, check_fit, check_spec
+from bsa_vision.storage import atomic_write
 from bsa_vision.storage.memory_cache import Cache
-
-if TYPE_CHECKING:
-    from bsa_vision.measure.latency import Latency
-
-PatternLike = Pattern | Static | BlockMaskFn
 
 
 @dataclass(frozen=True)
@@ -64,41 +63,7 @@ class SparsityPlan:
         object.__setattr__(
             self, "layers", {key: tuple(names) for key, names in self.layers.items()}
         )
-        missing = [key for key in ("family", "depth", "heads", "head_dim") if key not in self.model]
-        if missing or not self.layers:
-            raise PlanError(
-                f"a plan for model={dict(self.model)} with {len(self.layers)} layers: family, depth, heads, head_dim and at least "
-                "one layer are needed; start from uniform_plan or dense_plan."
-            )
-        keys = [*self.patterns, *self.layers, *self.scores, *self.notes]
-        if "dense" in self.patterns or not all(isinstance(key, str) for key in keys):
-            raise PlanError(
-                f"patterns={list(self.patterns)}, notes={list(self.notes)}: names must be strings, and 'dense' always means every "
-                "block; rename the pattern."
-            )
-        for key, names in self.layers.items():
-            role, _, index = key.rpartition(".")
-            known = (
-                index.isascii()
-                and index.isdecimal()
-                and str(int(index)) == index
-                and int(index) < self.model["depth"]
-            )
-            if not role or not known:
-                raise PlanError(
-                    f"layer {key!r} is not one of {self.model['depth']} layers: keys are role and index, 'self.0' to "
-                    f"'self.{self.model['depth'] - 1}'; correct it."
-                )
-            if len(names) != self.model["heads"]:
-                raise PlanError(
-                    f"layer {key!r} names {len(names)} heads, the model has {self.model['heads']}: give one pattern name per head."
-                )
-            for name in names:
-                if name != "dense" and name not in self.patterns:
-                    raise PlanError(
-                        f"layer {key!r} uses pattern {name!r}, which is not declared: declared are "
-                        f"{', '.join(['dense', *self.patterns])}; declare it under patterns."
-                    )
+        check_fields(self.model, self.layers, [*self.patterns], [*self.scores, *self.notes])
 
     def __hash__(self) -> int:
         return hash((frozenset(self.layers.items()), self.order, self.tile, self.block_size))
@@ -119,10 +84,10 @@ class SparsityPlan:
         **params: Any,
     ) -> SparsityPlan:
         """The same pattern for all heads but the first `dense_heads`, in all global layers or these: indices, keys or module paths."""
-        _check_spec(spec)
-        _check_options(pattern, params, ("dense_heads", "layers", "order", "tile", "block_size"))
+        check_spec(spec)
+        check_options(pattern, params, ("dense_heads", "layers", "order", "tile", "block_size"))
         if layers is not None:
-            wanted = _listed("layers", layers)
+            wanted = listed("layers", layers)
             layers = [
                 spec.find(x).key if isinstance(x, str) and not x.isdecimal() else x for x in wanted
             ]
@@ -155,51 +120,10 @@ class SparsityPlan:
         A HeadMasks without a layout is for tokens as they come at the spec's own grid; pass `inspect(model, image_size=...)`
         for another. All must share order and block size, and be equal across the batch.
         """
-        _check_spec(spec)
-        if not isinstance(head_masks, Mapping):
-            raise TypeError(
-                f"head_masks is a {type(head_masks).__name__}: expected {{layer name: HeadMasks}}; name the layer each is for."
-            )
-        if not head_masks:
-            raise PlanError(
-                "from_head_masks got no masks: give at least one, {layer name: HeadMasks}."
-            )
-        patterns: dict[str, PatternLike] = {}
-        layers = {layer.key: ("dense",) * layer.heads for layer in spec.layers}
-        layouts = {}
-        for name, masks in head_masks.items():
-            layer = spec.find(name)
-            if not isinstance(masks, HeadMasks):
-                raise TypeError(
-                    f"layer {name!r} has a {type(masks).__name__}: expected HeadMasks; {instead_of_masks(masks)}."
-                )
-            layout = masks.layout or TokenLayout(
-                spec.grid, start=spec.start, end=spec.end, block_size=masks.block_size
-            )
-            if (
-                masks.layout is None
-                and masks.made_for is not None
-                and not masks.made_for[0].is_identity
-            ):
-                raise PlanError(
-                    f"layer {layer.name!r}: its masks were made for {masks.made_for[0]}, its HeadMasks has no layout; pass layout= to "
-                    "HeadMasks, or make them with HeadMasks.from_patterns."
-                )
-            names = static_heads(layer, masks, layout)
-            patterns.update({key: pattern for key, pattern in names if pattern is not None})
-            layers[layer.key] = tuple(key for key, _ in names)
-            layouts[layer.name] = layout
-        first = next(iter(layouts.values()))
-        for name, layout in layouts.items():
-            if (layout.order, layout.tile, layout.block_size) != (
-                first.order,
-                first.tile,
-                first.block_size,
-            ):
-                raise PlanError(
-                    f"layer {name!r} has {layout}, others {first}: one plan has one order and block size; rebuild one."
-                )
-        return cls(spec.fingerprint, patterns, layers, first.order, first.tile, first.block_size)
+        check_spec(spec)
+        patterns, layers, layout = static_layers(spec, head_masks)
+        order = (layout.order, layout.tile, layout.block_size)
+        return cls(spec.fingerprint, patterns, layers, *order)
 
     def replace(
         self,
@@ -214,11 +138,11 @@ class SparsityPlan:
         pattern  a name of `masks.PATTERNS` with its parameters, the name of a pattern of this plan, a `masks.Pattern`,
                  or any function layout -> (R, C) bool
         """
-        _check_options(pattern, params, ("layers", "heads"))
-        name, chosen = self._named(pattern, params)
+        check_options(pattern, params, ("layers", "heads"))
+        name, chosen = named(pattern, params, self.patterns)
         keys = self._select(layers)
         every = range(self.model["heads"])
-        wanted = set(every) if heads is None else set(_listed("heads", heads))
+        wanted = set(every) if heads is None else set(listed("heads", heads))
         if not wanted or not wanted <= set(every):
             raise PlanError(
                 f"heads={list(wanted)} match no head: the model has heads 0 to {self.model['heads'] - 1}; choose among them."
@@ -262,75 +186,10 @@ class SparsityPlan:
             self, patterns={name: static for static, name in named.items()}, layers=layers
         )
 
-    def prune(
-        self,
-        spec: ModelSpec,
-        *,
-        grid: tuple[int, int] | None = None,
-        images: int = 1,
-        min_gain: float = 0.05,
-        latency: Latency | None = None,
-    ) -> SparsityPlan:
-        """This plan with the heads made dense that save less than `min_gain` of a dense head's time on this machine.
-
-        spec      of the model: `bsa.inspect(model)`
-        grid      (h, w) patches of the inputs to come, None = the model's own; images per call
-        latency   what attention costs here; None = `bsa.latency(head_dim)`: float32 on the CPU, measured once
-
-        A layer whose whole call would save less than that becomes dense altogether. What was made dense, and for which
-        machine, is in the notes.
-        """
-        from bsa_vision.measure.latency import latency as here
-        from bsa_vision.plans.prune import prune
-
-        return prune(self, spec, latency or here(self.model["head_dim"]), grid, images, min_gain)
-
-    def _named(
-        self, pattern: str | PatternLike, params: Mapping[str, Any]
-    ) -> tuple[str, PatternLike | None]:
-        """The name to write into the layers, and the pattern to declare under it (None: declared already)."""
-        if isinstance(pattern, str):
-            if pattern == "dense" or (pattern in self.patterns and not params):
-                if params:
-                    raise PlanError(
-                        f"pattern 'dense' has no parameters, got {', '.join(params)}; remove them."
-                    )
-                return pattern, None
-            try:
-                pattern = Pattern(pattern, **params)
-            except ValueError as error:
-                raise PlanError(str(error)) from None
-            return repr(pattern), pattern
-        if params:
-            raise PlanError(
-                f"{pattern!r} takes no further parameters, got {', '.join(params)}; remove them."
-            )
-        if not callable(pattern):
-            given = (
-                f"is a {type(pattern).__name__}"
-                if isinstance(pattern, (Tensor, HeadMasks))
-                else f"={pattern!r}"
-            )
-            raise PlanError(
-                f"pattern{' ' if given.startswith('is') else ''}{given}: expected a name, a Pattern, or a function layout -> (R, C) bool; "
-                f"pass one{_instead_of_pattern(pattern)}."
-            )
-        name = repr(pattern)
-        if not isinstance(pattern, (Pattern, Static)):
-            name = getattr(pattern, "__name__", name)
-            name = f"{name} (function)" if name in PATTERNS else name
-        taken, base = self.patterns.get(name), name
-        for number in range(2, len(self.patterns) + 3):
-            if taken is None or taken == pattern:
-                break
-            name = f"{base} ({number})"
-            taken = self.patterns.get(name)
-        return name, pattern
-
     def _select(self, layers: int | str | Iterable[int | str] | None) -> set[str]:
         if layers is None:
             return set(self.layers)
-        wanted = _listed("layers", layers)
+        wanted = listed("layers", layers)
         keys = {
             key
             for key in self.layers
@@ -358,7 +217,7 @@ class SparsityPlan:
 
     def layout(self, spec: ModelSpec, grid: tuple[int, int] | None = None) -> TokenLayout:
         """The layout of the plan's masks for `spec` at `grid` (None = the model's own)."""
-        _check_spec(spec)
+        check_spec(spec)
         return TokenLayout(
             spec.grid if grid is None else grid,
             start=spec.start,
@@ -429,52 +288,68 @@ class SparsityPlan:
 
     def complete(self, spec: ModelSpec) -> SparsityPlan:
         """This plan with every layer of `spec` named: those it does not mention are dense."""
-        _check_spec(spec)
+        check_spec(spec)
         dense = {layer.key: ("dense",) * layer.heads for layer in spec.layers}
         return replace(self, layers={**dense, **self.layers})
 
     def check(self, spec: ModelSpec) -> None:
         """Raise PlanError unless this plan is for models like `spec`."""
-        _check_spec(spec)
-        wrong = {
-            key: (self.model.get(key), value)
-            for key, value in spec.fingerprint.items()
-            if self.model.get(key) != value
+        check_spec(spec)
+        check_fit(self.model, self.layers, spec)
+
+    # Files
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain data; PlanError if a pattern is a Python function."""
+        layout = {"order": self.order, "tile": list(self.tile), "block_size": self.block_size}
+        return {
+            "model": dict(self.model),
+            "layout": layout,
+            "patterns": {name: to_spec(name, pattern) for name, pattern in self.patterns.items()},
+            "layers": dict(self.layers),
+            "scores": dict(self.scores),
+            "notes": dict(self.notes),
         }
-        if wrong:
-            said = "; ".join(
-                f"{key}: plan {plan!r}, model {model!r}" for key, (plan, model) in wrong.items()
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SparsityPlan:
+        """Return the plan in data of `to_dict`; PlanError for what does not fit together."""
+        layout = data["layout"]
+        try:
+            return cls(
+                data["model"],
+                {name: from_spec(name, spec) for name, spec in data["patterns"].items()},
+                {key: tuple(names) for key, names in data["layers"].items()},
+                layout["order"],
+                tuple(layout["tile"]),
+                layout["block_size"],
+                {key: tuple(values) for key, values in data["scores"].items()},
+                data["notes"],
             )
+        except PlanError:
+            raise
+        except (ValueError, TypeError, OverflowError) as error:
             raise PlanError(
-                f"this plan is for another model ({said}): all of these must agree; make a plan for this model."
-            )
-        keys = {layer.key for layer in spec.layers}
-        unknown = [key for key in self.layers if key not in keys]
-        if unknown:
-            raise PlanError(
-                f"the plan names layers {unknown}, the model has {sorted(keys)}: remove or rename them."
-            )
-        for layer in spec.layers:
-            sparse = sorted({name for name in self.layers.get(layer.key, ()) if name != "dense"})
-            if layer.window and sparse:
-                raise PlanError(
-                    f"layer {layer.key!r} attends within windows of {layer.window} x {layer.window} patches, the plan gives it "
-                    f"{', '.join(sparse)}: windowed layers stay dense; leave them out, or name only global layers: "
-                    f"{', '.join(other.key for other in spec.layers if not other.window)}."
-                )
+                f"{error} The file is damaged or was edited wrongly; correct that entry."
+            ) from None
 
-    def save(self, path: Any) -> None:
-        """Write the plan as JSON; an existing file is replaced only once the new one is complete."""
-        from bsa_vision.plans.plan_file import save
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON; an existing file is replaced once the new one is complete.
 
-        save(self, path)
+        PlanError if a pattern is a Python function, which no file can hold.
+        """
+        text = plan_file.dumps(self.to_dict())
+        self.from_dict(plan_file.loads(text))  # what cannot be read must not replace what can
+        atomic_write.write(path, text.encode())
 
-    @staticmethod
-    def load(path: Any) -> SparsityPlan:
-        """Read a plan written by `save`. PlanError names what is wrong with a file that is not one."""
-        from bsa_vision.plans.plan_file import load
-
-        return load(path)
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SparsityPlan:
+        """Read a plan written by `save`; PlanError says what is wrong with the file."""
+        data = Path(path).read_bytes()
+        try:
+            return cls.from_dict(plan_file.loads(data))
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from None
 
     def _compile(
         self,
@@ -483,52 +358,22 @@ class SparsityPlan:
         prompts: Sequence[Sequence[Box]],
         keys: TokenLayout | None,
     ) -> HeadMasks:
-        heads = [
+        heads = self.model["heads"]
+        masks = [
             name
             if name == "dense"
-            else torch.stack([self._lay_out(layer, head, layout, boxes, keys) for boxes in prompts])
+            else torch.stack(
+                [
+                    lay_out(name, self.patterns[name], (layer, head), heads, layout, boxes, keys)
+                    for boxes in prompts
+                ]
+            )
             for head, name in enumerate(self.layers[layer])
         ]  # (images, R, C) each
         try:
-            return HeadMasks.from_patterns(layout, heads, kv_layout=keys)
+            return HeadMasks.from_patterns(layout, masks, kv_layout=keys)
         except ValueError as error:
             raise PlanError(f"layer {layer!r} of the plan: {error}") from None
-
-    def _lay_out(
-        self,
-        layer: str,
-        head: int,
-        layout: TokenLayout,
-        boxes: Sequence[Box],
-        keys: TokenLayout | None,
-    ) -> Tensor:
-        name = self.layers[layer][head]
-        pattern = self.patterns[name]
-        if isinstance(pattern, Static):
-            if keys is not None:
-                raise PlanError(
-                    f"layer {layer!r} attends to remembered frames, whose number grows: a static mask fits one number of keys only; use a "
-                    "geometric pattern."
-                )
-            return pattern(layout)
-        try:
-            if isinstance(pattern, Pattern):
-                return pattern(
-                    layout, int(layer.rpartition(".")[2]) * self.model["heads"] + head, boxes, keys
-                )
-            mask = pattern(layout) if keys is None else pattern(layout, keys)
-        except PlanError:
-            raise
-        except Exception as error:
-            raise PlanError(
-                f"layer {layer!r}, head {head}, pattern {name!r}: {type(error).__name__}: {error}"
-            ) from error
-        try:
-            return with_special(
-                check_blocks(mask, f"pattern {name!r} returned", layout, keys), layout, keys
-            )
-        except ValueError as error:
-            raise PlanError(str(error)) from None
 
     def __str__(self) -> str:
         lines = [
@@ -568,41 +413,3 @@ def as_plan(plan: object) -> SparsityPlan:
     raise TypeError(
         f"plan is a {type(plan).__name__}: expected a SparsityPlan or the path of one; {how}."
     )
-
-
-def _instead_of_pattern(given: object) -> str:
-    """The end of a message about what is no pattern."""
-    if isinstance(given, (Tensor, HeadMasks)):
-        return ", and masks with bsa.SparsityPlan.from_head_masks(bsa.inspect(model), {layer: HeadMasks})"
-    if isinstance(given, (list, tuple)):
-        return ", and others head by head with plan.replace(heads=..., pattern=...)"
-    return ""
-
-
-def _check_spec(spec: object) -> None:
-    if not isinstance(spec, ModelSpec):
-        raise TypeError(
-            f"spec is a {type(spec).__name__}: expected a ModelSpec; pass bsa.inspect(model)."
-        )
-
-
-def _check_options(pattern: Any, params: Mapping[str, Any], options: Sequence[str]) -> None:
-    """Raise PlanError for a parameter that looks like one of `options`, misspelt: the pattern's own message would mislead."""
-    own = parameters(pattern) if isinstance(pattern, str) and pattern in PATTERNS else []
-    for param in params:
-        close = difflib.get_close_matches(param, [*options, *own], n=1, cutoff=0.7)
-        if param not in own and close and close[0] in options:
-            raise PlanError(
-                f"{param}={params[param]!r}: allowed are {', '.join([*options, *own])}; did you mean {close[0]}?"
-            )
-
-
-def _listed(name: str, given: Any) -> list[Any]:
-    """A single layer or head, or several, as a list."""
-    if isinstance(given, (int, str)):
-        return [given]
-    if not isinstance(given, Iterable):
-        raise PlanError(
-            f"{name}={given!r}: expected indices{' or names' * (name == 'layers')}; give one, or a list."
-        )
-    return list(given)

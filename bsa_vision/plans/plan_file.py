@@ -20,83 +20,48 @@ Everything unknown is an error: a key that was dropped in silence would change r
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import math
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from bsa_vision.errors import PlanError
-from bsa_vision.masks import Pattern, TokenLayout
-from bsa_vision.plans.plan import PatternLike, SparsityPlan
-from bsa_vision.plans.static_mask import Static
-from bsa_vision.storage import atomic_write
 
 FORMAT, VERSION = "bsa-vision/plan", 1
-KEYS = ("format", "version", "model", "layout", "patterns", "layers", "scores", "notes")
+SECTIONS = ("patterns", "layers", "scores", "notes")
+KEYS = ("format", "version", "model", "layout", *SECTIONS)
 MODEL_KEYS = {"family": str, "depth": int, "heads": int, "head_dim": int}
 LAYOUT_KEYS = {"order": str, "tile": list, "block_size": int}
 
 
-def save(plan: SparsityPlan, path: str | os.PathLike[str]) -> None:
-    """Write `plan` to `path`. PlanError when a pattern is a Python function, which no file can hold."""
-    text = dumps(plan)
-    loads(text)  # what cannot be read back must not replace what can
-    atomic_write.write(path, text.encode())
-
-
-def load(path: str | os.PathLike[str]) -> SparsityPlan:
-    """Read a plan; PlanError says what is wrong, OSError that there is no such file."""
-    data = Path(path).read_bytes()
+def dumps(data: Mapping[str, Any]) -> str:
+    """Return a plan's data as JSON text, one line per pattern and layer."""
     try:
-        return loads(data)
-    except PlanError as error:
-        raise PlanError(f"{path}: {error}") from None
-
-
-def dumps(plan: SparsityPlan) -> str:
-    """The plan as JSON text."""
-    try:
-        return _dumps(plan)
+        return _dumps(data)
     except (TypeError, ValueError) as error:
-        if isinstance(error, PlanError):
-            raise
         raise PlanError(
-            f"the plan holds something JSON cannot: {error}; keep notes and scores to text and numbers."
+            f"the plan holds something JSON cannot: {error}; keep notes and scores to text and "
+            "numbers."
         ) from None
 
 
-def _dumps(plan: SparsityPlan) -> str:
-    head = {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": dict(plan.model),
-        "layout": {"order": plan.order, "tile": list(plan.tile), "block_size": plan.block_size},
-    }
-    sections: dict[str, Mapping[str, Any]] = {
-        "patterns": {name: _pattern_spec(name, pattern) for name, pattern in plan.patterns.items()},
-        "layers": plan.layers,
-        "scores": plan.scores,
-        "notes": plan.notes,
-    }
-    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
-    for section, entries in sections.items():
-        inner = ",\n".join(
-            f"    {json.dumps(key)}: {json.dumps(value, allow_nan=False)}"
-            for key, value in entries.items()
-        )
-        lines.append(f"  {json.dumps(section)}: " + ("{\n" + inner + "\n  }" if inner else "{}"))
+def _dumps(data: Mapping[str, Any]) -> str:
+    head: dict[str, Any] = {"format": FORMAT, "version": VERSION}
+    lines = []
+    for key, value in {**head, **data}.items():
+        text = json.dumps(value, allow_nan=False)
+        if key in SECTIONS and value:
+            inner = (
+                f"    {json.dumps(name)}: {json.dumps(entry, allow_nan=False)}"
+                for name, entry in value.items()
+            )
+            text = "{\n" + ",\n".join(inner) + "\n  }"
+        lines.append(f"  {json.dumps(key)}: {text}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def loads(text: str | bytes) -> SparsityPlan:
-    """The plan in JSON text, or in its UTF-8 bytes."""
+def loads(text: str | bytes) -> dict[str, Any]:
+    """Return a plan's data from JSON text, or its UTF-8 bytes; PlanError for anything unknown."""
     try:
         text = text.decode() if isinstance(text, bytes) else text
         data = json.loads(
@@ -123,7 +88,7 @@ def loads(text: str | bytes) -> SparsityPlan:
     _check_keys("the plan", data, KEYS, optional=("scores", "notes"))
     _check_types("model", data["model"], MODEL_KEYS)
     _check_types("layout", data["layout"], LAYOUT_KEYS)
-    for section in ("patterns", "layers", "scores", "notes"):
+    for section in SECTIONS:
         _check_types(section, data.setdefault(section, {}), None)
     for key, values in data["scores"].items():
         if not isinstance(values, list) or not all(
@@ -137,24 +102,7 @@ def loads(text: str | bytes) -> SparsityPlan:
             raise PlanError(
                 f"layer {key!r} is {names!r}: expected a list of pattern names, one per head; correct it."
             )
-    layout = data["layout"]
-    try:
-        return SparsityPlan(
-            data["model"],
-            {name: _pattern(name, spec) for name, spec in data["patterns"].items()},
-            {key: tuple(names) for key, names in data["layers"].items()},
-            layout["order"],
-            tuple(layout["tile"]),
-            layout["block_size"],
-            {key: tuple(values) for key, values in data["scores"].items()},
-            data["notes"],
-        )
-    except PlanError:
-        raise
-    except (ValueError, TypeError, OverflowError) as error:
-        raise PlanError(
-            f"{error} The file is damaged or was edited wrongly; correct that entry."
-        ) from None
+    return data
 
 
 def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -194,65 +142,6 @@ def _check_depth(data: Any) -> None:
             for x in (held.values() if isinstance(held, dict) else held)
         ]
         depth += 1
-
-
-def _pattern_spec(name: str, pattern: PatternLike) -> dict[str, Any]:
-    if isinstance(pattern, Pattern):
-        return pattern.spec
-    if isinstance(pattern, Static):
-        bits = np.packbits(pattern.mask.numpy().reshape(-1))
-        return {
-            "static": base64.b64encode(bits.tobytes()).decode(),
-            "layout": _layout_spec(pattern.layout),
-        }
-    raise PlanError(
-        f"pattern {name!r} is a Python function, which a plan file cannot hold: files carry named patterns and block masks; "
-        "call plan.freeze(plan.layout(bsa.inspect(model))) first to turn it into a block mask."
-    )
-
-
-def _pattern(name: str, spec: Any) -> PatternLike:
-    if not isinstance(spec, dict):
-        raise PlanError(
-            f"pattern {name!r} is {spec!r}: expected an object such as {{'pattern': 'local_window', 'radius': 8}}."
-        )
-    if "static" not in spec:
-        try:
-            return Pattern.from_spec(spec)
-        except (ValueError, TypeError, OverflowError) as error:
-            raise PlanError(f"pattern {name!r}: {error}") from None
-    _check_keys(f"pattern {name!r}", spec, ("static", "layout"))
-    try:
-        layout = TokenLayout(
-            **{
-                **spec["layout"],
-                "grid": tuple(spec["layout"]["grid"]),
-                "tile": tuple(spec["layout"]["tile"]),
-            }
-        )
-        bits = np.frombuffer(base64.b64decode(spec["static"], validate=True), np.uint8)
-        size = layout.num_blocks**2
-        if len(bits) != -(-size // 8):
-            raise ValueError(f"{len(bits)} bytes of mask, {layout} needs {-(-size // 8)}")
-        mask = torch.from_numpy(np.unpackbits(bits, count=size).astype(bool)).reshape(
-            layout.num_blocks, -1
-        )
-        return Static(mask, layout)
-    except (ValueError, TypeError, KeyError, OverflowError, binascii.Error) as error:
-        raise PlanError(
-            f"static mask {name!r} is damaged ({error}): expected bit-packed base64 and its layout; save it again."
-        ) from None
-
-
-def _layout_spec(layout: TokenLayout) -> dict[str, Any]:
-    return {
-        "grid": list(layout.grid),
-        "start": layout.start,
-        "end": layout.end,
-        "order": layout.order,
-        "tile": list(layout.tile),
-        "block_size": layout.block_size,
-    }
 
 
 def _check_keys(

@@ -1,12 +1,13 @@
-"""Heads and layers that gain nothing on a machine, made dense: a decision taken when planning, and written into the plan."""
+"""Make heads and layers dense that gain nothing on a machine: a decision written into the plan."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from bsa_vision.attention.head_masks import DENSE, HeadMasks
+from bsa_vision.attention.head_masks import DENSE
 from bsa_vision.measure.latency import Latency
+from bsa_vision.measure.latency import latency as latency_here
 from bsa_vision.plans.model_spec import ModelSpec
 from bsa_vision.plans.plan import SparsityPlan
 
@@ -14,12 +15,24 @@ from bsa_vision.plans.plan import SparsityPlan
 def prune(
     plan: SparsityPlan,
     spec: ModelSpec,
-    latency: Latency,
+    *,
+    latency: Latency | None = None,
     grid: tuple[int, int] | None = None,
     images: int = 1,
     min_gain: float = 0.05,
 ) -> SparsityPlan:
-    """See `SparsityPlan.prune`."""
+    """Return `plan` with the heads made dense that save too little time on this machine.
+
+    spec      of the model: `bsa.inspect(model)`
+    latency   what attention costs here; None = `bsa.latency(head_dim)`: float32 on the CPU,
+              measured once
+    grid      (h, w) patches of the inputs to come, None = the model's own
+    images    per call
+    min_gain  the fraction of a dense head's time that a sparse one must save, 0 to 1
+
+    A layer whose whole call would save less than that becomes dense altogether. The notes say what
+    was made dense, and for which machine.
+    """
     if not isinstance(spec, ModelSpec):
         raise TypeError(
             f"spec is a {type(spec).__name__}: expected a ModelSpec; pass bsa.inspect(model)."
@@ -37,14 +50,15 @@ def prune(
             f"images={images!r}: expected the number of images per call, at least 1; give e.g. 1."
         )
     plan.check(spec)
+    latency = latency or latency_here(plan.model["head_dim"])
     layout = plan.layout(spec, grid)
     layers, made_dense = {}, {}
     for key, names in plan.layers.items():
         keys = plan.key_layout(spec.find(key), layout)
         masks = plan.compile(key, layout, keys=keys)
         heads = set(
-            better_dense(
-                masks, layout.num_tokens, latency, images, min_gain, (keys or layout).num_tokens
+            latency.better_dense(
+                masks, layout.num_tokens, images, min_gain, (keys or layout).num_tokens
             )
         )
         # A pattern that skips nothing at this grid is computed dense already: say so.
@@ -69,26 +83,3 @@ def prune(
         layers=layers,
         notes={**plan.notes, "pruned": {**note, "made_dense": made_dense}},
     )
-
-
-def better_dense(
-    masks: HeadMasks,
-    tokens: int,
-    latency: Latency,
-    images: int = 1,
-    min_gain: float = 0.0,
-    keys: int = 0,
-) -> tuple[int, ...]:
-    """The sparse heads that save less than `min_gain` of a dense head's time; all of them where the whole call does."""
-    dense_heads = HeadMasks(None, [DENSE] * masks.num_heads, block_size=masks.block_size)
-    alone = latency.of_heads(dense_heads, tokens, keys)
-    seconds = latency.of_heads(masks, tokens, keys)
-    sparse = [head for head, kind in enumerate(masks.slices) if kind != DENSE]
-    slow = [head for head in sparse if seconds[head] >= (1 - min_gain) * alone[head]]
-    rest = latency.sparse_call + images * sum(
-        alone[h] if h in slow else seconds[h] for h in range(masks.num_heads)
-    )
-    pays = len(slow) < len(sparse) and rest < (1 - min_gain) * latency.dense(
-        masks.num_heads, tokens, images, keys
-    )
-    return tuple(slow if pays else sparse)

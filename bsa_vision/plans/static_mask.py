@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from bsa_vision.attention.head_masks import DENSE, HeadMasks, other_block_size
+from bsa_vision.attention.head_masks import DENSE, HeadMasks, instead_of_masks, other_block_size
 from bsa_vision.errors import PlanError
 from bsa_vision.masks import TokenLayout
-from bsa_vision.plans.model_spec import LayerSpec
+from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 
 
 class Static:
@@ -79,3 +81,51 @@ def static_heads(
         else (f"{layer.key}/{head}", Static(blocks[0, head], layout))
         for head, kind in enumerate(masks.slices)
     ]
+
+
+def static_layers(
+    spec: ModelSpec, head_masks: Mapping[str, HeadMasks]
+) -> tuple[dict[str, Static], dict[str, tuple[str, ...]], TokenLayout]:
+    """Return the patterns and layers of a plan with these masks, by layer, and their layout."""
+    if not isinstance(head_masks, Mapping):
+        raise TypeError(
+            f"head_masks is a {type(head_masks).__name__}: expected {{layer name: HeadMasks}}; name the layer each is for."
+        )
+    if not head_masks:
+        raise PlanError("from_head_masks got no masks: give at least one, {layer name: HeadMasks}.")
+    patterns: dict[str, Static] = {}
+    layers = {layer.key: ("dense",) * layer.heads for layer in spec.layers}
+    layouts = {}
+    for name, masks in head_masks.items():
+        layer = spec.find(name)
+        if not isinstance(masks, HeadMasks):
+            raise TypeError(
+                f"layer {name!r} has a {type(masks).__name__}: expected HeadMasks; {instead_of_masks(masks)}."
+            )
+        layout = masks.layout or TokenLayout(
+            spec.grid, start=spec.start, end=spec.end, block_size=masks.block_size
+        )
+        if (
+            masks.layout is None
+            and masks.made_for is not None
+            and not masks.made_for[0].is_identity
+        ):
+            raise PlanError(
+                f"layer {layer.name!r}: its masks were made for {masks.made_for[0]}, its HeadMasks has no layout; pass layout= to "
+                "HeadMasks, or make them with HeadMasks.from_patterns."
+            )
+        names = static_heads(layer, masks, layout)
+        patterns.update({key: pattern for key, pattern in names if pattern is not None})
+        layers[layer.key] = tuple(key for key, _ in names)
+        layouts[layer.name] = layout
+    first = next(iter(layouts.values()))
+    for name, layout in layouts.items():
+        if (layout.order, layout.tile, layout.block_size) != (
+            first.order,
+            first.tile,
+            first.block_size,
+        ):
+            raise PlanError(
+                f"layer {name!r} has {layout}, others {first}: one plan has one order and block size; rebuild one."
+            )
+    return patterns, layers, first

@@ -24,7 +24,7 @@ from bsa_vision.adapters import Observation, inspect, observe
 from bsa_vision.errors import PlanError
 from bsa_vision.masks import Pattern, TokenLayout
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
-from bsa_vision.plans.plan import PatternLike
+from bsa_vision.plans.pattern_spec import PatternLike
 from bsa_vision.tuning import candidates as table
 from bsa_vision.tuning import distributed
 from bsa_vision.tuning.statistics import BlockStatistics, CandidateErrors, Sums

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bsa_vision.masks import Pattern, TokenLayout
-from bsa_vision.plans.plan import PatternLike
+from bsa_vision.plans.pattern_spec import PatternLike
 from bsa_vision.plans.static_mask import Static
 from bsa_vision.tuning.statistics import BlockStatistics
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bsa_vision.tuning.bounds import CONFIDENCE, share_above
 from bsa_vision.tuning.statistics import BINS
-from bsa_vision.tuning.trial import Tuned
-
-if TYPE_CHECKING:
-    from bsa_vision.tuning.tune import Trial
+from bsa_vision.tuning.trial import Trial, Tuned
 
 PERCENTILES = (1, 5, 25, 50)
 

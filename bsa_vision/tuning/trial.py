@@ -17,6 +17,7 @@ from bsa_vision.measure.timing import paired
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 from bsa_vision.plans.plan import PatternLike, SparsityPlan
 from bsa_vision.tuning import distributed
+from bsa_vision.tuning.bounds import mean_at_most
 
 Target = Callable[[Any, Any], Tensor]
 Picks = Sequence[Sequence[int]]  # [layer][head]: which candidate
@@ -59,6 +60,32 @@ class Tuned:
             )
             ** 0.5
         )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A plan that was run on the images kept back.
+
+    asked      of the solver
+    errors     of the target, one per image
+    speedup    measured, where it was asked for
+    """
+
+    asked: float
+    picks: Picks
+    plan: SparsityPlan
+    errors: tuple[float, ...]
+    speedup: float | None
+
+    @property
+    def measured(self) -> float:
+        """Mean error."""
+        return sum(self.errors) / len(self.errors)
+
+    @property
+    def bound(self) -> float:
+        """What the mean over all such images is at most, at 99 % confidence."""
+        return mean_at_most(self.errors)
 
 
 def make_plan(tuned: Tuned, picks: Picks) -> SparsityPlan:

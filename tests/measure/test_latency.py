@@ -18,7 +18,6 @@ from bsa_vision.attention.backends.problem import Problem
 from bsa_vision.attention.backends.select import BACKENDS, choose
 from bsa_vision.masks import TokenLayout, local_window, stack_heads
 from bsa_vision.measure.latency import Latency, measure
-from bsa_vision.plans.prune import better_dense
 from bsa_vision.storage.machine_cache import cache_file
 from tests.helpers.models import make
 
@@ -334,13 +333,13 @@ class TestPrune:
         kept = masks.kept_pairs(1024, 1024)[0] / 1024**2
         assert 0.3 < kept < 0.8
         cheap = replace(ROUND, sparse_call=0.0, sparse_row=0.0)
-        assert better_dense(masks, 1024, cheap, min_gain=0.99 * (1 - kept) / 2) == ()
-        assert better_dense(masks, 1024, cheap, min_gain=1.01 * (1 - kept)) == (0,)
+        assert cheap.better_dense(masks, 1024, min_gain=0.99 * (1 - kept) / 2) == ()
+        assert cheap.better_dense(masks, 1024, min_gain=1.01 * (1 - kept)) == (0,)
 
     def test_calls_that_save_too_little(self):
         """A head may gain and its call still lose: what a sparse call costs on top is not made up at so few tokens."""
-        assert better_dense(self.masks(2), 1024, ROUND) == (0,)
-        assert better_dense(self.masks(2), 1024, ROUND, images=64) == ()
+        assert ROUND.better_dense(self.masks(2), 1024) == (0,)
+        assert ROUND.better_dense(self.masks(2), 1024, images=64) == ()
 
     def test_a_plan(self):
         model = make("vit")
@@ -348,14 +347,14 @@ class TestPrune:
         plan = bsa.uniform_plan(model, "local_window", radius=1, order="raster", block_size=4)
         plan = plan.replace(layers=[0], heads=[0], pattern="local_window", radius=99)
         free = replace(ROUND, sparse_call=0.0, sparse_row=0.0)
-        pruned = plan.prune(spec, latency=free)
+        pruned = bsa.prune(plan, spec, latency=free)
         assert pruned.layers["self.0"][0] == "dense"
         assert pruned.layers["self.0"][1:] == plan.layers["self.0"][1:]
         assert pruned.layers["self.1"] == plan.layers["self.1"]
         assert pruned.notes["pruned"]["made_dense"] == {"self.0": [0]}
         assert pruned.notes["pruned"]["for"] == "round numbers"
         assert plan.layers["self.0"][0] != "dense"  # plans are immutable
-        never = plan.prune(spec, latency=SLOW)
+        never = bsa.prune(plan, spec, latency=SLOW)
         assert all(set(names) == {"dense"} for names in never.layers.values())
         assert never.patterns == {}
 
@@ -363,7 +362,7 @@ class TestPrune:
         model = make("vit")
         spec = bsa.inspect(model)
         plan = bsa.uniform_plan(model, "local_window", radius=1, order="raster", block_size=4)
-        pruned = plan.prune(spec, latency=SLOW)
+        pruned = bsa.prune(plan, spec, latency=SLOW)
         pruned.save(tmp_path / "plan.json")
         assert bsa.SparsityPlan.load(tmp_path / "plan.json") == pruned
         x = torch.randn(1, 3, *(side * patch for side, patch in zip(spec.grid, spec.patch_size)))
@@ -381,17 +380,17 @@ class TestPrune:
         with pytest.raises(
             TypeError, match=r"spec is a .*ViT.*: expected a ModelSpec; pass bsa.inspect"
         ):
-            plan.prune(model, latency=ROUND)
+            bsa.prune(plan, model, latency=ROUND)
         for wrong in (-0.1, 1, "much", True):
             with pytest.raises(ValueError, match=r"min_gain=.*expected a fraction.*give e.g. 0.05"):
-                plan.prune(spec, latency=ROUND, min_gain=wrong)
+                bsa.prune(plan, spec, latency=ROUND, min_gain=wrong)
         for wrong in (0, -1, 1.5):
             with pytest.raises(
                 ValueError, match=r"images=.*number of images per call.*give e.g. 1"
             ):
-                plan.prune(spec, latency=ROUND, images=wrong)
+                bsa.prune(plan, spec, latency=ROUND, images=wrong)
         with pytest.raises(bsa.PlanError, match="another model"):
-            plan.prune(replace(spec, family="other"), latency=ROUND)
+            bsa.prune(plan, replace(spec, family="other"), latency=ROUND)
 
 
 class TestDescribe:
@@ -417,7 +416,7 @@ class TestDescribe:
     def test_says_when_it_is_not_worth_it(self):
         report = self.report(SLOW)
         assert all(layer.better_dense == tuple(range(layer.heads)) for layer in report.layers)
-        assert "gain nothing here and are better dense; plan.prune(...)" in str(report)
+        assert "gain nothing here and are better dense; bsa.prune(plan, spec)" in str(report)
         never = self.report(replace(SLOW, sparse_pair=1e-6))
         assert never.layers[0].break_even is None
         assert "sparsity pays at no number of tokens in layers" in str(never)

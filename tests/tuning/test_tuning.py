@@ -26,10 +26,10 @@ from bsa_vision.tuning import candidates, tune
 from bsa_vision.tuning.bounds import mean_at_most
 from bsa_vision.tuning.calibration import Options, calibrate, layers_to_tune
 from bsa_vision.tuning.knapsack import Choice, solve
+from bsa_vision.tuning.search import solve_for
 from bsa_vision.tuning.statistics import BlockStatistics, CandidateErrors
 from bsa_vision.tuning.store import Calibration, Store
 from bsa_vision.tuning.trial import make_plan
-from bsa_vision.tuning.tune import solve_for
 from tests.cli.test_commands import run
 from tests.helpers import models, sam2_models, sam_models, timm_models
 

@@ -1,0 +1,127 @@
+"""Name the patterns of a plan, check their parameters, and lay them out for one head."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from bsa_vision.attention.head_masks import HeadMasks
+from bsa_vision.attention.head_patterns import check_blocks, with_special
+from bsa_vision.errors import PlanError
+from bsa_vision.masks import PATTERNS, Pattern, TokenLayout
+from bsa_vision.masks.patterns import Box, parameters
+from bsa_vision.plans.pattern_spec import PatternLike
+from bsa_vision.plans.static_mask import Static
+
+
+def named(
+    pattern: str | PatternLike, params: Mapping[str, Any], declared: Mapping[str, PatternLike]
+) -> tuple[str, PatternLike | None]:
+    """Return the name to write into layers, and the pattern to declare; None if it is declared."""
+    if isinstance(pattern, str):
+        if pattern == "dense" or (pattern in declared and not params):
+            if params:
+                raise PlanError(
+                    f"pattern 'dense' has no parameters, got {', '.join(params)}; remove them."
+                )
+            return pattern, None
+        try:
+            pattern = Pattern(pattern, **params)
+        except ValueError as error:
+            raise PlanError(str(error)) from None
+        return repr(pattern), pattern
+    if params:
+        raise PlanError(
+            f"{pattern!r} takes no further parameters, got {', '.join(params)}; remove them."
+        )
+    if not callable(pattern):
+        given = (
+            f"is a {type(pattern).__name__}"
+            if isinstance(pattern, (Tensor, HeadMasks))
+            else f"={pattern!r}"
+        )
+        raise PlanError(
+            f"pattern{' ' if given.startswith('is') else ''}{given}: expected a name, a Pattern, or a function layout -> (R, C) bool; "
+            f"pass one{_other_way(pattern)}."
+        )
+    name = repr(pattern)
+    if not isinstance(pattern, (Pattern, Static)):
+        name = getattr(pattern, "__name__", name)
+        name = f"{name} (function)" if name in PATTERNS else name
+    taken, base = declared.get(name), name
+    for number in range(2, len(declared) + 3):
+        if taken is None or taken == pattern:
+            break
+        name = f"{base} ({number})"
+        taken = declared.get(name)
+    return name, pattern
+
+
+def _other_way(given: object) -> str:
+    """The end of a message about what is no pattern."""
+    if isinstance(given, (Tensor, HeadMasks)):
+        return ", and masks with bsa.SparsityPlan.from_head_masks(bsa.inspect(model), {layer: HeadMasks})"
+    if isinstance(given, (list, tuple)):
+        return ", and others head by head with plan.replace(heads=..., pattern=...)"
+    return ""
+
+
+def check_options(pattern: Any, params: Mapping[str, Any], options: Sequence[str]) -> None:
+    """Raise PlanError for a parameter that looks like one of `options`, misspelt: the pattern's own message would mislead."""
+    own = parameters(pattern) if isinstance(pattern, str) and pattern in PATTERNS else []
+    for param in params:
+        close = difflib.get_close_matches(param, [*options, *own], n=1, cutoff=0.7)
+        if param not in own and close and close[0] in options:
+            raise PlanError(
+                f"{param}={params[param]!r}: allowed are {', '.join([*options, *own])}; did you mean {close[0]}?"
+            )
+
+
+def listed(name: str, given: Any) -> list[Any]:
+    """A single layer or head, or several, as a list."""
+    if isinstance(given, (int, str)):
+        return [given]
+    if not isinstance(given, Iterable):
+        raise PlanError(
+            f"{name}={given!r}: expected indices{' or names' * (name == 'layers')}; give one, or a list."
+        )
+    return list(given)
+
+
+def lay_out(
+    name: str,
+    pattern: PatternLike,
+    where: tuple[str, int],
+    heads: int,
+    layout: TokenLayout,
+    boxes: Sequence[Box],
+    keys: TokenLayout | None,
+) -> Tensor:
+    """Return the (R, C) mask of a pattern for one head, `where` = (layer key, head)."""
+    layer, head = where
+    if isinstance(pattern, Static):
+        if keys is not None:
+            raise PlanError(
+                f"layer {layer!r} attends to remembered frames, whose number grows: a static mask fits one number of keys only; use a "
+                "geometric pattern."
+            )
+        return pattern(layout)
+    try:
+        if isinstance(pattern, Pattern):
+            return pattern(layout, int(layer.rpartition(".")[2]) * heads + head, boxes, keys)
+        mask = pattern(layout) if keys is None else pattern(layout, keys)
+    except PlanError:
+        raise
+    except Exception as error:
+        raise PlanError(
+            f"layer {layer!r}, head {head}, pattern {name!r}: {type(error).__name__}: {error}"
+        ) from error
+    try:
+        return with_special(
+            check_blocks(mask, f"pattern {name!r} returned", layout, keys), layout, keys
+        )
+    except ValueError as error:
+        raise PlanError(str(error)) from None

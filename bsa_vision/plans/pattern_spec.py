@@ -1,0 +1,81 @@
+"""Write the patterns of a plan as plain data, and read them: parameters, or a block mask bit by bit."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Any
+
+import numpy as np
+import torch
+
+from bsa_vision.attention.head_patterns import BlockMaskFn
+from bsa_vision.errors import PlanError
+from bsa_vision.masks import Pattern, TokenLayout
+from bsa_vision.plans.static_mask import Static
+
+PatternLike = Pattern | Static | BlockMaskFn
+
+
+def to_spec(name: str, pattern: PatternLike) -> dict[str, Any]:
+    """Return what a plan file says of a pattern; PlanError for a Python function."""
+    if isinstance(pattern, Pattern):
+        return pattern.spec
+    if isinstance(pattern, Static):
+        bits = np.packbits(pattern.mask.numpy().reshape(-1))
+        return {
+            "static": base64.b64encode(bits.tobytes()).decode(),
+            "layout": _layout_spec(pattern.layout),
+        }
+    raise PlanError(
+        f"pattern {name!r} is a Python function, which a plan file cannot hold: files carry named patterns and block masks; "
+        "call plan.freeze(plan.layout(bsa.inspect(model))) first to turn it into a block mask."
+    )
+
+
+def from_spec(name: str, spec: Any) -> PatternLike:
+    """Return the pattern that a plan file describes; undoes `to_spec`."""
+    if not isinstance(spec, dict):
+        raise PlanError(
+            f"pattern {name!r} is {spec!r}: expected an object such as {{'pattern': 'local_window', 'radius': 8}}."
+        )
+    if "static" not in spec:
+        try:
+            return Pattern.from_spec(spec)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise PlanError(f"pattern {name!r}: {error}") from None
+    if set(spec) != {"static", "layout"}:
+        raise PlanError(
+            f"pattern {name!r} has keys {list(spec)}: a static mask has static and layout; correct it."
+        )
+    try:
+        layout = TokenLayout(
+            **{
+                **spec["layout"],
+                "grid": tuple(spec["layout"]["grid"]),
+                "tile": tuple(spec["layout"]["tile"]),
+            }
+        )
+        bits = np.frombuffer(base64.b64decode(spec["static"], validate=True), np.uint8)
+        size = layout.num_blocks**2
+        if len(bits) != -(-size // 8):
+            raise ValueError(f"{len(bits)} bytes of mask, {layout} needs {-(-size // 8)}")
+        mask = torch.from_numpy(np.unpackbits(bits, count=size).astype(bool)).reshape(
+            layout.num_blocks, -1
+        )
+        return Static(mask, layout)
+    except (ValueError, TypeError, KeyError, OverflowError, binascii.Error) as error:
+        raise PlanError(
+            f"static mask {name!r} is damaged ({error}): expected bit-packed base64 and its layout; save it again."
+        ) from None
+
+
+def _layout_spec(layout: TokenLayout) -> dict[str, Any]:
+    return {
+        "grid": list(layout.grid),
+        "start": layout.start,
+        "end": layout.end,
+        "order": layout.order,
+        "tile": list(layout.tile),
+        "block_size": layout.block_size,
+    }

@@ -1,0 +1,95 @@
+"""Check that the parts of a plan fit together, and that a plan fits a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bsa_vision.errors import PlanError
+from bsa_vision.plans.model_spec import ModelSpec
+
+
+def check_fields(
+    model: Mapping[str, Any],
+    layers: Mapping[str, tuple[str, ...]],
+    patterns: Sequence[str],
+    others: Sequence[str],
+) -> None:
+    """Raise PlanError unless layers, heads and pattern names fit together.
+
+    patterns, others  the names that the plan declares, and the keys of its scores and notes
+    """
+    missing = [key for key in ("family", "depth", "heads", "head_dim") if key not in model]
+    if missing or not layers:
+        raise PlanError(
+            f"a plan for model={dict(model)} with {len(layers)} layers: family, depth, heads, head_dim and at least "
+            "one layer are needed; start from uniform_plan or dense_plan."
+        )
+    keys = [*patterns, *layers, *others]
+    if "dense" in patterns or not all(isinstance(key, str) for key in keys):
+        raise PlanError(
+            f"patterns={patterns}, other names={others}: names must be strings, and 'dense' always means every "
+            "block; rename the pattern."
+        )
+    for key, names in layers.items():
+        role, _, index = key.rpartition(".")
+        known = (
+            index.isascii()
+            and index.isdecimal()
+            and str(int(index)) == index
+            and int(index) < model["depth"]
+        )
+        if not role or not known:
+            raise PlanError(
+                f"layer {key!r} is not one of {model['depth']} layers: keys are role and index, 'self.0' to "
+                f"'self.{model['depth'] - 1}'; correct it."
+            )
+        if len(names) != model["heads"]:
+            raise PlanError(
+                f"layer {key!r} names {len(names)} heads, the model has {model['heads']}: give one pattern name per head."
+            )
+        for name in names:
+            if name != "dense" and name not in patterns:
+                raise PlanError(
+                    f"layer {key!r} uses pattern {name!r}, which is not declared: declared are "
+                    f"{', '.join(['dense', *patterns])}; declare it under patterns."
+                )
+
+
+def check_fit(
+    model: Mapping[str, Any], layers: Mapping[str, tuple[str, ...]], spec: ModelSpec
+) -> None:
+    """Raise PlanError unless a plan for `model` with these layers fits `spec`."""
+    wrong = {
+        key: (model.get(key), value)
+        for key, value in spec.fingerprint.items()
+        if model.get(key) != value
+    }
+    if wrong:
+        said = "; ".join(
+            f"{key}: plan {plan!r}, model {model!r}" for key, (plan, model) in wrong.items()
+        )
+        raise PlanError(
+            f"this plan is for another model ({said}): all of these must agree; make a plan for this model."
+        )
+    keys = {layer.key for layer in spec.layers}
+    unknown = [key for key in layers if key not in keys]
+    if unknown:
+        raise PlanError(
+            f"the plan names layers {unknown}, the model has {sorted(keys)}: remove or rename them."
+        )
+    for layer in spec.layers:
+        sparse = sorted({name for name in layers.get(layer.key, ()) if name != "dense"})
+        if layer.window and sparse:
+            raise PlanError(
+                f"layer {layer.key!r} attends within windows of {layer.window} x {layer.window} patches, the plan gives it "
+                f"{', '.join(sparse)}: windowed layers stay dense; leave them out, or name only global layers: "
+                f"{', '.join(other.key for other in spec.layers if not other.window)}."
+            )
+
+
+def check_spec(spec: object) -> None:
+    if not isinstance(spec, ModelSpec):
+        raise TypeError(
+            f"spec is a {type(spec).__name__}: expected a ModelSpec; pass bsa.inspect(model)."
+        )
