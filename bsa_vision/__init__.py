@@ -37,6 +37,7 @@ from bsa_vision.attention.functional import (
 from bsa_vision.attention.head_masks import HeadMasks
 from bsa_vision.attention.packing import Packed, pack, pack_head_masks, unpack
 from bsa_vision.attention.rel_pos import RelPos
+from bsa_vision.compare import compare
 from bsa_vision.errors import BackendUnavailable, PlanError
 from bsa_vision.measure.latency import Latency, latency
 from bsa_vision.models.encoder import create_encoder
@@ -74,6 +75,7 @@ __all__ = [
     "block_sparse_attn_func",
     "block_streaming_attn_func",
     "check",
+    "compare",
     "context",
     "cost",
     "create_encoder",

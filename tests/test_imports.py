@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,209 +16,107 @@ from bsa_vision.attention.backends.select import BACKENDS
 
 ROOT = Path(__file__).parent.parent
 
-# May import (besides itself, torch, numpy, einops and the standard library). Imports go down only.
-TABLE = {
-    "masks": set(),
-    "errors": set(),
-    "cache": set(),
-    "timing": set(),
-    "block_rows": set(),
-    "head_patterns": {"masks"},
-    "head_masks": {"masks", "block_rows", "cache", "head_patterns"},
-    "rel_pos": set(),
-    "packing": {"masks", "head_masks"},
-    "cache_file": {"files"},
-    "backends": {"masks", "cache_file", "errors", "block_rows", "head_masks", "rel_pos"},
-    "arguments": {"backends", "head_masks", "rel_pos"},
-    "carried_masks": {"masks", "cache", "head_masks"},
-    "onnx_form": {"masks", "carried_masks", "errors", "head_masks", "packing", "rel_pos"},
-    "custom_op": {
-        *(
-            "masks",
-            "arguments",
-            "backends",
-            "carried_masks",
-            "errors",
-            "head_masks",
-            "packing",
-            "rel_pos",
-        ),
-    },
-    "attention": {
-        *(
-            "arguments",
-            "backends",
-            "carried_masks",
-            "custom_op",
-            "head_masks",
-            "onnx_form",
-            "packing",
-            "rel_pos",
-        ),
-    },
-    "model_spec": {"errors"},
-    "cost": {"model_spec"},
-    "static_mask": {"masks", "errors", "head_masks", "model_spec"},
-    "latency": {
-        "masks",
-        "attention",
-        "backends",
-        "cache_file",
-        "errors",
-        "head_masks",
-        "rel_pos",
-        "timing",
-    },
-    "pruning": {"errors", "head_masks", "latency", "model_spec", "plan"},
-    "plan": {
-        *(
-            "latency",
-            "pruning",
-            "masks",
-            "cache",
-            "errors",
-            "head_masks",
-            "head_patterns",
-            "model_spec",
-            "plan_file",
-        ),
-        "static_mask",
-    },
-    "prompts": {"masks"},
-    "layer_masks": {
-        "cache",
-        "carried_masks",
-        "errors",
-        "head_masks",
-        "model_spec",
-        "plan",
-        "plan_file",
-        "prompts",
-    },
-    "plan_file": {"masks", "errors", "files", "plan", "static_mask"},
-    "check": {"masks", "arguments", "backends", "head_masks"},
-    "viz": {"masks"},
-    "adapters": {
-        *(
-            "masks",
-            "attention",
-            "backends",
-            "carried_masks",
-            "cost",
-            "errors",
-            "head_masks",
-            "latency",
-        ),
-        *("layer_masks", "model_spec", "plan", "prompts", "pruning", "rel_pos"),
-    },
-    "blocks": {"masks", "attention", "carried_masks", "head_masks", "rel_pos"},
-    "encoder": {"masks", "adapters", "blocks", "carried_masks", "errors", "plan", "rel_pos"},
-    "bench": {
-        *("masks", "adapters", "attention", "backends", "cost", "errors", "loading"),
-        *(
-            "features",
-            "files",
-            "head_masks",
-            "meter",
-            "model_spec",
-            "plan",
-            "rel_pos",
-            "timing",
-            "tuning",
-        ),
-    },
-    "features": set(),
-    "files": set(),
-    "meter": set(),
-    "photographs": set(),
-    "tuning": {
-        *(
-            "masks",
-            "adapters",
-            "compare",
-            "errors",
-            "features",
-            "files",
-            "latency",
-            "model_spec",
-            "packing",
-            "plan",
-        ),
-        *("static_mask", "timing", "viz"),
-    },
-    "compare": {"adapters", "features", "meter", "timing"},
-    "doctor": {"backends", "head_masks"},
-    "hub_configs": set(),
-    "loading": {"encoder", "errors", "hub_configs"},
-    "commands": {
-        *("masks", "adapters", "bench", "compare", "doctor", "errors", "loading", "meter"),
-        *("photographs", "plan", "tuning", "viz"),
-    },
-    "cli": {"bench", "commands"},
-    "__main__": {"cli"},
-}
+# The packages of bsa_vision, and the modules beside them: imports go from right to left only.
+ORDER = [
+    "masks",
+    "storage",
+    "errors",
+    "attention",
+    "measure",
+    "plans",
+    "adapters",
+    "models",
+    "viz",
+    "compare",
+    "tuning",
+    "bench",
+    "cli",
+]
 THIRD_PARTY = {"torch", "numpy", "einops"}
 LAZY = {  # imported inside the functions that need them, or by modules that only those import
-    "transformers": {"adapters", "bench"},
-    "timm": {"adapters"},
-    "PIL": {"photographs"},
+    "transformers": {"adapters", "models"},
+    "timm": {"adapters", "models"},
+    "segment_anything": {"models"},
+    "PIL": {"models"},
     "scipy": {"tuning"},
-    "safetensors": {"encoder", "tuning"},
-    "matplotlib": {"viz", "bench", "commands", "tuning"},
-    "rich": {"bench", "cli", "commands"},
-    "typer": {"bench", "cli", "commands"},
+    "safetensors": {"models", "tuning"},
+    "matplotlib": {"viz", "bench", "cli", "tuning"},
+    "rich": {"bench", "cli"},
+    "typer": {"cli"},
 }
+
+
+FILES = sorted((ROOT / "bsa_vision").rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    """Return the dotted name of a file."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in FILES}
 
 
 def imports(path: Path) -> set[str]:
-    """Dotted names of what a file imports."""
+    """Return the dotted names of what a file imports, wherever in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"relative import in {path}"
-            names |= {
-                f"{node.module}.{alias.name}" if node.module == "bsa_vision" else node.module
-                for alias in node.names
-            }
+            full = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in MODULES else node.module for name in full}
     return names
 
 
-def module_of(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return "masks" if parts[0] == "masks" else parts[1]
+def part_of(name: str) -> str:
+    """Return the package of bsa_vision that a module is in."""
+    return name.split(".")[1]
 
 
-FILES = [
-    path for folder in ("masks", "bsa_vision") for path in sorted((ROOT / folder).rglob("*.py"))
-]
+GRAPH = {
+    name: {found for found in imports(path) if found in MODULES} for name, path in MODULES.items()
+}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_down(path):
-    module = module_of(path)
-    if module == "__init__":
-        return  # the public face imports everything
-    for name in imports(path):
-        top, *rest = name.split(".")
-        if top == "bsa_vision":
-            assert rest[0] in TABLE[module] | {module}, f"{path.name} imports {name}"
-        elif top == "masks":
-            assert module == "masks" or "masks" in TABLE[module], f"{path.name} imports {name}"
+def test_modules_sort():
+    tuple(graphlib.TopologicalSorter(GRAPH).static_order())
+    circle = {**GRAPH, "bsa_vision.errors": {"bsa_vision.cli.main"}}  # the twin
+    with pytest.raises(graphlib.CycleError):
+        tuple(graphlib.TopologicalSorter(circle).static_order())
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if "." in name])
+def test_imports_point_down(name):
+    if name == "bsa_vision.__main__":
+        return
+    own = part_of(name)
+    for found in imports(MODULES[name]):
+        top = found.partition(".")[0]
+        if found in MODULES:
+            assert found != "bsa_vision", f"{name} imports the public face"
+            assert ORDER.index(part_of(found)) <= ORDER.index(own), f"{name} imports {found}"
         elif top not in sys.stdlib_module_names:
-            allowed = {"torch"} if module == "masks" else THIRD_PARTY
-            assert top in allowed or module in LAZY.get(top, ()), f"{path.name} imports {name}"
+            allowed = {"torch"} if own == "masks" else THIRD_PARTY
+            assert top in allowed or own in LAZY.get(top, ()), f"{name} imports {found}"
 
 
-def test_the_table_names_what_there_is():
-    assert {module_of(path) for path in FILES} - {"__init__"} == set(TABLE)
+def test_the_shape_of_the_package():
+    """Few files at the top, packages' faces hold names only, files and functions stay small."""
+    assert len(list((ROOT / "bsa_vision").glob("*.py"))) <= 6
+    assert {part_of(name) for name in MODULES if "." in name} - {"__main__"} == set(ORDER)
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        if path.name == "__init__.py":
+            kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+            assert not [node for node in ast.walk(tree) if isinstance(node, kinds)], path
 
 
 def test_backends_do_not_import_each_other():
     names = set(BACKENDS)
     for name in names:
-        for imported in imports(ROOT / "bsa_vision" / "backends" / f"{name}.py"):
+        for imported in imports(ROOT / "bsa_vision" / "attention" / "backends" / f"{name}.py"):
             assert imported.rpartition(".")[2] not in names, f"{name} imports {imported}"
 
 
@@ -242,7 +142,7 @@ def test_importing_loads_nothing_more_than_torch_numpy_and_einops_do():
         for name in loaded("import bsa_vision") - base
         if name not in sys.stdlib_module_names and not name.startswith("_")
     }
-    assert extra == {"bsa_vision", "masks"}
+    assert extra == {"bsa_vision"}
     assert (
         "matplotlib" in loaded("import bsa_vision, matplotlib") - base
     )  # the twin: more would be seen
@@ -300,20 +200,40 @@ def test_works_while_neighbours_are_absent_or_broken(error):
     assert run(blocked + "import transformers").returncode != 0  # the twin: the block holds
 
 
-def test_a_foreign_masks_package_is_named(tmp_path):
-    (tmp_path / "masks").mkdir()
-    (tmp_path / "masks" / "__init__.py").write_text("def draw(): pass\n")
-    result = run(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import bsa_vision")
-    assert result.returncode != 0
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: the package `masks` found at")
-    assert str(tmp_path / "masks" / "__init__.py") in last
-    assert "rename or uninstall the other package" in last
+def foreign(folder: Path, kind: str) -> None:
+    """Make the folder of a segmentation data set: images and masks, the latter a package or not."""
+    (folder / "images").mkdir()
+    (folder / "masks").mkdir()
+    (folder / "masks" / "0001.png").write_bytes(b"")
+    if kind != "pictures":
+        (folder / "masks" / "__init__.py").write_text("def draw(): pass\n")
+    if kind == "a module":
+        (folder / "masks.py").write_text("raise ImportError('a foreign module')\n")
+
+
+@pytest.mark.parametrize("kind", ["pictures", "a package", "a module"])
+def test_a_folder_of_masks_breaks_nothing(tmp_path, kind):
+    foreign(tmp_path, kind)
+    code = (
+        "import bsa_vision, bsa_vision.masks as m; from bsa_vision.masks import Pattern; "
+        "assert m is bsa_vision.masks and m.__name__ == 'bsa_vision.masks'; print('fine')"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.stdout == "fine\n", done.stderr
 
 
 def test_masks_is_one_module_under_both_names():
-    code = "import masks, bsa_vision; from bsa_vision import masks as m; from bsa_vision.masks import TokenLayout as t; "
-    assert run(code + "assert m is masks and t is masks.TokenLayout").returncode == 0
+    code = (
+        "import masks, bsa_vision, pickle, masks.layout; from bsa_vision import masks as m; "
+        "from bsa_vision.masks import TokenLayout as t; from masks.layout import TokenLayout as u; "
+        "assert m is masks and t is masks.TokenLayout is u; "
+        "p = b'cmasks.layout\\nTokenLayout\\n.'; assert pickle.loads(p) is t"
+    )
+    done = run(code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_public_names():
