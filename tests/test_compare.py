@@ -347,21 +347,21 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            ("tests.models:dinov3 {photos}", "neither --plan nor --pattern"),
+            ("tests.helpers.models:dinov3 {photos}", "neither --plan nor --pattern"),
             (
-                "tests.models:dinov3 {photos} --pattern axial --plan p.json",
+                "tests.helpers.models:dinov3 {photos} --pattern axial --plan p.json",
                 "--pattern and --plan: one of the two",
             ),
             (
-                "tests.models:dinov3 nowhere.jpg --pattern axial",
+                "tests.helpers.models:dinov3 nowhere.jpg --pattern axial",
                 "image 'nowhere.jpg': no such file or folder",
             ),
-            ("tests.models:dinov3 {photos}/notes.txt --pattern axial", "cannot be read"),
-            ("tests.models:dinov3 {photos} --plan nowhere.json", "nowhere.json"),
-            ("tests.models:dinov3 {photos} --pattern nope", "allowed are random, local"),
+            ("tests.helpers.models:dinov3 {photos}/notes.txt --pattern axial", "cannot be read"),
+            ("tests.helpers.models:dinov3 {photos} --plan nowhere.json", "nowhere.json"),
+            ("tests.helpers.models:dinov3 {photos} --pattern nope", "allowed are random, local"),
             ("timm:vit_tinny_patch16 {photos} --random --pattern axial", "nearest are vit_tiny"),
             (
-                "tests.models:dinov3 {photos} --pattern axial --image-size 65",
+                "tests.helpers.models:dinov3 {photos} --pattern axial --image-size 65",
                 "whole numbers of (8, 8) pixel patches",
             ),
         ],
@@ -372,6 +372,8 @@ class TestCommand:
         assert message in err
 
     def test_an_empty_folder(self, capsys, tmp_path):
-        code, _, err = run(capsys, f"compare tests.models:dinov3 {tmp_path} --pattern axial")
+        code, _, err = run(
+            capsys, f"compare tests.helpers.models:dinov3 {tmp_path} --pattern axial"
+        )
         assert code == 2
         assert "no images in" in err

@@ -516,11 +516,11 @@ IMAGES = {
     "paths": (
         lambda: ONCE.tune(["a.jpg", "b.jpg"]),
         Value,
-        "photographs.read | bsa-vision tune",
+        "image_files.read | bsa-vision tune",
         "stack",
     ),
-    "a folder": (lambda: ONCE.tune("photos"), Type, "'photos' | photographs.read", ""),
-    "a folder as Path": (lambda: ONCE.tune(Path("photos")), Type, "photographs.read", "iterable"),
+    "a folder": (lambda: ONCE.tune("photos"), Type, "'photos' | image_files.read", ""),
+    "a folder as Path": (lambda: ONCE.tune(Path("photos")), Type, "image_files.read", "iterable"),
     "a folder for another target": (
         lambda: ONCE.tune(
             "photos", sparsity=0.5, target=lambda model, image: features(model, image)
@@ -568,7 +568,7 @@ IMAGES = {
     "paths to compare": (
         lambda: compare(ONCE.model, ["a.jpg"]),
         Value,
-        "photographs.read",
+        "image_files.read",
         "attribute",
     ),
 }

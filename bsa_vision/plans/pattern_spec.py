@@ -13,6 +13,7 @@ from bsa_vision.attention.head_patterns import BlockMaskFn
 from bsa_vision.errors import PlanError
 from bsa_vision.masks import Pattern, TokenLayout
 from bsa_vision.plans.static_mask import Static
+from bsa_vision.plans.validation import check_keys
 
 PatternLike = Pattern | Static | BlockMaskFn
 
@@ -44,10 +45,7 @@ def from_spec(name: str, spec: Any) -> PatternLike:
             return Pattern.from_spec(spec)
         except (ValueError, TypeError, OverflowError) as error:
             raise PlanError(f"pattern {name!r}: {error}") from None
-    if set(spec) != {"static", "layout"}:
-        raise PlanError(
-            f"pattern {name!r} has keys {list(spec)}: a static mask has static and layout; correct it."
-        )
+    check_keys(f"pattern {name!r}", spec, ("static", "layout"))
     try:
         layout = TokenLayout(
             **{

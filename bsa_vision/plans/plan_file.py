@@ -26,6 +26,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bsa_vision.errors import PlanError
+from bsa_vision.plans.validation import check_keys
 
 FORMAT, VERSION = "bsa-vision/plan", 1
 SECTIONS = ("patterns", "layers", "scores", "notes")
@@ -85,7 +86,7 @@ def loads(text: str | bytes) -> dict[str, Any]:
         raise PlanError(
             f"version {data.get('version')!r}: this bsa-vision reads version {VERSION}; update it or save again."
         )
-    _check_keys("the plan", data, KEYS, optional=("scores", "notes"))
+    check_keys("the plan", data, KEYS, optional=("scores", "notes"))
     _check_types("model", data["model"], MODEL_KEYS)
     _check_types("layout", data["layout"], LAYOUT_KEYS)
     for section in SECTIONS:
@@ -144,24 +145,12 @@ def _check_depth(data: Any) -> None:
         depth += 1
 
 
-def _check_keys(
-    where: str, data: Mapping[str, Any], allowed: tuple[str, ...], optional: tuple[str, ...] = ()
-) -> None:
-    unknown = [key for key in data if key not in allowed]
-    missing = [key for key in allowed if key not in data and key not in optional]
-    if unknown or missing:
-        raise PlanError(
-            f"{where} has unknown keys {unknown} and lacks {missing}: allowed are {', '.join(allowed)}; correct the file, or "
-            "update bsa-vision if a newer one wrote it."
-        )
-
-
 def _check_types(where: str, data: Any, expected: Mapping[str, type] | None) -> None:
     if not isinstance(data, dict):
         raise PlanError(f"{where!r} is {data!r}: expected an object; correct it.")
     if expected is None:
         return
-    _check_keys(repr(where), data, tuple(expected))
+    check_keys(repr(where), data, tuple(expected))
     for key, kind in expected.items():
         if not isinstance(data[key], kind) or isinstance(data[key], bool):
             raise PlanError(

@@ -93,3 +93,15 @@ def check_spec(spec: object) -> None:
         raise TypeError(
             f"spec is a {type(spec).__name__}: expected a ModelSpec; pass bsa.inspect(model)."
         )
+
+
+def check_keys(
+    where: str, data: Mapping[str, Any], allowed: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> None:
+    unknown = [key for key in data if key not in allowed]
+    missing = [key for key in allowed if key not in data and key not in optional]
+    if unknown or missing:
+        raise PlanError(
+            f"{where} has unknown keys {unknown} and lacks {missing}: allowed are {', '.join(allowed)}; correct the file, or "
+            "update bsa-vision if a newer one wrote it."
+        )

@@ -417,9 +417,9 @@ def test_two_models_with_one_config_object():
 
 def test_named_by_the_user_without_a_plan():
     """from_pretrained(..., attn_implementation="bsa_vision") with no plan is dense, padding masks included."""
-    from bsa_vision.adapters.families import transformers_vit
+    from bsa_vision.adapters.swap import config_swap
 
-    transformers_vit.prepare()
+    config_swap.prepare()
     model, other = make("vit"), make("vit", attn_implementation="bsa_vision")
     mask = torch.ones(1, 65, dtype=torch.long)
     mask[:, 50:] = 0
@@ -477,7 +477,7 @@ def test_describe_as_a_table():
     text = str(bsa.describe(model))
     assert "dinov3, 8 x 8 patches, order tile" in text
     assert "1 x dense, 3 x local_window(radius=1)" in text
-    assert "not kernel: the kernel has blocks of 128 tokens, the masks have 8" in text
+    assert "not kernel: the kernel runs on CUDA, the tensors are on cpu" in text
 
 
 def test_a_pickled_model_runs_in_a_fresh_process(tmp_path):

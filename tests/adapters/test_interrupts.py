@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import bsa_vision as bsa
-from bsa_vision import adapters
+from bsa_vision.adapters import api as adapters
 from bsa_vision.adapters.swap import sparse_layer as layers
 from tests.helpers import models, sam_models, timm_models
 

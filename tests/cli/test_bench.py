@@ -403,7 +403,7 @@ def test_plot_shows_counted_densities_and_leaves_wrong_results_out():
 
 
 class TestModels:
-    case = ModelCase("tests.models:vit", NEAR, (64, 96), dense_heads=1, block_size=16)
+    case = ModelCase("tests.helpers.models:vit", NEAR, (64, 96), dense_heads=1, block_size=16)
 
     @pytest.fixture(autouse=True)
     def far_from_uniform(self, monkeypatch):
@@ -413,7 +413,7 @@ class TestModels:
 
     @pytest.mark.parametrize("name", ["vit", "dinov2", "dinov3"])
     def test_checks_and_times(self, name):
-        row = run_model_case(replace(self.case, model=f"tests.models:{name}"), 2)
+        row = run_model_case(replace(self.case, model=f"tests.helpers.models:{name}"), 2)
         sparse = row.implementations["sparse"]
         assert (sparse.status, sparse.reason) == ("ok", "")
         assert sparse.errors["features"].ok

@@ -30,7 +30,7 @@ class Broken:
         if name.partition(".")[0] == "timm":
             raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Broken())
-from bsa_vision import cli
+from bsa_vision.cli import main as cli
 cli.main({arguments})
 """
 
@@ -173,7 +173,7 @@ class TestMasks:
         ("line", "message"),
         [
             ("masks nope", "allowed are random, local"),
-            ("masks local --grid 3x", "allowed are grids of patches"),
+            ("masks local --grid 3x", "allowed are grids such as 48x80"),
             ("masks local --order spiral", "order='spiral': allowed are 'raster', 'tile'"),
             (
                 "masks local --grid 8x8 --query 9x1 --png out/x.png",
@@ -219,7 +219,7 @@ class TestDescribe:
         assert "axial()" in out
 
     def test_without_a_pattern_it_says_what_could_be_gained(self, capsys):
-        code, out, _ = run(capsys, "describe tests.models:dinov3")
+        code, out, _ = run(capsys, "describe tests.helpers.models:dinov3")
         assert code == 0
         assert "sparsity can gain at most" in out
 
@@ -250,17 +250,20 @@ class TestDescribe:
             ("sam:vit_x --random", "allowed are vit_b, vit_l, vit_h"),
             ("sam:vit_b", "with no checkpoint: one of the two is needed"),
             ("sam:vit_b --checkpoint nowhere.pth", "nowhere.pth"),
-            ("tests.models:dinov3 --checkpoint a.pth", "it belongs to sam:"),
-            ("tests.models:nothing", "gave AttributeError"),
+            ("tests.helpers.models:dinov3 --checkpoint a.pth", "it belongs to sam:"),
+            ("tests.helpers.models:nothing", "gave AttributeError"),
             (
-                "tests.models:dinov3 --pattern local --plan p.json",
+                "tests.helpers.models:dinov3 --pattern local --plan p.json",
                 "--pattern and --plan: one of the two",
             ),
-            ("tests.models:dinov3 --pattern nope", "allowed are random, local"),
-            ("tests.models:dinov3 --pattern windw:8", "nearest are window"),
-            ("tests.models:dinov3 --pattern local:8.5", "radius=8.5: expected a whole number"),
+            ("tests.helpers.models:dinov3 --pattern nope", "allowed are random, local"),
+            ("tests.helpers.models:dinov3 --pattern windw:8", "nearest are window"),
             (
-                "tests.models:dinov3 --image-size 65",
+                "tests.helpers.models:dinov3 --pattern local:8.5",
+                "radius=8.5: expected a whole number",
+            ),
+            (
+                "tests.helpers.models:dinov3 --image-size 65",
                 "both sides must be whole numbers of (8, 8) pixel patches",
             ),
         ],

@@ -23,7 +23,7 @@ from bsa_vision.masks import (
     random_blocks,
     stack_heads,
 )
-from bsa_vision.plans.plan_file import dumps, loads
+from bsa_vision.plans import plan_file
 from bsa_vision.plans.static_mask import Static
 
 SPEC = ModelSpec(
@@ -34,6 +34,14 @@ SPEC = ModelSpec(
     start=5,
 )
 SMALL = dict(block_size=8, tile=(2, 4))
+
+
+def dumps(plan):
+    return plan_file.dumps(plan.to_dict())
+
+
+def loads(text):
+    return SparsityPlan.from_dict(plan_file.loads(text))
 
 
 def uniform(pattern="local_window", **options) -> SparsityPlan:

@@ -510,7 +510,7 @@ class TestTune:
 
     def with_times(self, monkeypatch, attention, off=1.0, overhead=0.0):
         """Dense runs take a second, of which this share is attention; the latency model is off by a factor, and plans may cost some time."""
-        module = importlib.import_module("bsa_vision.tuning.tune")
+        module = importlib.import_module("bsa_vision.tuning.search")
 
         def time_plan(model, plan, image, target, rounds):
             spec = bsa.inspect(model)
@@ -557,7 +557,7 @@ class TestTune:
 
     def test_dense_is_as_fast_as_dense(self, monkeypatch):
         """On a machine so noisy that everything seems slower than it is: what skips nothing is not timed."""
-        module = importlib.import_module("bsa_vision.tuning.tune")
+        module = importlib.import_module("bsa_vision.tuning.search")
         latency = self.with_times(monkeypatch, attention=0.5)
         monkeypatch.setattr(module, "time_plan", lambda *call: (0.9, 1.0))
         plan = tune(models.make("dinov3"), images(3), speedup=1.0, latency=latency, **SMALL)

@@ -222,7 +222,7 @@ def the_same_model():
 def killed_run(folder):
     """`bsa-vision tune` in a process of its own, killed while candidates are measured."""
     slow = (
-        "import time, bsa_vision.tuning.calibration as c, bsa_vision.tuning.store as s; from bsa_vision import cli; s.SECONDS, s.PART = 0.0, 1e9; "
+        "import time, bsa_vision.tuning.calibration as c, bsa_vision.tuning.store as s; from bsa_vision.cli import main as cli; s.SECONDS, s.PART = 0.0, 1e9; "
         "add = c.CandidateErrors.add; c.CandidateErrors.add = lambda *a: (time.sleep(0.3), add(*a))[1]; cli.main({})"
     )
     line = f"tune tests.tuning.test_tuning_runs:the_same_model {folder}/photos -o {folder}/plan.json --sparsity 0.3 --tile 2x4 --block-size 8"
@@ -265,7 +265,7 @@ def test_ctrl_c_says_what_is_saved_and_how_to_go_on(tmp_path):
     photos(tmp_path / "photos", count=6)
     line = f"tune tests.tuning.test_tuning_runs:the_same_model {tmp_path}/photos -o {tmp_path}/plan.json --sparsity 0.3 --tile 2x4 --block-size 8"
     code = (
-        "import bsa_vision.tuning.calibration as c, bsa_vision.tuning.store as s, os, signal; from bsa_vision import cli; s.SECONDS, s.PART = 0.0, 1e9\n"
+        "import bsa_vision.tuning.calibration as c, bsa_vision.tuning.store as s, os, signal; from bsa_vision.cli import main as cli; s.SECONDS, s.PART = 0.0, 1e9\n"
         "save = s.Store.save\n"
         "def interrupt(store, calibration, now=False):\n"
         "    save(store, calibration, now)\n"
@@ -304,7 +304,7 @@ def test_full_disk(tmp_path):
     code = f"""
 import resource, signal, sys, warnings
 from tests.tuning.test_tuning import SMALL, images
-from tests import models, neighbours
+from tests import neighbours; from tests.helpers import models
 import bsa_vision as bsa
 model = models.make("dinov3")  # importing may write files, too
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -446,7 +446,7 @@ class TestProcesses:
     def test_nothing_outlives_the_command(self):
         """Threads of a process group that are left when the interpreter ends abort it now and then."""
         code = (
-            "import os; from pathlib import Path; from bsa_vision.commands.tune import _processes\n"
+            "import os; from pathlib import Path; from bsa_vision.cli.tune import _processes\n"
             "with _processes('cpu') as (rank, where):\n"
             "    import transformers.modeling_utils\n"
             "print(*[(task / 'comm').read_text().strip() for task in Path('/proc/self/task').iterdir()])"
