@@ -19,17 +19,17 @@ class BlockRow(NamedTuple):
     kept: int  # key tokens in all
 
 
-class RunTable(NamedTuple):
+class KeyRanges(NamedTuple):
     """All `BlockRow`s of all heads as int32 tensors on the CPU.
 
-    bounds  (R + 1,) first query token of each row of blocks, and the number of queries
-    run_at  (mask images, H, R + 1) first run of each row, and one past the last
-    runs    (runs, 2) first and one past the last key token
+    row_start   (R + 1,) first query token of each row of blocks, and the number of queries
+    row_ptr     (mask images, H, R + 1) first run of each row, and one past the last
+    ranges      (ranges, 2) first and one past the last key token
     """
 
-    bounds: Tensor
-    run_at: Tensor
-    runs: Tensor
+    row_start: Tensor
+    row_ptr: Tensor
+    ranges: Tensor
 
 
 def block_rows(block_mask: Tensor, size: int, num_q: int, num_k: int) -> list[list[list[BlockRow]]]:
@@ -48,14 +48,14 @@ def block_rows(block_mask: Tensor, size: int, num_q: int, num_k: int) -> list[li
     return [by_head[i * heads : (i + 1) * heads] for i in range(images)]
 
 
-def run_table(block_mask: Tensor, size: int, num_q: int, num_k: int) -> RunTable:
+def key_ranges(block_mask: Tensor, size: int, num_q: int, num_k: int) -> KeyRanges:
     """The same as tensors."""
     images, heads, num_rows, _ = block_mask.shape
     places, tokens = _merged_runs(block_mask, size, num_k)
     starts = torch.searchsorted(places, torch.arange(images * heads * num_rows + 1, device="cpu"))
     run_at = starts.as_strided((images, heads, num_rows + 1), (heads * num_rows, num_rows, 1))
     bounds = (torch.arange(num_rows + 1, device="cpu") * size).clamp(max=num_q)
-    return RunTable(bounds.int(), run_at.int().contiguous(), tokens.int().contiguous())
+    return KeyRanges(bounds.int(), run_at.int().contiguous(), tokens.int().contiguous())
 
 
 def block_lists(block_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from bsa_vision.attention.block_lists import BlockRow, RunTable, block_rows, run_table
+from bsa_vision.attention.block_lists import BlockRow, KeyRanges, block_rows, key_ranges
 from bsa_vision.attention.head_patterns import HeadPattern, Images, blocks_of, per_head
 from bsa_vision.masks import Pattern, TokenLayout
 from bsa_vision.masks.origin import check_layout, layouts_of
@@ -146,7 +146,7 @@ class HeadMasks(Handled):
         if not allow_empty_rows:
             self._check_rows()
         self._cache: Cache[Any] = Cache(32)
-        self._latest: tuple[Hashable, RunTable] | None = None
+        self._latest: tuple[Hashable, KeyRanges] | None = None
         self._new_handle()
 
     @classmethod
@@ -251,13 +251,13 @@ class HeadMasks(Handled):
         mask = self.block_mask(num_q, num_k, causal=causal)
         return self._cache.get(key, lambda: block_rows(mask, self.block_size, num_q, num_k))
 
-    def run_table(self, num_q: int, num_k: int, *, causal: bool = False) -> RunTable:
+    def key_ranges(self, num_q: int, num_k: int, *, causal: bool = False) -> KeyRanges:
         """What there is to compute, as tensors."""
-        key = ("run_table", num_q, num_k, causal)
+        key = ("key_ranges", num_q, num_k, causal)
         if self._latest is not None and self._latest[0] == key:
             return self._latest[1]
         mask = self.block_mask(num_q, num_k, causal=causal)
-        table = self._cache.get(key, lambda: run_table(mask, self.block_size, num_q, num_k))
+        table = self._cache.get(key, lambda: key_ranges(mask, self.block_size, num_q, num_k))
         self._latest = (key, table)
         return table
 

@@ -1,4 +1,4 @@
-// Block-sparse attention in float32, for x86-64: compiled once per instruction set, chosen by compiled.py.
+// Block-sparse attention in float32, for x86-64: compiled once per instruction set, chosen by cpu_kernel.py.
 //
 // Keys and values are read where they lie, at any row stride and in any token order; nothing is copied together first.
 // Logits are kept transposed, (keys, queries): then keys and values are only ever read as scalars, while vectors run along
@@ -14,7 +14,7 @@ struct Matrix {
     int64_t image_stride, head_stride, stride;
 };
 
-// A batch of images with as many tokens each. Mirrored by compiled._Batch.
+// A batch of images with as many tokens each. Mirrored by cpu_kernel._Batch.
 struct Batch {
     Matrix q, k, v;
     Matrix out;                          // (n_q, dim_v); read for gradients
@@ -23,10 +23,10 @@ struct Batch {
     Matrix grad_out, grad_q, grad_k, grad_v, grad_rel_h, grad_rel_w;  // grad_k, grad_v: added to, rows of whole vectors
     const int64_t *key_row, *key_column; // (n_k,) patch coordinates of the keys, or null
     const int64_t *order_q, *order_k;    // index of each packed token; null: tokens as they come
-    const int32_t *bounds;               // (rows + 1,) first packed query of each row of blocks
-    const int32_t *run_at;               // (mask images, heads, rows + 1) first run of each row
-    const int32_t *runs;                 // (runs, 2) first and one past the last packed key
-    float *scratch;                      // see compiled.py for how much
+    const int32_t *row_start;               // (rows + 1,) first packed query of each row of blocks
+    const int32_t *row_ptr;               // (mask images, heads, rows + 1) first run of each row
+    const int32_t *key_ranges;                 // (runs, 2) first and one past the last packed key
+    float *scratch;                      // see cpu_kernel.py for how much
     int64_t heads, group, rows;          // query heads, query heads per key head, rows of blocks
     int64_t mask_image_stride;           // of run_at; 0: one mask for all images
     int64_t dim, dim_v, rel_rows, rel_columns;
@@ -43,7 +43,7 @@ struct Attend {
     int64_t q_stride, k_stride, v_stride, out_stride, lse_stride, rel_h_stride, rel_w_stride, grad_out_stride;
     int64_t grad_q_stride, grad_k_stride, grad_v_stride, grad_rel_h_stride, grad_rel_w_stride;
     const int64_t *key_row, *key_column, *order_q, *order_k;
-    const int32_t *bounds, *run_at, *runs;
+    const int32_t *row_start, *row_ptr, *key_ranges;
     float *scratch;
     int64_t dim, dim_v, rel_rows, rel_columns;
     float scale;
@@ -61,7 +61,7 @@ static Attend resolve(const Batch &b, int64_t image, int64_t head) {
         b.q.stride, b.k.stride, b.v.stride, b.out.stride, b.lse.stride, b.rel_h.stride, b.rel_w.stride, b.grad_out.stride,
         b.grad_q.stride, b.grad_k.stride, b.grad_v.stride, b.grad_rel_h.stride, b.grad_rel_w.stride,
         b.key_row, b.key_column, b.order_q, b.order_k,
-        b.bounds, b.run_at + image * b.mask_image_stride + head * (b.rows + 1), b.runs,
+        b.row_start, b.row_ptr + image * b.mask_image_stride + head * (b.rows + 1), b.key_ranges,
         b.scratch, b.dim, b.dim_v, b.rel_rows, b.rel_columns, b.scale,
     };
 }
@@ -97,7 +97,7 @@ namespace avx2 {
 }
 
 extern "C" {
-// compiled.py refuses a library of another INTERFACE: raise it whenever the meaning of `Batch`, or a result, changes.
+// cpu_kernel.py refuses a library of another INTERFACE: raise it whenever the meaning of `Batch`, or a result, changes.
 int64_t attend_interface() { return INTERFACE * 10000 + int64_t(sizeof(Batch)); }
 void attend_avx512(const Batch *b) { avx512::attend(*b); }
 void attend_avx2(const Batch *b) { avx2::attend(*b); }

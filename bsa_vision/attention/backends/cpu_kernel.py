@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bsa_vision.attention.backends.problem import Problem, Result, Span
 from bsa_vision.attention.backends.workers import run_tasks, scratch
-from bsa_vision.attention.block_lists import RunTable
+from bsa_vision.attention.block_lists import KeyRanges
 
 INTERFACE = 2  # of cpu_kernel.cpp
 TASKS_PER_THREAD = 8  # rows of blocks cost unequal amounts; several tasks a thread even that out
@@ -29,7 +29,16 @@ VARIANTS = {"AVX512": "avx512", "AVX2": "avx2"}
 
 MATRICES = ("q", "k", "v", "out", "lse", "rel_h", "rel_w")
 GRADIENTS = ("grad_out", "grad_q", "grad_k", "grad_v", "grad_rel_h", "grad_rel_w")
-POINTERS = ("key_row", "key_column", "order_q", "order_k", "bounds", "run_at", "runs", "scratch")
+POINTERS = (
+    "key_row",
+    "key_column",
+    "order_q",
+    "order_k",
+    "row_start",
+    "row_ptr",
+    "key_ranges",
+    "scratch",
+)
 NUMBERS = (
     "heads",
     "group",
@@ -215,27 +224,27 @@ def _whole_vectors(dim: int) -> int:
 
 def _describe(
     problem: Problem, tensors: dict[str, Tensor], images: _Images
-) -> tuple[_Batch, RunTable]:
+) -> tuple[_Batch, KeyRanges]:
     """Everything but who computes what, with which scratch memory; and the table it points into."""
     span = images.span
     rows = slice(span.row, span.row + len(images))
     parts = {
         name: x[rows, :, span.k if name in KEY_SIDE else span.q] for name, x in tensors.items()
     }
-    table = problem.masks.run_table(span.q.stop - span.q.start, span.k.stop - span.k.start)
+    table = problem.masks.key_ranges(span.q.stop - span.q.start, span.k.stop - span.k.start)
     places = {
         name: getattr(problem, name) for name in ("key_row", "key_column", "order_q", "order_k")
     }
     batch = _Batch(
         **{name: _matrix(x) for name, x in parts.items()},
         **{name: None if x is None else x.data_ptr() for name, x in places.items()},
-        bounds=table.bounds.data_ptr(),
-        run_at=table.run_at[problem.mask_image(span.image)].data_ptr(),
-        runs=table.runs.data_ptr(),
+        row_start=table.row_start.data_ptr(),
+        row_ptr=table.row_ptr[problem.mask_image(span.image)].data_ptr(),
+        key_ranges=table.ranges.data_ptr(),
         heads=problem.num_heads,
         group=problem.group,
-        rows=len(table.bounds) - 1,
-        mask_image_stride=table.run_at.stride(0) if len(table.run_at) > 1 else 0,
+        rows=len(table.row_start) - 1,
+        mask_image_stride=table.row_ptr.stride(0) if len(table.row_ptr) > 1 else 0,
         dim=problem.q.shape[-1],
         dim_v=problem.v.shape[-1],
         rel_rows=0 if problem.rel_pos is None else problem.rel_pos.rel_h.shape[-1],

@@ -32,7 +32,7 @@ struct Chunk {
 // What one row of blocks works on, all transposed, (dims, width): `width` queries, the last ones padding.
 struct Row {
     int64_t start, count, width;
-    float *q, *out, *top, *sum;  // top, sum: running maximum of the logits and softmax denominator
+    float *q, *out, *m, *l;  // top, sum: running maximum of the logits and softmax denominator
     float *rel_h, *rel_w, *probs;
 };
 
@@ -49,9 +49,9 @@ INLINE void multiply(Vec (&sums)[N][V], const float *const *rows, const float *c
     }
 }
 
-// out[j][i] = k_j . q_i + relative terms, for N keys from j on and V vectors of queries from i on; `top` is their maximum.
+// out[j][i] = k_j . q_i + relative terms, for N keys from j on and V vectors of queries from i on; `m` is their maximum.
 template <int N, int V>
-INLINE void logits(const Attend &a, const Chunk &chunk, int64_t j, const Row &row, int64_t i, float *out, int64_t stride, Vec (&top)[V]) {
+INLINE void logits(const Attend &a, const Chunk &chunk, int64_t j, const Row &row, int64_t i, float *out, int64_t stride, Vec (&m)[V]) {
     Vec sums[N][V];
     for (int r = 0; r < N; r++)
         for (int n = 0; n < V; n++)
@@ -60,13 +60,13 @@ INLINE void logits(const Attend &a, const Chunk &chunk, int64_t j, const Row &ro
     for (int r = 0; r < N; r++)
         for (int n = 0; n < V; n++) {
             store(out + (j + r) * stride + n * LANES, sums[r][n]);
-            top[n] = larger(sums[r][n], top[n]);
+            m[n] = larger(sums[r][n], m[n]);
         }
 }
 
 // out[d][i] = out[d][i] * fade[i] + sum over j of values[j][d] * probs[j][i], for N dims from d on.
 template <int N, int V>
-INLINE void weigh(const float *const *values, int64_t count, int64_t d, const float *probs, int64_t stride, float *out, int64_t width, const Vec (&fade)[V]) {
+INLINE void accumulate_pv(const float *const *values, int64_t count, int64_t d, const float *probs, int64_t stride, float *out, int64_t width, const Vec (&alpha)[V]) {
     Vec sums[N][V] = {};
     for (int64_t j = 0; j < count; j++) {
         Vec prob[V];
@@ -78,38 +78,38 @@ INLINE void weigh(const float *const *values, int64_t count, int64_t d, const fl
     for (int r = 0; r < N; r++)
         for (int n = 0; n < V; n++) {
             float *at = out + (d + r) * width + n * LANES;
-            store(at, load(at) * fade[n] + sums[r][n]);
+            store(at, load(at) * alpha[n] + sums[r][n]);
         }
 }
 
 // Let V vectors of queries from i on see one chunk of keys.
 template <int V>
-INLINE void see(const Attend &a, const Chunk &chunk, const Row &row, int64_t i) {
-    Vec top[V], fade[V], sum[V] = {};
-    for (int n = 0; n < V; n++) top[n] = splat(-INFINITY);
+INLINE void attend_chunk(const Attend &a, const Chunk &chunk, const Row &row, int64_t i) {
+    Vec m[V], alpha[V], l[V] = {};
+    for (int n = 0; n < V; n++) m[n] = splat(-INFINITY);
     int64_t j = 0;
-    for (; j + KEYS <= chunk.count; j += KEYS) logits<KEYS, V>(a, chunk, j, row, i, row.probs, V * LANES, top);
-    for (; j < chunk.count; j++) logits<1, V>(a, chunk, j, row, i, row.probs, V * LANES, top);
+    for (; j + KEYS <= chunk.count; j += KEYS) logits<KEYS, V>(a, chunk, j, row, i, row.probs, V * LANES, m);
+    for (; j < chunk.count; j++) logits<1, V>(a, chunk, j, row, i, row.probs, V * LANES, m);
     for (int n = 0; n < V; n++) {
-        const Vec before = load(row.top + i + n * LANES);
-        top[n] = larger(top[n], before);
-        fade[n] = exp(before - top[n]);
-        store(row.top + i + n * LANES, top[n]);
+        const Vec before = load(row.m + i + n * LANES);
+        m[n] = larger(m[n], before);
+        alpha[n] = exp(before - m[n]);
+        store(row.m + i + n * LANES, m[n]);
     }
     for (j = 0; j < chunk.count; j++)
         for (int n = 0; n < V; n++) {
             float *at = row.probs + (j * V + n) * LANES;
-            const Vec prob = exp(load(at) - top[n]);
-            sum[n] += prob;
+            const Vec prob = exp(load(at) - m[n]);
+            l[n] += prob;
             store(at, prob);
         }
     // Sums run over one chunk and then over chunks: over thousands of keys in one go they would lose a digit.
-    for (int n = 0; n < V; n++) store(row.sum + i + n * LANES, load(row.sum + i + n * LANES) * fade[n] + sum[n]);
+    for (int n = 0; n < V; n++) store(row.l + i + n * LANES, load(row.l + i + n * LANES) * alpha[n] + l[n]);
     int64_t d = 0;
     for (; d + KEYS <= a.dim_v; d += KEYS)
-        weigh<KEYS, V>(chunk.values, chunk.count, d, row.probs, V * LANES, row.out + i, row.width, fade);
+        accumulate_pv<KEYS, V>(chunk.values, chunk.count, d, row.probs, V * LANES, row.out + i, row.width, alpha);
     for (; d < a.dim_v; d++)
-        weigh<1, V>(chunk.values, chunk.count, d, row.probs, V * LANES, row.out + i, row.width, fade);
+        accumulate_pv<1, V>(chunk.values, chunk.count, d, row.probs, V * LANES, row.out + i, row.width, alpha);
 }
 
 INLINE int64_t token(const int64_t *order, int64_t place) { return order ? order[place] : place; }
@@ -122,16 +122,16 @@ INLINE void transpose(const Attend &a, const Row &row, const float *from, int64_
     }
 }
 
-INLINE Row begin(const Attend &a, int64_t number) {
+INLINE Row load_row(const Attend &a, int64_t number) {
     Row row;
-    row.start = a.bounds[number];
-    row.count = a.bounds[number + 1] - row.start;
+    row.start = a.row_start[number];
+    row.count = a.row_start[number + 1] - row.start;
     row.width = (row.count + LANES - 1) / LANES * LANES;
     row.q = a.scratch;
     row.out = row.q + a.dim * row.width;
-    row.top = row.out + a.dim_v * row.width;
-    row.sum = row.top + row.width;
-    row.rel_h = row.sum + row.width;
+    row.m = row.out + a.dim_v * row.width;
+    row.l = row.m + row.width;
+    row.rel_h = row.l + row.width;
     row.rel_w = row.rel_h + a.rel_rows * row.width;
     row.probs = row.rel_w + a.rel_columns * row.width;  // (CHUNK, VECTORS * LANES)
     transpose(a, row, a.q, a.q_stride, a.dim, a.scale, row.q);
@@ -140,14 +140,14 @@ INLINE Row begin(const Attend &a, int64_t number) {
         transpose(a, row, a.rel_w, a.rel_w_stride, a.rel_columns, 1, row.rel_w);
     }
     for (int64_t i = 0; i < a.dim_v * row.width; i++) row.out[i] = 0;
-    for (int64_t i = 0; i < row.width; i++) row.top[i] = LOWEST, row.sum[i] = 0;
+    for (int64_t i = 0; i < row.width; i++) row.m[i] = LOWEST, row.l[i] = 0;
     return row;
 }
 
 // The next kept keys of a row, from `key` of `run` on, which are moved past them.
-INLINE void take(const Attend &a, const Row &row, int64_t &run, int64_t end, int64_t &key, Chunk &chunk) {
+INLINE void gather_chunk(const Attend &a, const Row &row, int64_t &range, int64_t end, int64_t &key, Chunk &chunk) {
     chunk.count = 0;
-    while (chunk.count < CHUNK && run < end) {
+    while (chunk.count < CHUNK && range < end) {
         const int64_t t = token(a.order_k, key), j = chunk.count++;
         chunk.tokens[j] = t;
         chunk.keys[j] = a.k + t * a.k_stride;
@@ -156,34 +156,34 @@ INLINE void take(const Attend &a, const Row &row, int64_t &run, int64_t end, int
             chunk.rel_h[j] = row.rel_h + a.key_row[t] * row.width;
             chunk.rel_w[j] = row.rel_w + a.key_column[t] * row.width;
         }
-        if (++key == a.runs[2 * run + 1] && ++run < end) key = a.runs[2 * run];
+        if (++key == a.key_ranges[2 * range + 1] && ++range < end) key = a.key_ranges[2 * range];
     }
 }
 
 // Output and log-sum-exp of one row; 0 and +inf where nothing was seen: there was no key, or all logits were -inf.
-INLINE void finish(const Attend &a, const Row &row) {
+INLINE void normalise_row(const Attend &a, const Row &row) {
     for (int64_t i = 0; i < row.count; i++) {
         const int64_t t = token(a.order_q, row.start + i);
-        const float sum = row.sum[i], inverse = 1 / sum;
-        for (int64_t d = 0; d < a.dim_v; d++) a.out[t * a.out_stride + d] = sum == 0 ? 0 : row.out[d * row.width + i] * inverse;
-        if (a.lse) a.lse[t * a.lse_stride] = sum == 0 || row.top[i] == INFINITY ? INFINITY : row.top[i] + std::log(sum);
+        const float l = row.l[i], inverse = 1 / l;
+        for (int64_t d = 0; d < a.dim_v; d++) a.out[t * a.out_stride + d] = l == 0 ? 0 : row.out[d * row.width + i] * inverse;
+        if (a.lse) a.lse[t * a.lse_stride] = l == 0 || row.m[i] == INFINITY ? INFINITY : row.m[i] + std::log(l);
     }
 }
 
 // One row of blocks of one head.
 TARGET static void attend_row(const Attend &a, int64_t number) {
     Chunk chunk;
-    const Row row = begin(a, number);
-    const int64_t end = a.run_at[number + 1];
-    int64_t run = a.run_at[number], key = run < end ? a.runs[2 * run] : 0;
-    while (run < end) {
-        take(a, row, run, end, key, chunk);
+    const Row row = load_row(a, number);
+    const int64_t end = a.row_ptr[number + 1];
+    int64_t range = a.row_ptr[number], key = range < end ? a.key_ranges[2 * range] : 0;
+    while (range < end) {
+        gather_chunk(a, row, range, end, key, chunk);
         int64_t i = 0;
-        for (; i + VECTORS * LANES <= row.width; i += VECTORS * LANES) see<VECTORS>(a, chunk, row, i);
-        for (; i + 2 * LANES <= row.width; i += 2 * LANES) see<2>(a, chunk, row, i);
-        for (; i < row.width; i += LANES) see<1>(a, chunk, row, i);
+        for (; i + VECTORS * LANES <= row.width; i += VECTORS * LANES) attend_chunk<VECTORS>(a, chunk, row, i);
+        for (; i + 2 * LANES <= row.width; i += 2 * LANES) attend_chunk<2>(a, chunk, row, i);
+        for (; i < row.width; i += LANES) attend_chunk<1>(a, chunk, row, i);
     }
-    finish(a, row);
+    normalise_row(a, row);
 }
 
 static void attend(const Batch &b) {

@@ -19,7 +19,7 @@ INLINE void copy_rows(const Attend &a, const Row &row, const float *from, int64_
     }
 }
 
-INLINE GradientRow begin_gradient(const Attend &a, const Row &row) {
+INLINE GradientRow load_gradient_row(const Attend &a, const Row &row) {
     GradientRow g;
     g.grad_out = row.probs + CHUNK * VECTORS * LANES;
     g.grad_q = g.grad_out + a.dim_v * row.width;
@@ -46,26 +46,26 @@ INLINE GradientRow begin_gradient(const Attend &a, const Row &row) {
 
 // Maximum and denominator of V vectors of queries over one chunk, as `see` keeps them, without values.
 template <int V>
-INLINE void measure(const Attend &a, const Chunk &chunk, const Row &row, int64_t i) {
-    Vec top[V], sum[V] = {};
-    for (int n = 0; n < V; n++) top[n] = splat(-INFINITY);
+INLINE void update_softmax(const Attend &a, const Chunk &chunk, const Row &row, int64_t i) {
+    Vec m[V], l[V] = {};
+    for (int n = 0; n < V; n++) m[n] = splat(-INFINITY);
     int64_t j = 0;
-    for (; j + KEYS <= chunk.count; j += KEYS) logits<KEYS, V>(a, chunk, j, row, i, row.probs, V * LANES, top);
-    for (; j < chunk.count; j++) logits<1, V>(a, chunk, j, row, i, row.probs, V * LANES, top);
-    for (int n = 0; n < V; n++) top[n] = larger(top[n], load(row.top + i + n * LANES));
+    for (; j + KEYS <= chunk.count; j += KEYS) logits<KEYS, V>(a, chunk, j, row, i, row.probs, V * LANES, m);
+    for (; j < chunk.count; j++) logits<1, V>(a, chunk, j, row, i, row.probs, V * LANES, m);
+    for (int n = 0; n < V; n++) m[n] = larger(m[n], load(row.m + i + n * LANES));
     for (j = 0; j < chunk.count; j++)
-        for (int n = 0; n < V; n++) sum[n] += exp(load(row.probs + (j * V + n) * LANES) - top[n]);
+        for (int n = 0; n < V; n++) l[n] += exp(load(row.probs + (j * V + n) * LANES) - m[n]);
     for (int n = 0; n < V; n++) {
-        const Vec fade = exp(load(row.top + i + n * LANES) - top[n]);
-        store(row.sum + i + n * LANES, load(row.sum + i + n * LANES) * fade + sum[n]);
-        store(row.top + i + n * LANES, top[n]);
+        const Vec alpha = exp(load(row.m + i + n * LANES) - m[n]);
+        store(row.l + i + n * LANES, load(row.l + i + n * LANES) * alpha + l[n]);
+        store(row.m + i + n * LANES, m[n]);
     }
 }
 
 // Queries that see nothing take part in no gradient, whatever they hold: 0 times infinity would be NaN.
-INLINE void leave_out(const Attend &a, const Row &row, const GradientRow &g) {
+INLINE void clear_unseeing(const Attend &a, const Row &row, const GradientRow &g) {
     for (int64_t i = 0; i < row.count; i++) {
-        if (row.sum[i] != 0) continue;
+        if (row.l[i] != 0) continue;
         for (int64_t d = 0; d < padded(a.dim); d++) g.q_rows[i * padded(a.dim) + d] = 0;
         for (int64_t d = 0; d < padded(a.dim_v); d++) g.grad_out_rows[i * padded(a.dim_v) + d] = 0;
     }
@@ -81,9 +81,9 @@ INLINE void differentiate(const Attend &a, const Chunk &chunk, const Row &row, c
         for (int n = 0; n < V; n++) {
             const int64_t at = i + n * LANES;
             float *prob = g.probs + (j + r) * row.width + at;
-            const Vec sum = load(row.sum + at), p = exp(load(prob) - load(row.top + at)) / sum;
-            store(prob, sum == 0 ? Vec{} : p);
-            store(g.grad_logits + (j + r) * row.width + at, sum == 0 ? Vec{} : p * (sums[r][n] - load(g.delta + at)));
+            const Vec l = load(row.l + at), p = exp(load(prob) - load(row.m + at)) / l;
+            store(prob, l == 0 ? Vec{} : p);
+            store(g.grad_logits + (j + r) * row.width + at, l == 0 ? Vec{} : p * (sums[r][n] - load(g.delta + at)));
         }
 }
 
@@ -95,8 +95,8 @@ INLINE void differentiate(const Attend &a, const Chunk &chunk, const Row &row, c
     Vec one[V];
     for (int n = 0; n < V; n++) one[n] = splat(1);
     for (; d + KEYS <= a.dim; d += KEYS)
-        weigh<KEYS, V>(chunk.keys, chunk.count, d, g.grad_logits + i, row.width, g.grad_q + i, row.width, one);
-    for (; d < a.dim; d++) weigh<1, V>(chunk.keys, chunk.count, d, g.grad_logits + i, row.width, g.grad_q + i, row.width, one);
+        accumulate_pv<KEYS, V>(chunk.keys, chunk.count, d, g.grad_logits + i, row.width, g.grad_q + i, row.width, one);
+    for (; d < a.dim; d++) accumulate_pv<1, V>(chunk.keys, chunk.count, d, g.grad_logits + i, row.width, g.grad_q + i, row.width, one);
 }
 
 // grad[t][d] += sum over i of weights[j][i] * rows[i][d], for N keys from j on and V vectors of dims from d on.
@@ -141,7 +141,7 @@ INLINE void collect_rel(const Attend &a, const int64_t *tokens, int64_t count, c
 INLINE void untranspose(const Attend &a, const Row &row, const float *from, int64_t dim, float scale, float *to, int64_t stride) {
     for (int64_t i = 0; i < row.count; i++)
         for (int64_t d = 0; d < dim; d++)
-            to[token(a.order_q, row.start + i) * stride + d] = row.sum[i] == 0 ? 0 : from[d * row.width + i] * scale;
+            to[token(a.order_q, row.start + i) * stride + d] = row.l[i] == 0 ? 0 : from[d * row.width + i] * scale;
 }
 
 #define BY_WIDTH(call)                                                                              \
@@ -154,19 +154,19 @@ INLINE void untranspose(const Attend &a, const Row &row, const float *from, int6
 TARGET static void attend_gradient(const Attend &a, int64_t rows) {
     Chunk chunk;
     for (int64_t number = 0; number < rows; number++) {
-        const int64_t end = a.run_at[number + 1];
-        int64_t run = a.run_at[number], key = run < end ? a.runs[2 * run] : 0;
-        if (run == end) continue;
-        const Row row = begin(a, number);
-        const GradientRow g = begin_gradient(a, row);
-        while (run < end) {
-            take(a, row, run, end, key, chunk);
-            BY_WIDTH(measure<V>(a, chunk, row, i))
+        const int64_t end = a.row_ptr[number + 1];
+        int64_t range = a.row_ptr[number], key = range < end ? a.key_ranges[2 * range] : 0;
+        if (range == end) continue;
+        const Row row = load_row(a, number);
+        const GradientRow g = load_gradient_row(a, row);
+        while (range < end) {
+            gather_chunk(a, row, range, end, key, chunk);
+            BY_WIDTH(update_softmax<V>(a, chunk, row, i))
         }
-        leave_out(a, row, g);
-        run = a.run_at[number], key = a.runs[2 * run];
-        while (run < end) {
-            take(a, row, run, end, key, chunk);
+        clear_unseeing(a, row, g);
+        range = a.row_ptr[number], key = a.key_ranges[2 * range];
+        while (range < end) {
+            gather_chunk(a, row, range, end, key, chunk);
             BY_WIDTH(differentiate<V>(a, chunk, row, g, i))
             collect(chunk.tokens, chunk.count, g.probs, row, g.grad_out_rows, a.dim_v, a.grad_v, a.grad_v_stride);
             collect(chunk.tokens, chunk.count, g.grad_logits, row, g.q_rows, a.dim, a.grad_k, a.grad_k_stride);

@@ -517,11 +517,11 @@ class TestWhyNot:
 
 def test_the_table_of_runs_is_the_block_rows(way):
     masks = small()[0]
-    table = masks.run_table(221, 221)
+    table = masks.key_ranges(221, 221)
     rows = masks.block_rows(221, 221)[0]
     for head in range(2):
         for number, row in enumerate(rows[head]):
-            assert (row.start, row.stop) == tuple(table.bounds[number : number + 2].tolist())
-            first, last = table.run_at[0, head, number : number + 2].tolist()
-            assert row.runs == tuple(map(tuple, table.runs[first:last].tolist()))
+            assert (row.start, row.stop) == tuple(table.row_start[number : number + 2].tolist())
+            first, last = table.row_ptr[0, head, number : number + 2].tolist()
+            assert row.runs == tuple(map(tuple, table.ranges[first:last].tolist()))
     assert gather.why_not(Problem(*(torch.empty(1, 2, 221, 16),) * 3, masks, 1.0)) is None
