@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from bsa_vision.arguments import check_fit, check_head_masks, check_numbers, check_tensors, check_varlen
 from bsa_vision.backends import Problem, Result, choose
 from bsa_vision.carried_masks import carried, is_recording, plain_sizes
-from bsa_vision.custom_op import attend, attention_op, differentiated, needs_operator
+from bsa_vision.custom_op import attend, attention_op, needs_operator
 from bsa_vision.head_masks import Handled, HeadMasks
 from bsa_vision.onnx_form import is_exporting_onnx, masked_dense
 from bsa_vision.packing import pack, pack_head_masks, unpack
@@ -133,8 +133,8 @@ def _run(
 ) -> Result:
     """Choose a backend and run it. `source` is an object with `masks_for`, or (head_mask_type, streaming_info, blockmask).
 
-    `gather`, and everything under torch.compile, goes through the operator. The other backends are differentiated by
-    torch or bring their own gradient, so they run directly where Python runs anyway.
+    `gather` goes through the operator where it is differentiated, and so does everything under torch.compile. The other
+    backends are differentiated by torch or bring their own gradient, so they run directly where Python runs anyway.
     """
     q, k, v = _autocast(q, k, v)
     head_dim, num_keys, height, width = plain_sizes(q.shape[-1], k.shape[2], *grid)
@@ -168,10 +168,8 @@ def _run(
         )
         backend = choose(problem, backend)
         _refuse_forward_mode(backend, q, k, v)
-        if backend != "gather":
+        if backend != "gather" or not needs_operator(problem):
             return attend(problem, backend)
-        if not needs_operator(q, k, v, rel_h, rel_w):
-            return differentiated(problem)
         handle = masks.handle
     elif return_probs:
         raise ValueError(

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from bsa_vision.arguments import check_fit
 from bsa_vision.backends import BACKENDS, Problem, Result, choose, compiled, gather, why_not
-from bsa_vision.backends.once import once, refuse_second_derivative
+from bsa_vision.backends.once import refuse_second_derivative
 from bsa_vision.carried_masks import read
 from bsa_vision.errors import BackendUnavailable
 from bsa_vision.head_masks import HeadMasks, from_handle
@@ -48,53 +48,19 @@ def attend(problem: Problem, backend: str) -> Result:
     return Result(out, lse, probs)
 
 
-class _Gather(torch.autograd.Function):
-    """`gather` with its gradient, for calls that need no operator; see `differentiated`."""
+def needs_operator(problem: Problem) -> bool:
+    """Return whether `gather` must run as an operator: for its gradient, and for what only sees operators.
 
-    @staticmethod
-    def forward(ctx: Any, problem: Problem, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
-        out, lse, _ = attend(problem, "gather")
-        ctx.save_for_backward(*tensors, out)
-        ctx.problem = _with_tensors(problem, *(x.new_empty(0) for x in tensors))  # these are saved above
-        if lse is not None:
-            ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        *tensors, out = ctx.saved_tensors
-        problem = _with_tensors(ctx.problem, *tensors)
-        with torch.no_grad(), _without_autocast(out.device):
-            gradients = _gradients(problem, out, grad_out)
-        return None, *once("gather", grad_out, problem.q, tuple(x for x in gradients if x is not None))
-
-
-def _with_tensors(problem: Problem, q: Tensor, k: Tensor, v: Tensor, *rel_pos: Tensor) -> Problem:
-    return replace(problem, q=q, k=k, v=v, rel_pos=RelPos(*rel_pos) if rel_pos else None)
-
-
-def needs_operator(*tensors: Tensor | None) -> bool:
-    """Return whether something looks at a call that only sees operators: a transform of torch.func, a dispatch mode,
-    a tensor of another class."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or _get_current_dispatch_mode() is not None
-        or any(x is not None and type(x) not in (Tensor, Parameter) for x in tensors)
-    )
-
-
-def differentiated(problem: Problem) -> Result:
-    """Run `problem` on `gather`, as `attention_op` does, without the cost of an operator.
-
-    A thread that the interpreter leaves behind as it exits ends cleanly here. Within an operator it would abort the
-    process, or read what torch has freed.
+    That is transforms of torch.func, dispatch modes and tensor subclasses. A plain call costs less, and a daemon thread
+    that computes while the interpreter exits ends cleanly in it, where an operator may read what torch has freed.
     """
-    tensors = (problem.q, problem.k, problem.v, *(problem.rel_pos or ()))
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        out, lse = _Gather.apply(problem, *tensors)
-        return Result(out, lse)
-    with torch.no_grad():
-        return attend(problem, "gather")
+    kinds = {type(x) for x in (problem.q, problem.k, problem.v, *(problem.rel_pos or ()))}
+    return (
+        problem.needs_gradient
+        or torch._C._are_functorch_transforms_active()
+        or _get_current_dispatch_mode() is not None
+        or not kinds <= {Tensor, Parameter}
+    )
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
