@@ -18,7 +18,7 @@ from bsa_vision.attention.arguments import (
     check_tensors,
     check_varlen,
 )
-from bsa_vision.attention.backends.problem import Call, Result
+from bsa_vision.attention.backends.problem import Call, Problem, Result
 from bsa_vision.attention.backends.select import choose
 from bsa_vision.attention.carried_masks import carried, is_recording, plain_number, plain_sizes
 from bsa_vision.attention.head_masks import Handled, HeadMasks
@@ -26,7 +26,7 @@ from bsa_vision.attention.onnx_form import is_exporting_onnx, masked_dense
 from bsa_vision.attention.operator import attention_op
 from bsa_vision.attention.packing import pack, pack_head_masks, unpack
 from bsa_vision.attention.rel_pos import RelPos
-from bsa_vision.attention.token_order import execute
+from bsa_vision.attention.token_order import attend
 
 
 def sparse_attention(
@@ -163,67 +163,61 @@ def _run(
 
     source  an object with `masks_for`; None if the masks are the kernel's tensors in `call`
 
-    Under a compiler and in recorded programs the call is an operator, see `operator`.
+    Under a compiler and in recorded programs every call is an operator (`operator`); otherwise
+    `gather` is one where `_needs_operator`. Torch differentiates what the other backends compute.
     """
-    if not _is_plain(call):
-        return _record(call, source, deterministic, return_probs)
-    masks = _masks(call, source, (call.grid_h, call.grid_w), call.k.shape[2])
+    if is_recording() or torch.compiler.is_compiling():
+        return _record(call, source, return_probs)
+    masks = _masks(call, source)
     problem = call.problem(masks, deterministic=deterministic, return_probs=return_probs)
     backend = choose(problem, call.backend)
     _refuse_forward_mode(backend, call.q, call.k, call.v)
-    return execute(problem, backend)
+    if backend == "gather" and _needs_operator(problem):
+        return Result(*attention_op(*call._replace(handle=masks.handle, backend=backend)))
+    return attend(problem, backend)
 
 
-def _is_plain(call: Call) -> bool:
-    """Return whether nothing looks at this call that sees operators of torch only.
+def _needs_operator(problem: Problem) -> bool:
+    """Return whether `gather` must be an operator: for its gradient, or for an observer of these.
 
-    That is compilers, recorded programs, transforms of torch.func, dispatch modes and tensor
-    subclasses. A plain call is faster; and a daemon thread that computes while the interpreter
-    exits ends cleanly, where an operator would abort the process or read memory torch has freed.
+    Transforms of torch.func, dispatch modes and tensor subclasses see operators only. A plain call
+    costs less, and a daemon thread that computes while the interpreter exits ends cleanly in it,
+    where an operator may read what torch has freed.
     """
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+    tensors = (problem.q, problem.k, problem.v, *(problem.rel_pos or ()))
+    return (
+        problem.needs_gradient
         or torch._C._are_functorch_transforms_active()
         or _get_current_dispatch_mode() is not None
-        or not PLAIN.issuperset(map(type, call[:5]))
+        or not PLAIN.issuperset(map(type, tensors))
     )
 
 
-PLAIN = {Tensor, Parameter, type(None)}
+PLAIN = {Tensor, Parameter}
 
 
-def _record(call: Call, source: Handled | None, deterministic: bool, return_probs: bool) -> Result:
-    """Run a call as an operator, or write it into a program."""
-    recording = is_recording()
-    height, width, num_keys = plain_sizes(call.grid_h, call.grid_w, call.k.shape[2])
-    call = call._replace(grid_h=height, grid_w=width, scale=plain_number(call.scale))
-    if not recording and not torch.compiler.is_compiling():
-        masks = _masks(call, source, (height, width), num_keys)
-        problem = call.problem(masks, deterministic=deterministic, return_probs=return_probs)
-        backend = choose(problem, call.backend)
-        _refuse_forward_mode(backend, call.q, call.k, call.v)
-        if backend != "gather":  # torch differentiates it
-            return execute(problem, backend)
-        return Result(*attention_op(*call._replace(handle=masks.handle, backend=backend)))
+def _record(call: Call, source: Handled | None, return_probs: bool) -> Result:
+    """Write a call into a program that is compiled, traced or exported."""
     if return_probs:
         raise ValueError(
             "return_attn_probs with dropout under torch.compile or torch.export: the dropout mask "
             "is not returned; call it outside of them."
         )
+    height, width, num_keys = plain_sizes(call.grid_h, call.grid_w, call.k.shape[2])
+    call = call._replace(grid_h=height, grid_w=width, scale=plain_number(call.scale))
     if source is None:
         return Result(*attention_op(*call))
-    if recording and is_exporting_onnx():
+    if is_recording() and is_exporting_onnx():
         return Result(masked_dense(call, source))
-    if recording:
+    if is_recording():
         stored = carried(source, (height, width), num_keys)
         return Result(*attention_op(*call._replace(carried=stored)))
     return Result(*attention_op(*call._replace(handle=source.dynamic_handle)))
 
 
-def _masks(call: Call, source: Handled | None, grid: tuple[int, int], num_keys: int) -> HeadMasks:
+def _masks(call: Call, source: Handled | None) -> HeadMasks:
     if source is not None:
-        return source.masks_for(grid, num_keys)
+        return source.masks_for((call.grid_h, call.grid_w), call.k.shape[2])
     return HeadMasks(
         call.base_blockmask, call.head_mask_type, call.streaming_info, allow_empty_rows=True
     )

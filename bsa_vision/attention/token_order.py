@@ -9,13 +9,11 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bsa_vision.attention.backends import cpu_kernel, gather
-from bsa_vision.attention.backends.once import once
 from bsa_vision.attention.backends.problem import Problem, Result
 from bsa_vision.attention.backends.select import BACKENDS
 from bsa_vision.attention.rel_pos import RelPos
@@ -120,20 +118,6 @@ def _key_places(problem: Problem, ordered: bool) -> tuple[Tensor | None, Tensor 
 # Running a call
 
 
-def execute(problem: Problem, backend: str) -> Result:
-    """Run `problem`, whose tokens are in model order, so that torch can differentiate the result.
-
-    `gather` brings its own gradient; torch differentiates what the other backends compute.
-    """
-    if backend != "gather":
-        return attend(problem, backend)
-    if problem.needs_gradient:
-        tensors = (problem.q, problem.k, problem.v, *(problem.rel_pos or ()))
-        return Result(*_Gather.apply(problem, *tensors))
-    with torch.no_grad():
-        return attend(problem, backend)
-
-
 def attend(problem: Problem, backend: str) -> Result:
     """Run `problem`, whose tokens are in model order, on one backend, and return model order."""
     blocks = problem.masks.base_blockmask
@@ -166,28 +150,3 @@ def gradients(problem: Problem, out: Tensor, grad_out: Tensor) -> tuple[Tensor, 
         grads = gather.gradients(ordered(problem), out, grad_out)
         layouts = (layout, kv_layout, kv_layout, layout, layout)
         return tuple(restore_tokens(x, to) for x, to in zip(grads, layouts) if x is not None)
-
-
-class _Gather(torch.autograd.Function):
-    """`gather` with its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, problem: Problem, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
-        out, lse, _ = attend(problem, "gather")
-        ctx.save_for_backward(*tensors, out)
-        ctx.problem = _with_tensors(problem, *(x.new_empty(0) for x in tensors))  # saved above
-        if lse is not None:
-            ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        *tensors, out = ctx.saved_tensors
-        problem = _with_tensors(ctx.problem, *tensors)
-        with torch.no_grad():
-            found = gradients(problem, out, grad_out)
-        return None, *once("gather", grad_out, problem.q, found)
-
-
-def _with_tensors(problem: Problem, q: Tensor, k: Tensor, v: Tensor, *rel_pos: Tensor) -> Problem:
-    return replace(problem, q=q, k=k, v=v, rel_pos=RelPos(*rel_pos) if rel_pos else None)

@@ -57,7 +57,7 @@ def encode(model: Testbed, scene: Scene) -> Tensor:
 
 def calibration_scenes(model: Testbed, seed: int, count: int | None = None) -> list[Scene]:
     """Return scenes, `CALIBRATION` unless said, that neither training nor `scenes.held_out` of a small seed shows."""
-    count = count or CALIBRATION
+    count = CALIBRATION if count is None else count
     made = scenes.make(
         list(scenes.held_out(count, 1000 + seed)),
         model.size.grid * model.size.patch,

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bsa_vision as bsa
+from bsa_vision.attention import functional
 from bsa_vision.attention.backends import cpu_kernel
 from bsa_vision.masks import TokenLayout
 from tests.helpers.calls import attend
@@ -354,3 +355,33 @@ def test_vmap_reaches_through_sdpa():
     torch.testing.assert_close(
         torch.vmap(call)(torch.stack([q, 2 * q])), torch.stack([call(q), call(2 * q)])
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the compiled loop, torch
+def test_gradients_of_gather_are_batched(dtype):
+    """As jacobian(vectorize=True) asks for them: the operator is called for each."""
+    masks, tensors, _ = small()
+    grads = torch.randn(3, *tensors[0].shape, dtype=dtype)
+    out, leaves = {}, [x.to(dtype).requires_grad_() for x in tensors]
+    for backend in ("gather", "reference"):
+        out[backend] = bsa.sparse_attention(*leaves, masks, backend=backend)
+    together = torch.autograd.grad(out["gather"], leaves, grads, is_grads_batched=True)
+    each = [
+        torch.autograd.grad(out["reference"], leaves, grad, retain_graph=True) for grad in grads
+    ]
+    for found, expected in zip(together, map(torch.stack, zip(*each)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gather_is_an_operator_where_one_is_needed(monkeypatch):
+    """And nowhere else: it is slower, and daemon threads may crash in it as the interpreter exits."""
+    seen = []
+    run = functional.attention_op
+    monkeypatch.setattr(functional, "attention_op", lambda *x: (seen.append(1), run(*x))[1])
+    masks, (q, k, v), _ = small()
+    call = lambda q: bsa.sparse_attention(q, k, v, masks, backend="gather")  # noqa: E731
+    plain = call(q)
+    assert not seen
+    assert torch.equal(call(q.clone().requires_grad_()), plain)
+    assert torch.equal(torch.vmap(call)(q[None])[0], plain)
+    assert len(seen) == 2
