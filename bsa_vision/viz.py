@@ -38,7 +38,7 @@ def block_at(layout: TokenLayout, row: int, column: int) -> int:
         raise ValueError(
             f"patch ({row}, {column}) lies outside the grid {layout.grid}: choose a patch inside it."
         )
-    packed = int(layout.inverse[layout.start + row * layout.grid[1] + column])
+    packed = int(layout.inverse[layout.num_prefix_tokens + row * layout.grid[1] + column])
     return packed // layout.block_size
 
 
@@ -68,5 +68,7 @@ def plot_views(image: Any, views: Sequence[View]) -> Figure:
 
 def _to_grid(layout: TokenLayout, tokens: Tensor) -> Tensor:
     """Packed bool tokens (N,) -> patches (h, w)."""
-    patches = tokens[layout.inverse][layout.start : layout.start + layout.num_patches]
+    patches = tokens[layout.inverse][
+        layout.num_prefix_tokens : layout.num_prefix_tokens + layout.num_patches
+    ]
     return patches.to(torch.bool).reshape(layout.grid)

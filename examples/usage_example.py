@@ -261,7 +261,7 @@ def picture(image: Image.Image, out: Path) -> None:
     """What the queries around the face see with a window of radius 8, in both orders."""
     views = []
     for order in ("raster", "tile"):
-        layout = masks.TokenLayout((64, 64), start=5, order=order)
+        layout = masks.TokenLayout((64, 64), num_prefix_tokens=5, order=order)
         mask = masks.local_window(layout, radius=8)
         views.append(
             View(f"{order} order, local_window(radius=8)", layout, mask, block_at(layout, 26, 34))

@@ -57,7 +57,7 @@ def packed(q=None, mask=None):
 class Once:
     """Shared by all tests: none of these calls changes it."""
 
-    layout = TokenLayout((24, 24), start=1, order="tile")
+    layout = TokenLayout((24, 24), num_prefix_tokens=1, order="tile")
 
     @cached_property
     def model(self):
@@ -109,7 +109,7 @@ TENSORS = {
     "numpy": (lambda: attend(qkv()[0].numpy()), Type, "torch.as_tensor", ".float()"),
     "integers": (lambda: attend(qkv()[0].int()), Type, ".float()", "as_tensor"),
     "(B, N, H, D) to pack": (
-        lambda: bsa.pack(qkv()[0].transpose(1, 2), TokenLayout((24, 24), start=1)),
+        lambda: bsa.pack(qkv()[0].transpose(1, 2), TokenLayout((24, 24), num_prefix_tokens=1)),
         Value,
         "transpose(-3, -2)",
         "build the layout",
@@ -183,7 +183,7 @@ MASKS = {
     ),
     "blocks of 64": (lambda: attend(masks=hm(64)), Value, "pass block_size=64 to HeadMasks", ""),
     "blocks of 64 for a layout": (
-        lambda: hm(64, layout=TokenLayout((24, 24), start=1)),
+        lambda: hm(64, layout=TokenLayout((24, 24), num_prefix_tokens=1)),
         Value,
         "pass block_size=64 to TokenLayout",
         "",
@@ -624,7 +624,7 @@ RIGHT = {
     "packed": packed,
     "blocks of 64": lambda: attend(masks=hm(64, block_size=64)),
     "blocks of 64, layout": lambda: attend(
-        masks=hm(64, layout=TokenLayout((24, 24), start=1, block_size=64))
+        masks=hm(64, layout=TokenLayout((24, 24), num_prefix_tokens=1, block_size=64))
     ),
     "a list": lambda: bsa.HeadMasks(masks.stack_heads([masks.local_window(ONCE.layout)] * 3, 1)),
     "one pattern": lambda: attend(masks=bsa.HeadMasks.from_patterns(ONCE.layout, "axial", heads=H)),

@@ -381,7 +381,7 @@ class TestTiming:
 
 
 class TestViz:
-    layout = TokenLayout((6, 10), start=3, order="tile", tile=(2, 4), block_size=8)
+    layout = TokenLayout((6, 10), num_prefix_tokens=3, order="tile", tile=(2, 4), block_size=8)
 
     def test_patches_of_a_view(self):
         block = block_at(self.layout, 2, 5)

@@ -12,23 +12,12 @@ from os import PathLike
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from bsa_vision.adapters.describe import ModelReport, probe_problem, report_layer
-from bsa_vision.adapters.families import (
-    sam2_encoder,
-    sam2_memory_attention,
-    sam_encoder,
-    timm_vit,
-    torchvision_vit,
-    transformers_vit,
-)
-from bsa_vision.adapters.swap.adapter import Adapter
+from bsa_vision.adapters.find_encoder import at_size, find_encoder, inspect, is_supported
 from bsa_vision.adapters.swap.encoder_state import (
     EncoderState,
-    FoundEncoder,
     Observation,
-    check_model,
     watching,
 )
 from bsa_vision.adapters.swap.method import method_of
@@ -41,10 +30,8 @@ from bsa_vision.adapters.swap.sparse_layer import (
 )
 from bsa_vision.adapters.swap.undo import always
 from bsa_vision.adapters.swap.values import like_of, output_weight
-from bsa_vision.adapters.swap.wrappers import Modules, wrapped
-from bsa_vision.adapters.unsupported import ELSEWHERE, common_path, left_dense
+from bsa_vision.adapters.unsupported import left_dense
 from bsa_vision.attention.backends.select import BACKENDS, choose
-from bsa_vision.errors import PlanError
 from bsa_vision.masks import Pattern
 from bsa_vision.measure.latency import Latency
 from bsa_vision.measure.latency import latency as latency_here
@@ -54,30 +41,7 @@ from bsa_vision.plans.model_spec import ModelSpec
 from bsa_vision.plans.plan import PatternLike, SparsityPlan, as_plan
 from bsa_vision.plans.prompts import Prompts
 
-ADAPTERS: tuple[Adapter, ...] = (
-    transformers_vit.ADAPTER,
-    timm_vit.ADAPTER,
-    torchvision_vit.ADAPTER,
-    sam_encoder.ADAPTER,
-    sam2_encoder.ADAPTER,
-    sam2_memory_attention.ADAPTER,
-)
-SUPPORTED = (
-    "timm's ViTs, NaFlexVit among them (Attention, AttentionRope, EvaAttention); torchvision's ViT; transformers ViT, DINOv2 (with and without registers), DINOv3, CLIP, SigLIP, SigLIP 2 "
-    "and SAM 3's vision encoder; SAM's image encoder in segment_anything, timm, transformers (SAM, "
-    "SAM-HQ, DeepSeek-OCR 2), DeepSeek-OCR's own code and bsa_vision.encoder; SAM 2's image encoder in sam2, timm and transformers, and its memory "
-    "attention in sam2 and transformers (Sam2Video, Sam3TrackerVideo)"
-)
-
 Model = TypeVar("Model", bound=nn.Module)
-
-
-def inspect(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> ModelSpec:
-    """What a plan needs to know of `model`: its attention layers, heads, grid and special tokens.
-
-    image_size  pixels, an int or (height, width), for a grid other than the model's own
-    """
-    return _sized(_find(model)[1].spec, image_size)
 
 
 def uniform_plan(
@@ -122,7 +86,7 @@ def sparsify_(
         )
     plan = as_plan(plan)
     _check_unswapped(model)
-    adapter, found = _find(model)
+    adapter, found = find_encoder(model)
     plan.check(found.spec)
     plan = plan.complete(found.spec)
     if backend != "auto" and backend not in BACKENDS:
@@ -319,7 +283,7 @@ def describe(
     grid = (
         encoder.grid
         if image_size is None and encoder.grid != (0, 0)
-        else _sized(encoder.spec, image_size).grid
+        else at_size(encoder.spec, image_size).grid
     )
     like = like_of(pairs[0][0], model)
     latency = latency or latency_here(encoder.spec.layers[0].head_dim, like.dtype, like.device)
@@ -332,7 +296,7 @@ def describe(
     labels = tuple(
         f"{name}: {label}" for name in sorted(used) for label in _labels(encoder.plan, name, spec)
     )
-    left = left_dense(model, [module for module, _ in pairs], _is_served)
+    left = left_dense(model, [module for module, _ in pairs], is_supported)
     return ModelReport(
         spec.family, grid, encoder.plan.order, reports, latency.what, model_cost, left, labels
     )
@@ -340,7 +304,7 @@ def describe(
 
 def _as_it_is(model: nn.Module) -> list[tuple[nn.Module, SparseLayer]]:
     """The layers that a plan of dense heads would give a model that has none; the model is not touched."""
-    adapter, found = _find(model)
+    adapter, found = find_encoder(model)
     encoder = EncoderState(found.spec, dense_plan(found.spec), "auto", "fallback", found.grid_of)
     return [
         (
@@ -358,61 +322,3 @@ def _labels(plan: SparsityPlan, name: str, spec: ModelSpec) -> list[str]:
 
 def _spec_of(model: nn.Module | ModelSpec) -> ModelSpec:
     return model if isinstance(model, ModelSpec) else inspect(model)
-
-
-def _sized(spec: ModelSpec, image_size: int | tuple[int, int] | None) -> ModelSpec:
-    if image_size is None:
-        return spec
-    pixels = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if (
-        not isinstance(pixels, (tuple, list))
-        or len(pixels) != 2
-        or not all(isinstance(side, int) for side in pixels)
-    ):
-        raise ValueError(
-            f"image_size={image_size!r}: expected pixels, an int or (height, width); give whole numbers."
-        )
-    if any(
-        side < patch or side % patch for side, patch in zip(pixels, spec.patch_size, strict=True)
-    ):
-        raise ValueError(
-            f"image_size={image_size}: both sides must be whole numbers of {spec.patch_size} pixel patches; resize or pad."
-        )
-    return replace(spec, grid=(pixels[0] // spec.patch_size[0], pixels[1] // spec.patch_size[1]))
-
-
-def _find(model: nn.Module) -> tuple[Adapter, FoundEncoder]:
-    check_model(model)
-    found = [(adapter, encoder) for adapter in ADAPTERS for encoder in adapter.find(model)]
-    if not found and any(isinstance(module, GraphModule) for module in model.modules()):
-        raise PlanError(
-            f"this {type(model).__name__} is a graph that torch.fx traced (a feature extractor): expected the model it was made "
-            "from; sparsify_ that one first, then extract."
-        )
-    if not found:
-        modules = Modules(model)
-        for name, module in modules:
-            if _is_served(module) and (around := modules.unknown_wrapper(name)) is not None:
-                raise wrapped(around)
-        has = [
-            f"{left.count} x {left.kind} ({left.reason})"
-            for left in left_dense(model, (), _is_served, ELSEWHERE)
-        ]
-        raise PlanError(
-            f"no attention layer of {type(model).__name__} is one this version serves; it has {', '.join(has) or 'none'}. "
-            f"Served are {SUPPORTED}; for other models call bsa_vision.sparse_attention from their attention."
-        )
-    if len(found) > 1:
-        held = [
-            f"{one.spec.family} ({common_path([layer.name for layer in one.spec.layers])})"
-            for _, one in found
-        ]
-        raise PlanError(
-            f"{type(model).__name__} holds {len(found)} encoders: {', '.join(held)}; each takes a plan of its own: pass the module you mean, "
-            "or one after the other."
-        )
-    return found[0]
-
-
-def _is_served(module: nn.Module) -> bool:
-    return any(adapter.serves(module) for adapter in ADAPTERS)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from bsa_vision.attention.backends.problem import check_bounds
-from bsa_vision.attention.head_masks import HeadMasks, check_blockmask, instead_of_masks, what_fits
+from bsa_vision.attention.head_masks import HeadMasks, check_blockmask, instead_of_masks
+from bsa_vision.attention.mask_tensors import what_fits
 from bsa_vision.attention.rel_pos import RelPos
 
 BLOCK = 128  # of the kernel, and so of masks that come as bare tensors
@@ -84,8 +85,8 @@ def check_fit(q: Tensor, k: Tensor, masks: HeadMasks, rel_pos: RelPos | None) ->
         if layout is not None and tokens != masks.num_tokens[axis]:
             raise ValueError(
                 f"{name} has {tokens} tokens, the layout of the HeadMasks {layout.num_tokens} "
-                f"({layout.start} special + {layout.grid[0]} x {layout.grid[1]} patches + "
-                f"{layout.end} special): make the masks for this grid."
+                f"({layout.num_prefix_tokens} special + {layout.grid[0]} x {layout.grid[1]} patches + "
+                f"{layout.num_suffix_tokens} special): make the masks for this grid."
             )
         if blocks is not None and blocks[axis] != -(-tokens // size):
             assert masks.base_blockmask is not None
@@ -101,7 +102,7 @@ def check_fit(q: Tensor, k: Tensor, masks: HeadMasks, rel_pos: RelPos | None) ->
 
 def _check_rel_pos(q: Tensor, masks: HeadMasks, rel_pos: RelPos) -> None:
     layout = masks.kv_layout
-    if layout is None or layout.start or layout.end:
+    if layout is None or layout.num_prefix_tokens or layout.num_suffix_tokens:
         raise ValueError(
             f"rel_pos needs HeadMasks with a layout without special tokens, got layout={layout}: it says which patch each key "
             "is; pass layout=TokenLayout(grid) when making the HeadMasks."

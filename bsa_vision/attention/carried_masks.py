@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from bsa_vision.attention.head_masks import Handled, HeadMasks, from_handle
+from bsa_vision.attention.head_masks import HeadMasks
+from bsa_vision.attention.mask_source import MaskSource, from_handle
 from bsa_vision.masks import TokenLayout
 from bsa_vision.storage.memory_cache import Cache
 
-FORMAT, VERSION = "bsa-vision/masks", 1
+FORMAT, VERSION = "bsa-vision/masks", 2
 Grid = tuple[int, int]
 
 
@@ -70,7 +71,7 @@ def plain_number(value: float) -> float:
         return float(value)
 
 
-def carried(source: Handled, grid: Grid, num_keys: int) -> Tensor:
+def carried(source: MaskSource, grid: Grid, num_keys: int) -> Tensor:
     """Return what a recorded program needs of `source` at `grid` as a (n,) uint8 tensor on the CPU.
 
     A grid of symbolic sizes asks for masks of any grid. ValueError where these cannot be stored.

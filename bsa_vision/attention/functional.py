@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -21,7 +22,8 @@ from bsa_vision.attention.arguments import (
 from bsa_vision.attention.backends.problem import Call, Problem, Result
 from bsa_vision.attention.backends.select import choose
 from bsa_vision.attention.carried_masks import carried, is_recording, plain_number, plain_sizes
-from bsa_vision.attention.head_masks import Handled, HeadMasks
+from bsa_vision.attention.head_masks import HeadMasks
+from bsa_vision.attention.mask_source import MaskSource
 from bsa_vision.attention.onnx_form import is_exporting_onnx, masked_dense
 from bsa_vision.attention.operator import attention_op
 from bsa_vision.attention.packing import pack, pack_head_masks, unpack
@@ -51,7 +53,7 @@ def sparse_attention(
 
     Returns (B, H, N, Dv), or a list of (H, n, Dv).
 
-        >>> layout = masks.TokenLayout((64, 64), start=1, order="tile")
+        >>> layout = masks.TokenLayout((64, 64), num_prefix_tokens=1, order="tile")
         >>> hm = HeadMasks.from_patterns(layout, masks.Pattern("local_window", radius=8), heads=12)
         >>> out = sparse_attention(q, k, v, hm)
     """
@@ -119,7 +121,7 @@ def _ragged_attention(
 
 
 def attend_masks(
-    source: Handled,
+    source: MaskSource,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -154,7 +156,7 @@ def attend_masks(
 
 def _run(
     call: Call,
-    source: Handled | None,
+    source: MaskSource | None,
     *,
     deterministic: bool = False,
     return_probs: bool = False,
@@ -166,7 +168,7 @@ def _run(
     Under a compiler and in recorded programs every call is an operator (`operator`); otherwise
     `gather` is one where `_needs_operator`. Torch differentiates what the other backends compute.
     """
-    if is_recording() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or get_proxy_mode() is not None:
         return _record(call, source, return_probs)
     masks = _masks(call, source)
     problem = call.problem(masks, deterministic=deterministic, return_probs=return_probs)
@@ -196,7 +198,7 @@ def _needs_operator(problem: Problem) -> bool:
 PLAIN = {Tensor, Parameter}
 
 
-def _record(call: Call, source: Handled | None, return_probs: bool) -> Result:
+def _record(call: Call, source: MaskSource | None, return_probs: bool) -> Result:
     """Write a call into a program that is compiled, traced or exported."""
     if return_probs:
         raise ValueError(
@@ -215,7 +217,7 @@ def _record(call: Call, source: Handled | None, return_probs: bool) -> Result:
     return Result(*attention_op(*call._replace(handle=source.dynamic_handle)))
 
 
-def _masks(call: Call, source: Handled | None) -> HeadMasks:
+def _masks(call: Call, source: MaskSource | None) -> HeadMasks:
     if source is not None:
         return source.masks_for((call.grid_h, call.grid_w), call.k.shape[2])
     return HeadMasks(

@@ -3,73 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from itertools import count
 from typing import Any, TypeVar
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from bsa_vision.attention.block_lists import BlockRow, KeyRanges, block_rows, key_ranges
 from bsa_vision.attention.head_patterns import HeadPattern, Images, blocks_of, per_head
+from bsa_vision.attention.mask_source import MaskSource
+from bsa_vision.attention.mask_tensors import (
+    DENSE,
+    STREAMING,
+    as_ints,
+    resolve_slices,
+    resolve_streaming,
+    what_fits,
+)
 from bsa_vision.masks import Pattern, TokenLayout
 from bsa_vision.masks.origin import check_layout, layouts_of
 from bsa_vision.storage.memory_cache import Cache
 
-try:
-    from torch.fx.experimental.sym_node import DynamicInt
-except ImportError:  # older versions of torch compile each layer by itself
-    DynamicInt = int  # type: ignore[assignment, misc]
-
 T = TypeVar("T")
 
 
-class Handled:
-    """An object that a compiled graph can name by an int: `handle` finds it again for as long as it lives.
-
-    torch custom operators take tensors and numbers only. Copies and unpickled objects get handles of their own.
-    """
-
-    handle: int
-    dynamic_handle: int  # the same for torch.compile, which makes one graph for layers that differ in nothing else
-
-    def _new_handle(self) -> None:
-        self.handle = next(_next_handle)
-        self.dynamic_handle = DynamicInt(self.handle)
-        _by_handle[self.handle] = self
-
-    def masks_for(self, grid: tuple[int, int], num_keys: int) -> HeadMasks:
-        """Return the masks for images of `grid` patches and `num_keys` keys."""
-        raise NotImplementedError
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            key: value
-            for key, value in self.__dict__.items()
-            if key not in ("handle", "dynamic_handle")
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._new_handle()
-
-
-_next_handle = count(1)
-_by_handle: WeakValueDictionary[int, Handled] = WeakValueDictionary()
-
-
-def from_handle(handle: int) -> Any:
-    """The living object with this handle."""
-    found = _by_handle.get(handle)
-    if found is None:
-        raise RuntimeError(
-            f"the masks of a compiled graph (handle {handle}) are gone: they must outlive the graph; keep the HeadMasks or the "
-            "swapped model referenced, or compile again."
-        )
-    return found
-
-
-class HeadMasks(Handled):
+class HeadMasks(MaskSource):
     """The masks of all heads of one attention layer.
 
     base_blockmask   (B or 1, S, R, C) bool, True = compute, one slice per block-sparse head; None when there is none
@@ -122,7 +79,7 @@ class HeadMasks(Handled):
             if head_mask_type is None
             else as_ints("head_mask_type", head_mask_type)
         )
-        self.streaming = _resolve_streaming(
+        self.streaming = resolve_streaming(
             streaming_info, self.slices
         )  # (sink, local) per head, or nothing
         for name, given in (("layout", layout), ("kv_layout", kv_layout)):
@@ -173,7 +130,7 @@ class HeadMasks(Handled):
         Special rows and columns are kept by patterns and functions; masks are taken as they are. A head that keeps every
         block becomes dense. ValueError or TypeError for what does not fit.
 
-            >>> layout = masks.TokenLayout((64, 64), start=1, order="tile")
+            >>> layout = masks.TokenLayout((64, 64), num_prefix_tokens=1, order="tile")
             >>> hm = HeadMasks.from_patterns(layout, ["dense"] * 2 + [masks.Pattern("local_window", radius=8)] * 10)
         """
         check_layout("layout", layout)
@@ -379,7 +336,20 @@ class HeadMasks(Handled):
                 )
 
 
-DENSE, STREAMING = 0, -1
+def instead_of_masks(given: object) -> str:
+    """The end of a message about what is no mask: what to do with it."""
+    first = given[0] if isinstance(given, (tuple, list)) and given else given
+    if isinstance(first, Tensor) and first is not given:
+        if first.dim() == 4:
+            return "unpack what a generator returned, bsa.HeadMasks(*generated)"
+        return "stack one (R, C) mask per head, bsa.HeadMasks(masks.stack_heads(list, 1))"
+    if isinstance(given, Tensor):
+        return "wrap a base_blockmask as bsa.HeadMasks(base_blockmask, head_mask_type)"
+    if isinstance(given, HeadMasks):
+        return "use the HeadMasks as it is"
+    if isinstance(first, (Pattern, str)) or callable(first):
+        return "lay patterns out with bsa.HeadMasks.from_patterns(layout, patterns)"
+    return "convert an array with torch.as_tensor, or make masks of patterns with bsa.HeadMasks.from_patterns"
 
 
 def check_blockmask(mask: object) -> Tensor:
@@ -401,119 +371,3 @@ def check_blockmask(mask: object) -> Tensor:
             f"one entry per pair of blocks; {add}."
         )
     return mask
-
-
-def instead_of_masks(given: object) -> str:
-    """The end of a message about what is no mask: what to do with it."""
-    first = given[0] if isinstance(given, (tuple, list)) and given else given
-    if isinstance(first, Tensor) and first is not given:
-        if first.dim() == 4:
-            return "unpack what a generator returned, bsa.HeadMasks(*generated)"
-        return "stack one (R, C) mask per head, bsa.HeadMasks(masks.stack_heads(list, 1))"
-    if isinstance(given, Tensor):
-        return "wrap a base_blockmask as bsa.HeadMasks(base_blockmask, head_mask_type)"
-    if isinstance(given, HeadMasks):
-        return "use the HeadMasks as it is"
-    if isinstance(first, (Pattern, str)) or callable(first):
-        return "lay patterns out with bsa.HeadMasks.from_patterns(layout, patterns)"
-    return "convert an array with torch.as_tensor, or make masks of patterns with bsa.HeadMasks.from_patterns"
-
-
-def other_block_size(
-    num_blocks: tuple[int, int], block_size: int, tokens: tuple[int, int]
-) -> int | None:
-    """The block size that explains masks of `num_blocks` for so many tokens, among the usual ones; 1 = a mask of tokens."""
-    sizes = (size for size in (1, 16, 32, 64, 128, 256) if size != block_size)
-    return next(
-        (size for size in sizes if num_blocks == tuple(-(-count // size) for count in tokens)), None
-    )
-
-
-def what_fits(
-    num_blocks: tuple[int, int], block_size: int, tokens: tuple[int, int], where: str
-) -> str:
-    """The end of a message about masks of the wrong size: what to do. `where` takes the block size."""
-    size = other_block_size(num_blocks, block_size, tokens)
-    if size == 1:
-        return "this is a mask of tokens, and one entry per pair of blocks is needed; make it from a pattern"
-    wanted = (
-        f"make the mask for this many tokens (special tokens included) in blocks of {block_size}"
-    )
-    return (
-        wanted
-        if size is None
-        else f"if its blocks are of {size} tokens, pass block_size={size} to {where}; else {wanted}"
-    )
-
-
-def resolve_slices(
-    head_mask_type: Tensor | Sequence[int] | None, mask: Tensor | None
-) -> tuple[int, ...]:
-    """Per head: 0 dense, -1 streaming, otherwise its 1-based slice. `HeadMasks` states the two conventions."""
-    num_slices = 0 if mask is None else mask.shape[1]
-    if head_mask_type is None:
-        if num_slices == 0:
-            raise ValueError(
-                "neither base_blockmask nor head_mask_type says how many heads there are: pass one of them."
-            )
-        return tuple(range(1, num_slices + 1))
-    types = as_ints("head_mask_type", head_mask_type)
-    if min(types, default=0) < STREAMING or not types:
-        raise ValueError(
-            f"head_mask_type={types}: entries must be -1 (streaming), 0 (dense) or a slice from 1; correct it."
-        )
-    positive = [t for t in types if t > 0]
-    if max(types) <= 1:
-        if len(positive) != num_slices:
-            raise ValueError(
-                f"head_mask_type has {len(positive)} ones, base_blockmask {num_slices} slices: each block-sparse head needs "
-                "its own slice; add slices, or number them explicitly (1, 2, 2, ...) to share one."
-            )
-        numbers = iter(range(1, num_slices + 1))
-        return tuple(next(numbers) if t == 1 else t for t in types)
-    if max(types) > num_slices:
-        raise ValueError(
-            f"head_mask_type asks for slice {max(types)}, base_blockmask has {num_slices}: explicit slices count from 1; add "
-            "slices or lower the entry."
-        )
-    if positive.count(1) > 1 and len(positive) == num_slices > max(types):
-        raise ValueError(
-            f"head_mask_type={types} mixes counted ones with explicit slices, base_blockmask has {num_slices}: with any entry "
-            f">= 2 all entries are explicit, which would leave slices unused; write 1 to {num_slices} out, or only ones."
-        )
-    return tuple(types)
-
-
-def _resolve_streaming(
-    info: Tensor | Sequence[int] | None, slices: tuple[int, ...]
-) -> tuple[tuple[int, int], ...]:
-    if info is None:
-        if STREAMING in slices:
-            raise ValueError(
-                f"head {slices.index(STREAMING)} is a streaming head (-1) but streaming_info is None: pass [sink, local] for "
-                f"every head, {2 * len(slices)} ints."
-            )
-        return ()
-    values = as_ints("streaming_info", info)
-    if len(values) != 2 * len(slices) or min(values, default=0) < 0:
-        raise ValueError(
-            f"streaming_info={values}: expected {2 * len(slices)} ints >= 0, [sink, local] for each of {len(slices)} heads; "
-            "give heads that do not stream [0, 0]."
-        )
-    return tuple(zip(values[::2], values[1::2], strict=True))
-
-
-def as_ints(name: str, values: Tensor | Sequence[int]) -> tuple[int, ...]:
-    """A one-dimensional integer tensor or sequence as a tuple of ints."""
-    try:
-        tensor = torch.as_tensor(values, device=None if isinstance(values, Tensor) else "cpu")
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            f"{name}={values!r}: expected whole numbers; use torch.tensor([...], dtype=torch.int32)."
-        ) from None
-    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
-        raise TypeError(
-            f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}: expected a one-dimensional int32 tensor; use "
-            f"torch.tensor([...], dtype=torch.int32)."
-        )
-    return tuple(int(value) for value in tensor.tolist())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bsa_vision.masks import PATTERNS, Pattern, TokenLayout
-from bsa_vision.masks.patterns import Box
+from bsa_vision.masks.geometry import Box
 
 # layout -> (R, C) bool; (layout, layout of the keys) where keys are other tokens than queries
 BlockMaskFn = Callable[..., Tensor]

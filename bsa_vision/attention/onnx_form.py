@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from bsa_vision.attention.backends.problem import Call
 from bsa_vision.attention.carried_masks import is_symbolic, outside_of_tracing
-from bsa_vision.attention.head_masks import Handled
+from bsa_vision.attention.mask_source import MaskSource
 from bsa_vision.attention.token_order import key_places
 from bsa_vision.errors import BackendUnavailable
 from bsa_vision.masks import TokenLayout
@@ -29,7 +29,7 @@ def is_exporting_onnx() -> bool:
     return True
 
 
-def masked_dense(call: Call, source: Handled) -> Tensor:
+def masked_dense(call: Call, source: MaskSource) -> Tensor:
     """Return the attention of (B, H, N, D) tensors in model order, computed as N x N logits under the block mask.
 
     What a skipped block holds changes nothing, and a query that sees nothing gives 0. A query that sees a value that is

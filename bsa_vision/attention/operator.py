@@ -22,7 +22,8 @@ from bsa_vision.attention.backends.once import refuse_second_derivative
 from bsa_vision.attention.backends.problem import Call, Problem, schema
 from bsa_vision.attention.backends.select import choose, why_not
 from bsa_vision.attention.carried_masks import read
-from bsa_vision.attention.head_masks import HeadMasks, from_handle
+from bsa_vision.attention.head_masks import HeadMasks
+from bsa_vision.attention.mask_source import from_handle
 from bsa_vision.attention.rel_pos import RelPos
 from bsa_vision.attention.token_order import attend, gradients
 from bsa_vision.errors import BackendUnavailable

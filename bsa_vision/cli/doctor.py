@@ -67,7 +67,7 @@ class Finding:
     """One thing that was looked at.
 
     kind    "package" (bsa-vision itself), "machine", "backend" or "library"
-    state   "ok"; "not installed"; "not here": cannot run on this machine; "BROKEN": installed, and fails to import;
+    state   "ok"; "not installed"; "unavailable": cannot run on this machine; "BROKEN": installed, and fails to import;
             "shadowed": an installation is hidden by sources that come first on the path
     detail  version, or why not
     """

@@ -67,8 +67,8 @@ def show_masks(
         ),
     ],
     grid: Annotated[str, typer.Option(help="Patches: 64x64, or 4096 for a square.")] = "64x64",
-    start: Annotated[int, typer.Option(help="Special tokens before the patches.")] = 0,
-    end: Annotated[int, typer.Option(help="Special tokens after the patches.")] = 0,
+    prefix_tokens: Annotated[int, typer.Option(help="Special tokens before the patches.")] = 0,
+    suffix_tokens: Annotated[int, typer.Option(help="Special tokens after the patches.")] = 0,
     order: Annotated[str, typer.Option(help="tile or raster.")] = "tile",
     tile: Annotated[str, typer.Option(help="Patches of a tile, rows x columns.")] = "8x16",
     block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 128,
@@ -85,8 +85,8 @@ def show_masks(
         chosen = parse.pattern(pattern)
         layout = TokenLayout(
             parse.grid(grid, "--grid"),
-            start=start,
-            end=end,
+            num_prefix_tokens=prefix_tokens,
+            num_suffix_tokens=suffix_tokens,
             order=order,
             tile=parse.grid(tile, "--tile"),
             block_size=block_size,
@@ -113,7 +113,7 @@ def show_masks(
     print(draw(mask))
     height, width = layout.grid
     print(
-        f"{chosen!r} on {height} x {width} patches, {start} + {end} special tokens, {order} order: {mask.shape[0]} blocks of {block_size}, {sparsity:.1%} skipped"
+        f"{chosen!r} on {height} x {width} patches, {prefix_tokens} + {suffix_tokens} special tokens, {order} order: {mask.shape[0]} blocks of {block_size}, {sparsity:.1%} skipped"
     )
     for label in chosen.labels(layout):
         print(label)

@@ -135,7 +135,7 @@ def _show(plan: SparsityPlan, took: dict[str, Any], files_made: dict[str, str]) 
     print(plan)
     print(
         f"{found['sparsity']:.1%} of the blocks are skipped; relative error of the features {found['measured']:.4f}, measured on "
-        f"{found['images']['kept back']} images that were kept back ({found['predicted']:.4f} was predicted)"
+        f"{found['images']['held_out']} images that were kept back ({found['predicted']:.4f} was predicted)"
     )
     certificate = found["certificate"]
     print(

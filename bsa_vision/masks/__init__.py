@@ -4,10 +4,7 @@ A leaf package: torch and the standard library only. A block mask is a bool tens
 """
 
 from bsa_vision.masks.drawing import draw
-from bsa_vision.masks.layout import TokenLayout
-from bsa_vision.masks.patterns import (
-    PATTERNS,
-    Pattern,
+from bsa_vision.masks.geometry import (
     axial,
     dense,
     local_window,
@@ -15,12 +12,12 @@ from bsa_vision.masks.patterns import (
     prompt_region,
     random_blocks,
     region,
-    special,
-    stack_heads,
     strided,
     window,
     window_is_exact,
 )
+from bsa_vision.masks.layout import TokenLayout
+from bsa_vision.masks.patterns import PATTERNS, Pattern, stack_heads
 from bsa_vision.masks.sam_masks import (
     generate_sam_cross_attention_mask,
     generate_sam_hierarchical_mask,
@@ -28,6 +25,7 @@ from bsa_vision.masks.sam_masks import (
     generate_sam_image_to_prompt_mask,
     generate_sam_region_focused_mask,
 )
+from bsa_vision.masks.special_tokens import special
 from bsa_vision.masks.vit_masks import (
     generate_vit_hybrid_mask,
     generate_vit_multiscale_mask,

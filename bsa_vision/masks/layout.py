@@ -47,7 +47,8 @@ class TokenLayout:
     """The tokens of one image: a grid of patches with special tokens before and after, in an order, cut into blocks.
 
     grid        (h, w) in patches
-    start, end  special tokens before and after the patches (CLS and registers; prompts and pointers)
+    num_prefix_tokens   special tokens before the patches (class token, registers)
+    num_suffix_tokens   special tokens after the patches (prompts, memory pointers)
     order       "raster", or "tile": patches tile by tile, ragged tiles after all full ones, special tokens last
     tile        (rows, columns) in patches, used by order "tile"
     block_size  tokens per block
@@ -55,13 +56,13 @@ class TokenLayout:
 
     Frozen, hashable and picklable. The tensors it hands out live on the CPU, are cached and shared: do not write to them.
 
-        >>> TokenLayout((64, 64), start=5, order="tile").num_blocks
+        >>> TokenLayout((64, 64), num_prefix_tokens=5, order="tile").num_blocks
         33
     """
 
     grid: tuple[int, int]
-    start: int = field(default=0, kw_only=True)
-    end: int = field(default=0, kw_only=True)
+    num_prefix_tokens: int = field(default=0, kw_only=True)
+    num_suffix_tokens: int = field(default=0, kw_only=True)
     order: str = field(default="raster", kw_only=True)
     tile: tuple[int, int] = field(default=(8, 16), kw_only=True)
     block_size: int = field(default=128, kw_only=True)
@@ -70,12 +71,18 @@ class TokenLayout:
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", whole_pair("grid", self.grid, 1))
         object.__setattr__(self, "tile", whole_pair("tile", self.tile, 1))
-        for name, minimum in (("start", 0), ("end", 0), ("block_size", 1), ("frames", 1)):
+        counts = {"num_prefix_tokens": 0, "num_suffix_tokens": 0, "block_size": 1, "frames": 1}
+        for name, minimum in counts.items():
             object.__setattr__(self, name, whole_number(name, getattr(self, name), minimum))
         if self.order not in ORDERS:
             raise ValueError(
                 f"order={self.order!r}: allowed are {', '.join(map(repr, ORDERS))}; choose one of them."
             )
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        # Pickles made before 0.1.0 name the special tokens `start` and `end`.
+        old = {"start": "num_prefix_tokens", "end": "num_suffix_tokens"}
+        self.__dict__.update({old.get(name, name): value for name, value in state.items()})
 
     @property
     def num_patches(self) -> int:
@@ -84,7 +91,7 @@ class TokenLayout:
 
     @property
     def num_tokens(self) -> int:
-        return self.start + self.num_patches + self.end
+        return self.num_prefix_tokens + self.num_patches + self.num_suffix_tokens
 
     @property
     def num_blocks(self) -> int:
@@ -206,8 +213,14 @@ def _permutation(layout: TokenLayout) -> Tensor:
         (column % tile_w, tile_w),
     ):
         key = key * base + digit
-    last_patch = layout.start + layout.num_patches
-    return torch.cat([layout.start + key.argsort(), tokens[: layout.start], tokens[last_patch:]])
+    last_patch = layout.num_prefix_tokens + layout.num_patches
+    return torch.cat(
+        [
+            layout.num_prefix_tokens + key.argsort(),
+            tokens[: layout.num_prefix_tokens],
+            tokens[last_patch:],
+        ]
+    )
 
 
 @lru_cache(maxsize=64)
@@ -225,7 +238,7 @@ def _is_identity(layout: TokenLayout) -> bool:
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _coordinates(layout: TokenLayout) -> tuple[Tensor, Tensor]:
-    patch = layout.permutation - layout.start
+    patch = layout.permutation - layout.num_prefix_tokens
     special = (patch < 0) | (patch >= layout.num_patches)
     height, width = layout.grid
     return (patch // width % height).masked_fill(special, -1), (patch % width).masked_fill(

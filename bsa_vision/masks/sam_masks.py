@@ -15,17 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bsa_vision.masks.geometry import dense, local_window, nearest_among, region
 from bsa_vision.masks.layout import TokenLayout, whole_number, whole_pair
 from bsa_vision.masks.origin import remember
-from bsa_vision.masks.patterns import (
-    dense,
-    keep_highest,
-    local_window,
-    nearest_among,
-    region,
-    special,
-    stack_heads,
-)
+from bsa_vision.masks.patterns import stack_heads
+from bsa_vision.masks.sparsity import keep_highest
+from bsa_vision.masks.special_tokens import special
 from bsa_vision.masks.vit_masks import Device, hybrid, show
 
 Grid = tuple[int, int] | None
@@ -51,7 +46,7 @@ def _sam_layout(
         )
     return TokenLayout(
         (height, width),
-        end=whole_number("num_prompt_tokens", num_prompt_tokens, 0),
+        num_suffix_tokens=whole_number("num_prompt_tokens", num_prompt_tokens, 0),
         block_size=block_size,
     )
 
@@ -221,7 +216,10 @@ def main() -> None:
     )
     show(f"hybrid encoder, head_mask_type {head_mask_type.tolist()}", base)
     show("cross attention", generate_sam_cross_attention_mask(300, 4096, 128, 1, 4))
-    show("special tokens only, for comparison", special(TokenLayout((32, 32), end=5))[None, None])
+    show(
+        "special tokens only, for comparison",
+        special(TokenLayout((32, 32), num_suffix_tokens=5))[None, None],
+    )
 
 
 if __name__ == "__main__":

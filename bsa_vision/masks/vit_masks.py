@@ -14,16 +14,10 @@ import torch
 from torch import Tensor
 
 from bsa_vision.masks.drawing import draw
+from bsa_vision.masks.geometry import dense, local_window, nearest, random_blocks, strided
 from bsa_vision.masks.layout import TokenLayout, whole_number, whole_pair
 from bsa_vision.masks.origin import remember
-from bsa_vision.masks.patterns import (
-    dense,
-    local_window,
-    nearest,
-    random_blocks,
-    stack_heads,
-    strided,
-)
+from bsa_vision.masks.patterns import stack_heads
 
 Size = int | Sequence[int]
 Device = torch.device | str | None
@@ -45,7 +39,7 @@ def _vit_layout(
             f"resize or pad the image to ({-(-height // patch_size) * patch_size}, {-(-width // patch_size) * patch_size})."
         )
     grid = (height // patch_size, width // patch_size)
-    return TokenLayout(grid, start=int(include_cls_token), block_size=block_size)
+    return TokenLayout(grid, num_prefix_tokens=int(include_cls_token), block_size=block_size)
 
 
 def generate_vit_spatial_locality_mask(
@@ -192,7 +186,7 @@ def main() -> None:
     show("strided", generate_vit_strided_mask(*common))
     show(f"hybrid, head_mask_type {head_mask_type.tolist()}", base)
     show("multiscale", generate_vit_multiscale_mask(*common)[:, :2])
-    show("dense, for comparison", dense(TokenLayout((32, 32), start=1))[None, None])
+    show("dense, for comparison", dense(TokenLayout((32, 32), num_prefix_tokens=1))[None, None])
 
 
 if __name__ == "__main__":

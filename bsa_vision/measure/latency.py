@@ -22,7 +22,8 @@ from bsa_vision.attention.backends import cpu_kernel, measured_costs
 from bsa_vision.attention.backends.measured_costs import NOT_COSTED, Cost
 from bsa_vision.attention.backends.select import BACKENDS
 from bsa_vision.attention.functional import sparse_attention
-from bsa_vision.attention.head_masks import DENSE, HeadMasks
+from bsa_vision.attention.head_masks import HeadMasks
+from bsa_vision.attention.mask_tensors import DENSE
 from bsa_vision.attention.rel_pos import RelPos
 from bsa_vision.errors import BackendUnavailable
 from bsa_vision.masks import TokenLayout, random_blocks, stack_heads

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from bsa_vision.attention.carried_masks import READERS, carry, encode
 from bsa_vision.attention.functional import attend_masks
-from bsa_vision.attention.head_masks import DENSE, Handled, HeadMasks
+from bsa_vision.attention.head_masks import HeadMasks
+from bsa_vision.attention.mask_source import MaskSource
+from bsa_vision.attention.mask_tensors import DENSE
 from bsa_vision.attention.rel_pos import RelPos, decompose, resize_table
 from bsa_vision.masks import TokenLayout
 
@@ -88,7 +90,7 @@ class Attention(nn.Module):
         if rel_pos:
             self.rel_pos_h = nn.Parameter(torch.zeros(2 * grid[0] - 1, head_dim))
             self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid[1] - 1, head_dim))
-        self._dense: Handled = DenseHeads(heads) if rel_pos else HeadMasks(None, [DENSE] * heads)
+        self._dense: MaskSource = DenseHeads(heads) if rel_pos else HeadMasks(None, [DENSE] * heads)
 
     def forward(self, x: Tensor, grid: Grid, rotation: Rotation | None = None) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
@@ -109,7 +111,7 @@ class Attention(nn.Module):
         return attend_masks(self._dense, q, k, v, grid=grid, rel_pos=rel_pos)
 
 
-class DenseHeads(Handled):
+class DenseHeads(MaskSource):
     """The masks of a layer whose heads are all dense, for whatever grid; relative position asks them where keys are."""
 
     def __init__(self, heads: int) -> None:

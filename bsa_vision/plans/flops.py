@@ -153,7 +153,7 @@ def cost(spec: ModelSpec, *, element_size: int = 4) -> ModelCost:
 
 def _layer(layer: LayerSpec, spec: ModelSpec, element_size: int) -> LayerCost:
     height, width = spec.grid
-    image_tokens = spec.start + height * width + spec.end
+    image_tokens = spec.num_prefix_tokens + height * width + spec.num_suffix_tokens
     rows, columns, windows, tokens = height, width, 1, image_tokens
     if layer.window:
         rows = columns = layer.window

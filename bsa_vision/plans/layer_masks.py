@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from bsa_vision.attention.carried_masks import READERS, carry, encode, is_symbolic
-from bsa_vision.attention.head_masks import Handled, HeadMasks
+from bsa_vision.attention.head_masks import HeadMasks
+from bsa_vision.attention.mask_source import MaskSource
 from bsa_vision.errors import PlanError
 from bsa_vision.plans import plan_file
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
@@ -57,7 +58,7 @@ class Entry:
 _open: ContextVar[tuple[Entry, ...]] = ContextVar("bsa_vision_prompts", default=())
 
 
-class LayerMasks(Handled):
+class LayerMasks(MaskSource):
     """The masks of one layer of one model under a plan, for whatever grid the model is given, and for its prompts."""
 
     def __init__(

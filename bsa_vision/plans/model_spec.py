@@ -70,7 +70,7 @@ class ModelSpec:
 
     family       of the architecture, the same in every library that holds these weights
     grid         (h, w) patches at the model's own image size
-    start, end   special tokens before and after the patches
+    num_prefix_tokens, num_suffix_tokens   special tokens before and after the patches
     patch_size   (h, w) pixels
     patch_weights, image_weights   elements of the layers outside of blocks: applied to every patch (patch embedding, neck; those on a
                  coarser grid count by its share), and once per image (pooler, head)
@@ -81,8 +81,8 @@ class ModelSpec:
     layers: tuple[LayerSpec, ...]
     grid: tuple[int, int]
     patch_size: tuple[int, int]
-    start: int = 0
-    end: int = 0
+    num_prefix_tokens: int = 0
+    num_suffix_tokens: int = 0
     patch_weights: float = 0
     image_weights: int = 0
     others: tuple[OtherBlock, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,8 @@ from bsa_vision.attention.head_masks import HeadMasks
 from bsa_vision.attention.head_patterns import check_blocks, with_special
 from bsa_vision.errors import PlanError
 from bsa_vision.masks import PATTERNS, Pattern, TokenLayout
-from bsa_vision.masks.patterns import Box, parameters
+from bsa_vision.masks.geometry import Box
+from bsa_vision.masks.patterns import parameters
 from bsa_vision.plans.pattern_spec import PatternLike
 from bsa_vision.plans.static_mask import Static
 
@@ -78,17 +79,6 @@ def check_options(pattern: Any, params: Mapping[str, Any], options: Sequence[str
             raise PlanError(
                 f"{param}={params[param]!r}: allowed are {', '.join([*options, *own])}; did you mean {close[0]}?"
             )
-
-
-def listed(name: str, given: Any) -> list[Any]:
-    """A single layer or head, or several, as a list."""
-    if isinstance(given, (int, str)):
-        return [given]
-    if not isinstance(given, Iterable):
-        raise PlanError(
-            f"{name}={given!r}: expected indices{' or names' * (name == 'layers')}; give one, or a list."
-        )
-    return list(given)
 
 
 def lay_out(

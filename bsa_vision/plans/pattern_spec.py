@@ -71,8 +71,8 @@ def from_spec(name: str, spec: Any) -> PatternLike:
 def _layout_spec(layout: TokenLayout) -> dict[str, Any]:
     return {
         "grid": list(layout.grid),
-        "start": layout.start,
-        "end": layout.end,
+        "num_prefix_tokens": layout.num_prefix_tokens,
+        "num_suffix_tokens": layout.num_suffix_tokens,
         "order": layout.order,
         "tile": list(layout.tile),
         "block_size": layout.block_size,

@@ -14,17 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from bsa_vision.attention.head_masks import DENSE, HeadMasks
-from bsa_vision.errors import PlanError, nearest
+from bsa_vision.attention.head_masks import HeadMasks
+from bsa_vision.attention.mask_tensors import DENSE
+from bsa_vision.errors import PlanError
 from bsa_vision.masks import Pattern, TokenLayout
+from bsa_vision.masks.geometry import Box
 from bsa_vision.masks.origin import check_layout
-from bsa_vision.masks.patterns import Box, is_pattern_name
+from bsa_vision.masks.patterns import is_pattern_name
 from bsa_vision.plans import plan_file
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
-from bsa_vision.plans.named_patterns import check_options, lay_out, listed, named
+from bsa_vision.plans.named_patterns import check_options, lay_out, named
 from bsa_vision.plans.pattern_spec import PatternLike, from_spec, to_spec
 from bsa_vision.plans.static_mask import Static, static_layers
-from bsa_vision.plans.validation import check_fields, check_fit, check_spec
+from bsa_vision.plans.validation import check_fields, check_fit, check_spec, listed, select_layers
 from bsa_vision.storage import atomic_write
 from bsa_vision.storage.memory_cache import Cache
 
@@ -140,7 +142,7 @@ class SparsityPlan:
         """
         check_options(pattern, params, ("layers", "heads"))
         name, chosen = named(pattern, params, self.patterns)
-        keys = self._select(layers)
+        keys = select_layers(self.layers, layers)
         every = range(self.model["heads"])
         wanted = set(every) if heads is None else set(listed("heads", heads))
         if not wanted or not wanted <= set(every):
@@ -186,28 +188,6 @@ class SparsityPlan:
             self, patterns={name: static for static, name in named.items()}, layers=layers
         )
 
-    def _select(self, layers: int | str | Iterable[int | str] | None) -> set[str]:
-        if layers is None:
-            return set(self.layers)
-        wanted = listed("layers", layers)
-        keys = {
-            key
-            for key in self.layers
-            for layer in wanted
-            if key == layer or key.rpartition(".")[2] == str(layer)
-        }
-        missing = [
-            layer
-            for layer in wanted
-            if not any(key == layer or key.rpartition(".")[2] == str(layer) for key in keys)
-        ]
-        if missing or not wanted:
-            raise PlanError(
-                f"layers {missing or wanted} match nothing: the plan has {', '.join(self.layers)}{nearest(str((missing or [''])[0]), self.layers)}; "
-                "choose among them."
-            )
-        return keys
-
     # Use
 
     @property
@@ -220,8 +200,8 @@ class SparsityPlan:
         check_spec(spec)
         return TokenLayout(
             spec.grid if grid is None else grid,
-            start=spec.start,
-            end=spec.end,
+            num_prefix_tokens=spec.num_prefix_tokens,
+            num_suffix_tokens=spec.num_suffix_tokens,
             order=self.order,
             tile=self.tile,
             block_size=self.block_size,
@@ -241,7 +221,7 @@ class SparsityPlan:
             if num_keys is None
             else divmod(num_keys, layout.grid[0] * layout.grid[1])
         )
-        return replace(layout, start=0, frames=frames, end=pointers)
+        return replace(layout, num_prefix_tokens=0, frames=frames, num_suffix_tokens=pointers)
 
     def compile(
         self,
@@ -277,7 +257,7 @@ class SparsityPlan:
     def sparsity(self, layout: TokenLayout) -> float:
         """Realised sparsity over all heads and blocks of the model, dense ones included, 0 to 1. What is remembered counts as one frame."""
         check_layout("layout", layout)
-        one_frame = replace(layout, start=0, end=0)
+        one_frame = replace(layout, num_prefix_tokens=0, num_suffix_tokens=0)
         per_layer = [
             self.compile(
                 key, layout, keys=one_frame if key.startswith("mem_cross.") else None

@@ -2,7 +2,7 @@
 
     {
       "format": "bsa-vision/plan",
-      "version": 1,
+      "version": 2,
       "model": {"family": "dinov3", "depth": 12, "heads": 3, "head_dim": 64},
       "layout": {"order": "tile", "tile": [8, 16], "block_size": 128},
       "patterns": {
@@ -28,7 +28,7 @@ from typing import Any
 from bsa_vision.errors import PlanError
 from bsa_vision.plans.validation import check_keys
 
-FORMAT, VERSION = "bsa-vision/plan", 1
+FORMAT, VERSION = "bsa-vision/plan", 2
 SECTIONS = ("patterns", "layers", "scores", "notes")
 KEYS = ("format", "version", "model", "layout", *SECTIONS)
 MODEL_KEYS = {"family": str, "depth": int, "heads": int, "head_dim": int}
@@ -82,10 +82,14 @@ def loads(text: str | bytes) -> dict[str, Any]:
         raise PlanError(
             f"no 'format': {FORMAT!r}: this is not a plan of bsa-vision; load a file written by plan.save."
         )
-    if data.get("version") != VERSION or isinstance(data["version"], bool):
+    version = data.get("version")
+    if version not in (1, VERSION) or isinstance(version, bool):
         raise PlanError(
-            f"version {data.get('version')!r}: this bsa-vision reads version {VERSION}; update it or save again."
+            f"version {version!r}: this bsa-vision reads versions 1 and {VERSION}; update it or "
+            "save the plan again."
         )
+    if version == 1:
+        _upgrade(data)
     check_keys("the plan", data, KEYS, optional=("scores", "notes"))
     _check_types("model", data["model"], MODEL_KEYS)
     _check_types("layout", data["layout"], LAYOUT_KEYS)
@@ -104,6 +108,26 @@ def loads(text: str | bytes) -> dict[str, Any]:
                 f"layer {key!r} is {names!r}: expected a list of pattern names, one per head; correct it."
             )
     return data
+
+
+OLD_KEYS = {  # version 1 -> version 2
+    "start": "num_prefix_tokens",
+    "end": "num_suffix_tokens",
+    "special tokens": "special_tokens",
+    "chosen on": "calibration",
+    "kept back": "held_out",
+    "images above": "images_above",
+}
+
+
+def _upgrade(data: dict[str, Any]) -> None:
+    """Rename, in place, what version 1 called otherwise: in static masks and tuning's notes."""
+    patterns, notes = data.get("patterns"), data.get("notes")
+    static = [(spec, "layout") for spec in patterns.values()] if isinstance(patterns, dict) else []
+    tuned = notes.get("tuned") if isinstance(notes, dict) else None
+    for found, key in (*static, (tuned, "images"), (notes, "tuned")):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found[key] = {OLD_KEYS.get(name, name): value for name, value in found[key].items()}
 
 
 def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from math import ceil, floor
 from numbers import Real
 from typing import Any
 
+from bsa_vision.masks.geometry import Box
 from bsa_vision.masks.layout import whole_pair
-from bsa_vision.masks.patterns import Box
 
 
 @dataclass(frozen=True)

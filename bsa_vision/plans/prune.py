@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from bsa_vision.attention.head_masks import DENSE
+from bsa_vision.attention.mask_tensors import DENSE
 from bsa_vision.measure.latency import Latency
 from bsa_vision.measure.latency import latency as latency_here
 from bsa_vision.plans.model_spec import ModelSpec

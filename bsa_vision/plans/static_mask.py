@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bsa_vision.attention.head_masks import DENSE, HeadMasks, instead_of_masks, other_block_size
+from bsa_vision.attention.head_masks import HeadMasks, instead_of_masks
+from bsa_vision.attention.mask_tensors import DENSE, other_block_size
 from bsa_vision.errors import PlanError
 from bsa_vision.masks import TokenLayout
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
@@ -103,7 +104,10 @@ def static_layers(
                 f"layer {name!r} has a {type(masks).__name__}: expected HeadMasks; {instead_of_masks(masks)}."
             )
         layout = masks.layout or TokenLayout(
-            spec.grid, start=spec.start, end=spec.end, block_size=masks.block_size
+            spec.grid,
+            num_prefix_tokens=spec.num_prefix_tokens,
+            num_suffix_tokens=spec.num_suffix_tokens,
+            block_size=masks.block_size,
         )
         if (
             masks.layout is None

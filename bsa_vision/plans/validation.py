@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from bsa_vision.errors import PlanError
+from bsa_vision.errors import PlanError, nearest
 from bsa_vision.plans.model_spec import ModelSpec
 
 
@@ -105,3 +105,31 @@ def check_keys(
             f"{where} has unknown keys {unknown} and lacks {missing}: allowed are {', '.join(allowed)}; correct the file, or "
             "update bsa-vision if a newer one wrote it."
         )
+
+
+def select_layers(
+    known: Collection[str], layers: int | str | Iterable[int | str] | None
+) -> set[str]:
+    """Return the keys of `known` that `layers` names, by key or index; None is all of them."""
+    if layers is None:
+        return set(known)
+    wanted = listed("layers", layers)
+    found = [{key for key in known if str(x) in (key, key.rpartition(".")[2])} for x in wanted]
+    missing = [x for x, keys in zip(wanted, found, strict=True) if not keys]
+    if missing or not wanted:
+        raise PlanError(
+            f"layers {missing or wanted} match nothing: the plan has {', '.join(known)}"
+            f"{nearest(str((missing or [''])[0]), known)}; choose among them."
+        )
+    return set().union(*found)
+
+
+def listed(name: str, given: Any) -> list[Any]:
+    """A single layer or head, or several, as a list."""
+    if isinstance(given, (int, str)):
+        return [given]
+    if not isinstance(given, Iterable):
+        raise PlanError(
+            f"{name}={given!r}: expected indices{' or names' * (name == 'layers')}; give one, or a list."
+        )
+    return list(given)

@@ -40,7 +40,9 @@ class Sight:
     def patches(self) -> Tensor:
         """(h, w): the attention that patches get; special tokens get the rest."""
         layout = self.view.layout
-        return self.attention[layout.start : layout.start + layout.num_patches].reshape(layout.grid)
+        return self.attention[
+            layout.num_prefix_tokens : layout.num_prefix_tokens + layout.num_patches
+        ].reshape(layout.grid)
 
     @property
     def kept(self) -> float:
@@ -108,7 +110,10 @@ def attention_of(
     seen: Observation, layout: TokenLayout, head: int, row: int, column: int
 ) -> Tensor:
     """(N,) float32: what the query of a patch attends to in one head, in the first image, model order."""
-    query, group = layout.start + row * layout.grid[1] + column, seen.q.shape[1] // seen.k.shape[1]
+    query, group = (
+        layout.num_prefix_tokens + row * layout.grid[1] + column,
+        seen.q.shape[1] // seen.k.shape[1],
+    )
     logits = seen.k[0, head // group].float() @ seen.q[0, head, query].float() * seen.scale
     if seen.rel_pos is not None:
         for term, place in zip(seen.rel_pos, key_places(layout, False, logits.device), strict=True):

@@ -21,12 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from bsa_vision.adapters import Observation, inspect, observe
-from bsa_vision.errors import PlanError
 from bsa_vision.masks import Pattern, TokenLayout
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
-from bsa_vision.plans.pattern_spec import PatternLike
-from bsa_vision.tuning import candidates as table
-from bsa_vision.tuning import distributed
+from bsa_vision.tuning import candidates, distributed
 from bsa_vision.tuning.statistics import BlockStatistics, CandidateErrors, Sums
 from bsa_vision.tuning.store import Calibration, Store
 from bsa_vision.tuning.trial import Target, Tuned, make_plan, target_errors
@@ -80,7 +77,7 @@ def calibrate(
             spec,
             where,
             options.layers,
-            _options(options.names, [own[which] for own in dropping], where),
+            candidates.options(options.names, [own[which] for own in dropping], where),
             alone,
             alone,
             kept,
@@ -120,7 +117,12 @@ class _Passes:
             if seen.layer not in self.layers:
                 return
             for one in given:
-                layout = TokenLayout(seen.grid, start=spec.start, end=spec.end, **one)
+                layout = TokenLayout(
+                    seen.grid,
+                    num_prefix_tokens=spec.num_prefix_tokens,
+                    num_suffix_tokens=spec.num_suffix_tokens,
+                    **one,
+                )
                 _same_size(layout, next(iter(found), layout), seen)
                 own = found.setdefault(layout, {})
                 sums = own.setdefault(
@@ -152,7 +154,7 @@ class _Passes:
                 {"order": x.order, "tile": list(x.tile), "lost": loss / len(self.layers)}
                 for x, loss in losses.items()
             ]
-        compared = [table.compared(found[best][layer.key], best) for layer in self.layers]
+        compared = [candidates.compared(found[best][layer.key], best) for layer in self.layers]
         self.calibration.layout, self.calibration.compared = distributed.of_the_first(
             (best, compared)
         )
@@ -190,7 +192,7 @@ class _Passes:
             ]  # each half is judged by what the other one shows
             state.dropping.append(
                 torch.stack(
-                    [table.order_of_dropping(own, where, among).float() for own in found_on]
+                    [candidates.order_of_dropping(own, where, among).float() for own in found_on]
                 )
             )
             state.totals.append(together.total)
@@ -206,7 +208,7 @@ class _Passes:
                 torch.stack(
                     [
                         torch.stack([mask for _, mask in head])
-                        for head in _layer_options(names, own[1 + half], where)
+                        for head in candidates.layer_options(names, own[1 + half], where)
                     ]
                 )
                 for own in state.dropping
@@ -230,7 +232,7 @@ class _Passes:
         add: Callable[[Sequence[Any], int, int, Observation], None],
     ) -> None:
         """Every image from the first that is not done on, one for each process at a time; add(sums, half, layer, what was seen)."""
-        own, count = distributed.place()
+        own, count = distributed.rank_and_size()
         index_of = {layer.key: index for index, layer in enumerate(self.layers)}
         done, layout = self.calibration.done, self.calibration.layout
         assert layout is not None
@@ -274,7 +276,7 @@ class _Passes:
         layers, alone = len(self.layers), halves[0].alone
         images = self.images[: max(1, 2 * len(self.images) // (layers + 1))]
         own = [distributed.share(images[half :: len(halves)]) for half in range(len(halves))]
-        picks = [[_nearest_half(head) for head in heads] for heads in halves[0].options]
+        picks = [[candidates.nearest_half(head) for head in heads] for heads in halves[0].options]
         expected = [
             sum(float(error[head, pick]) for head, pick in enumerate(picked))
             for error, picked in zip(alone, picks, strict=True)
@@ -366,49 +368,3 @@ def _same_size(layout: TokenLayout, first: TokenLayout, seen: Observation) -> No
         raise ValueError(
             f"images of {first.grid} and {layout.grid} patches: one plan is tuned for one size; resize or crop the images."
         )
-
-
-def _options(names: Sequence[str], dropping: Sequence[Tensor], layout: TokenLayout) -> Any:
-    """[layer][head]: (pattern, mask) of every candidate; `dropping` is (H, R, C) for each layer."""
-    return tuple(_layer_options(names, own, layout) for own in dropping)
-
-
-def _layer_options(names: Sequence[str], dropping: Tensor, layout: TokenLayout) -> Any:
-    """[head]: (pattern, mask) of every candidate, dense first; as many for each head."""
-    dense = (None, torch.ones(layout.num_blocks, layout.num_blocks, dtype=torch.bool, device="cpu"))
-    shared = table.geometric(names, layout)
-    own: list[list[tuple[PatternLike | None, Tensor]]] = [[] for _ in dropping]
-    if "static" in names:
-        own = [
-            [dense if mask.all() else (pattern, mask) for pattern, mask in head]
-            for head in table.static(dropping, layout)
-        ]
-    return tuple((dense, *shared, *head) for head in own)
-
-
-def _nearest_half(head: Sequence[tuple[Any, Tensor]]) -> int:
-    """The candidate that skips about half of the blocks, best blocks before geometry."""
-    return min(range(len(head)), key=lambda i: (abs(head[i][1].float().mean().item() - 0.5), -i))
-
-
-def layers_to_tune(spec: ModelSpec, layers: Iterable[int | str] | None) -> tuple[LayerSpec, ...]:
-    """Those asked for (indices, keys or module paths), or all that attend to the whole image. PlanError for others."""
-    able = [layer for layer in spec.layers if not layer.window and not layer.frames]
-    if layers is None:
-        if not able:
-            raise PlanError(
-                "no layer of this model attends to the whole image: there is nothing to tune."
-            )
-        return tuple(able)
-    wanted = [layers] if isinstance(layers, (int, str)) else list(layers)
-    found = [
-        next((layer for layer in able if layer.index == one), None)
-        if isinstance(one, int)
-        else spec.find(one)
-        for one in wanted
-    ]
-    if not wanted or any(layer not in able for layer in found):
-        raise PlanError(
-            f"layers={wanted}: allowed are those that attend to the whole image, {', '.join(layer.name for layer in able)}; choose among them."
-        )
-    return tuple(layer for layer in able if layer in found)

@@ -6,6 +6,7 @@ Blocks with special tokens are always kept, a block sees itself, and every row k
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,3 +128,26 @@ def _highest(score: Tensor, density: float) -> Tensor:
     mask = torch.zeros(score.numel(), dtype=torch.bool, device="cpu")
     mask[score.flatten().topk(wanted).indices] = True
     return mask.view_as(score)
+
+
+def options(names: Sequence[str], dropping: Sequence[Tensor], layout: TokenLayout) -> Any:
+    """[layer][head]: (pattern, mask) of every candidate; `dropping` is (H, R, C) for each layer."""
+    return tuple(layer_options(names, own, layout) for own in dropping)
+
+
+def layer_options(names: Sequence[str], dropping: Tensor, layout: TokenLayout) -> Any:
+    """[head]: (pattern, mask) of every candidate, dense first; as many for each head."""
+    dense = (None, torch.ones(layout.num_blocks, layout.num_blocks, dtype=torch.bool, device="cpu"))
+    shared = geometric(names, layout)
+    own: list[list[tuple[PatternLike | None, Tensor]]] = [[] for _ in dropping]
+    if "static" in names:
+        own = [
+            [dense if mask.all() else (pattern, mask) for pattern, mask in head]
+            for head in static(dropping, layout)
+        ]
+    return tuple((dense, *shared, *head) for head in own)
+
+
+def nearest_half(head: Sequence[tuple[Any, Tensor]]) -> int:
+    """The candidate that skips about half of the blocks, best blocks before geometry."""
+    return min(range(len(head)), key=lambda i: (abs(head[i][1].float().mean().item() - 0.5), -i))

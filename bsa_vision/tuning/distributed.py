@@ -15,7 +15,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def place() -> tuple[int, int]:
+def rank_and_size() -> tuple[int, int]:
     """Which of the processes this is, and how many there are."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -24,13 +24,13 @@ def place() -> tuple[int, int]:
 
 def share(items: Sequence[T]) -> list[T]:
     """Those that this process is dealt."""
-    own, count = place()
+    own, count = rank_and_size()
     return list(items[own::count])
 
 
 def collect(own: list[T]) -> list[T]:
     """Undo `share`: what all processes made of theirs, in the order of the items."""
-    _, count = place()
+    _, count = rank_and_size()
     if count == 1:
         return own
     parts: list[Any] = [None] * count
@@ -40,7 +40,7 @@ def collect(own: list[T]) -> list[T]:
 
 def together(run: Callable[[], T]) -> T:
     """What `run` returns in this process; where it fails in one of them, an error in all, so that none waits for it."""
-    _, count = place()
+    _, count = rank_and_size()
     if count == 1:
         return run()
     error: Exception | None = None
@@ -62,7 +62,7 @@ def together(run: Callable[[], T]) -> T:
 
 def add_up(tensors: Sequence[Tensor]) -> None:
     """Float64 tensors on the CPU, in place: their sums over all processes."""
-    if place()[1] == 1:
+    if rank_and_size()[1] == 1:
         return
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
     flat = torch.cat([tensor.flatten() for tensor in tensors]).to(device)
@@ -75,7 +75,7 @@ def add_up(tensors: Sequence[Tensor]) -> None:
 
 def of_the_first(value: T) -> T:
     """What the first process has, in all of them: where processes must agree on something that each could find differently."""
-    if place()[1] == 1:
+    if rank_and_size()[1] == 1:
         return value
     held = [value]
     torch.distributed.broadcast_object_list(held, 0)

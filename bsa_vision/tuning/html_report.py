@@ -130,7 +130,7 @@ def report(
 
 
 def _text(plan: SparsityPlan, tuned: Mapping[str, Any]) -> list[str]:
-    images, grid, special = tuned["images"], tuned["grid"], tuned["special tokens"]
+    images, grid, special = tuned["images"], tuned["grid"], tuned["special_tokens"]
     rows = [
         (
             "model",
@@ -143,7 +143,7 @@ def _text(plan: SparsityPlan, tuned: Mapping[str, Any]) -> list[str]:
         ),
         (
             "images",
-            f"chosen on {images['chosen on']}, kept back {images['kept back']}, seed {images['seed']}",
+            f"chosen on {images['calibration']}, kept back {images['held_out']}, seed {images['seed']}",
         ),
     ]
     parts = [f"<p>{escape(_summary(tuned))}</p>", _table((), rows)]
@@ -169,7 +169,7 @@ def _changed(plan: SparsityPlan, layers: Layers) -> set[tuple[str, int]]:
 
 def _summary(tuned: Mapping[str, Any]) -> str:
     ((name, wanted),) = tuned["asked"].items()
-    back, speedup = tuned["images"]["kept back"], tuned["speedup"]
+    back, speedup = tuned["images"]["held_out"], tuned["speedup"]
     said = [
         f"Asked for was {ASKED[name].format(wanted)} ({name}={wanted:g}).",
         f"The plan skips {tuned['sparsity']:.1%} of the blocks of {_count(len(tuned['layers']), 'layer')}.",

@@ -23,7 +23,7 @@ from bsa_vision.storage import atomic_write
 from bsa_vision.tuning import distributed
 from bsa_vision.tuning.statistics import BlockStatistics, CandidateErrors
 
-FORMAT, VERSION = "bsa-vision/statistics", 3
+FORMAT, VERSION = "bsa-vision/statistics", 4
 UNSIGNED = "0" * 64  # where the digest of a file goes, while it is computed
 SECONDS = 5.0  # between two savings, at least
 PART = 0.05  # of the time is spent on saving, at most
@@ -203,7 +203,7 @@ class Store:
         FileExistsError for a file and no `resume`, ValueError for one made of something else.
         """
         found: Calibration | Exception | None = None
-        if distributed.place()[0] == 0:
+        if distributed.rank_and_size()[0] == 0:
             try:
                 found = self._open(identity, resume)
             except (ValueError, OSError) as error:
@@ -237,7 +237,7 @@ class Store:
     def save(self, calibration: Calibration, now: bool = False) -> None:
         """Every few seconds, or now. A file that cannot be written costs a warning, and not what was measured."""
         start = time.monotonic()
-        if self.path is None or distributed.place()[0] or (not now and start < self.next):
+        if self.path is None or distributed.rank_and_size()[0] or (not now and start < self.next):
             return
         try:
             atomic_write.write(self.path, *calibration.dumps())

@@ -155,7 +155,7 @@ def time_plan(
 ) -> tuple[float, float]:
     """How many times as fast the target is with this plan, and its seconds without: medians of alternating runs, of the first process."""
     with sparse(model, plan):
-        if distributed.place()[0]:
+        if distributed.rank_and_size()[0]:
             return distributed.of_the_first((0.0, 0.0))
         times = paired(
             {"dense": lambda: _dense(model, image, target), "sparse": lambda: target(model, image)},

@@ -15,16 +15,17 @@ from torch import nn
 
 from bsa_vision.adapters import inspect, observe
 from bsa_vision.adapters.swap.values import state
+from bsa_vision.errors import PlanError
 from bsa_vision.masks import TokenLayout
 from bsa_vision.masks.layout import ORDERS
 from bsa_vision.measure.latency import Latency
 from bsa_vision.measure.latency import latency as latency_here
 from bsa_vision.models.features import eval_mode, features
-from bsa_vision.plans.model_spec import LayerSpec
+from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 from bsa_vision.plans.plan import SparsityPlan
 from bsa_vision.tuning import candidates as table
 from bsa_vision.tuning import distributed
-from bsa_vision.tuning.calibration import OnStep, Options, calibrate, layers_to_tune
+from bsa_vision.tuning.calibration import OnStep, Options, calibrate
 from bsa_vision.tuning.images import VERIFY, check_images, split
 from bsa_vision.tuning.report_data import describe
 from bsa_vision.tuning.search import Search
@@ -86,67 +87,32 @@ def tune(
     name, wanted = _asked({"sparsity": sparsity, "max_error": max_error, "speedup": speedup})
     spec = inspect(model)
     images = check_images(images, target)
-    chosen, kept_back = split(images, verify, seed)
-    if name == "max_error" and len(kept_back) < 2:
+    chosen, held_out = split(images, verify, seed)
+    if name == "max_error" and len(held_out) < 2:
         raise ValueError(
-            f"{len(images)} images, of which 1 is kept back: one image says nothing about how far others are from it; give max_error more images "
-            "(24 are good), or a larger verify=."
+            f"{len(images)} images, of which 1 is held out: one image says nothing about how far "
+            "others are from it; give max_error more images (24 are good), or a larger verify=."
         )
-    candidates = (candidates,) if isinstance(candidates, str) else tuple(candidates)
-    unknown = [one for one in candidates if one not in table.NAMES]
-    if unknown or not candidates:
-        raise ValueError(
-            f"candidates={list(candidates)}: allowed are {', '.join(table.NAMES)}; choose among them."
-        )
-    tuned_layers = layers_to_tune(spec, layers)
-    if order not in ("auto", *ORDERS):
-        raise ValueError(
-            f"order={order!r}: allowed are 'auto', {', '.join(map(repr, ORDERS))}; choose one of them."
-        )
-    layout = dict(order=order, tile=tile, block_size=block_size)
-    TokenLayout((1, 1), **{**layout, "order": "tile" if order == "auto" else order})  # type: ignore[arg-type]
+    layout = _layout_options(order, tile, block_size)
+    options = Options(layers_to_tune(spec, layers), _names(candidates), target, layout)
     store = Store(statistics)
-    identity = {
-        **{
-            "model": spec.fingerprint,
-            "layers": [layer.key for layer in tuned_layers],
-            "candidates": list(candidates),
-        },
-        **{"table": digest([repr(table.GEOMETRIC), table.DENSITIES, table.COMPARED])},
-        **{
-            "order": order,
-            "tile": list(tile),
-            "block_size": block_size,
-            "target": _name_of(target),
-        },
-        **{
-            "images": digest(chosen),
-            "kept back": digest(kept_back),
-            "weights": digest(state(model)),
-        },
-    }
+    identity = _identity(model, spec, options)
+    identity |= {"images": digest(chosen), "held_out": digest(held_out)}
     _check_processes(identity)
     calibration = store.open(identity, resume)
     try:
         with eval_mode(model):
-            options = Options(tuned_layers, tuple(candidates), target, layout)
             tuned = calibrate(model, chosen, calibration, store, options, on_step)
-            mine = distributed.share(kept_back)
-            if name == "speedup":
-                latency = (
-                    _latency(model, chosen[0], target, tuned_layers[0])
-                    if latency is None
-                    else latency
-                )
-            trials = Search(
-                tuned, model, name, wanted, mine, kept_back[0], target, latency, on_step
-            )
+            mine = distributed.share(held_out)
+            if name == "speedup" and latency is None:
+                latency = _latency(model, chosen[0], target, options.layers[0])
+            trials = Search(tuned, model, name, wanted, mine, held_out[0], target, latency, on_step)
             best = trials.search()
-            measured = layer_errors(model, best.plan, mine, target, tuned_layers)
+            measured = layer_errors(model, best.plan, mine, target, options.layers)
             curve = trials.curve()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"tune was interrupted: {store.interrupted}") from None
-    about = {"chosen on": len(chosen), "kept back": len(kept_back), "seed": seed}
+    about = {"calibration": len(chosen), "held_out": len(held_out), "seed": seed}
     notes = describe(
         tuned, best, trials.tried, {name: wanted}, about, calibration.orders, measured, curve
     )
@@ -196,6 +162,36 @@ def _asked(asked: dict[str, float | None]) -> tuple[str, float]:
     return name, float(value)
 
 
+def _names(candidates: str | Sequence[str]) -> tuple[str, ...]:
+    names = (candidates,) if isinstance(candidates, str) else tuple(candidates)
+    if not names or not {*names} <= {*table.NAMES}:
+        raise ValueError(
+            f"candidates={list(names)}: allowed are {', '.join(table.NAMES)}; choose among them."
+        )
+    return names
+
+
+def _layout_options(order: str, tile: tuple[int, int], block_size: int) -> dict[str, Any]:
+    if order not in ("auto", *ORDERS):
+        raise ValueError(f"order={order!r}: allowed are 'auto', {', '.join(map(repr, ORDERS))}.")
+    TokenLayout((1, 1), tile=tile, block_size=block_size)  # checks both
+    return {"order": order, "tile": tile, "block_size": block_size}
+
+
+def _identity(model: nn.Module, spec: ModelSpec, options: Options) -> dict[str, Any]:
+    """Return what statistics depend on, besides the images: they are reused for the same only."""
+    return {
+        "model": spec.fingerprint,
+        "layers": [layer.key for layer in options.layers],
+        "candidates": list(options.names),
+        "table": digest([repr(table.GEOMETRIC), table.DENSITIES, table.COMPARED]),
+        **options.layout,
+        "tile": list(options.layout["tile"]),
+        "target": _name_of(options.target),
+        "weights": digest(state(model)),
+    }
+
+
 def _name_of(target: Target) -> str:
     inner = target.func if isinstance(target, partial) else target
     given = f"({digest([*target.args, target.keywords])})" if isinstance(target, partial) else ""
@@ -211,7 +207,7 @@ def _latency(model: nn.Module, image: Any, target: Target, layer: LayerSpec) -> 
     ):
         target(model, image)
     return distributed.of_the_first(
-        None if distributed.place()[0] else latency_here(layer.head_dim, *kinds[0])
+        None if distributed.rank_and_size()[0] else latency_here(layer.head_dim, *kinds[0])
     )  # type: ignore[return-value]
 
 
@@ -227,3 +223,26 @@ def _check_processes(identity: Mapping[str, Any]) -> None:
 
 
 # From a budget to a plan
+
+
+def layers_to_tune(spec: ModelSpec, layers: Iterable[int | str] | None) -> tuple[LayerSpec, ...]:
+    """Those asked for (indices, keys or module paths), or all that attend to the whole image. PlanError for others."""
+    able = [layer for layer in spec.layers if not layer.window and not layer.frames]
+    if layers is None:
+        if not able:
+            raise PlanError(
+                "no layer of this model attends to the whole image: there is nothing to tune."
+            )
+        return tuple(able)
+    wanted = [layers] if isinstance(layers, (int, str)) else list(layers)
+    found = [
+        next((layer for layer in able if layer.index == one), None)
+        if isinstance(one, int)
+        else spec.find(one)
+        for one in wanted
+    ]
+    if not wanted or any(layer not in able for layer in found):
+        raise PlanError(
+            f"layers={wanted}: allowed are those that attend to the whole image, {', '.join(layer.name for layer in able)}; choose among them."
+        )
+    return tuple(layer for layer in able if layer in found)

@@ -78,7 +78,12 @@ def measure(
     device = next(model.parameters()).device
     spec = bsa.inspect(model, image_size=grid * model.size.patch)
     layout = TokenLayout(
-        spec.grid, start=spec.start, end=spec.end, order="tile", tile=TILE, block_size=BLOCK_SIZE
+        spec.grid,
+        num_prefix_tokens=spec.num_prefix_tokens,
+        num_suffix_tokens=spec.num_suffix_tokens,
+        order="tile",
+        tile=TILE,
+        block_size=BLOCK_SIZE,
     )
     found: dict[int, list[Tensor]] = {layer.index: [] for layer in spec.layers}
     for seed in seeds:
@@ -112,7 +117,7 @@ def _alike(batch: scenes.Scenes, patch: int) -> Tensor:
 
 def _statistics(probs: Tensor, layout: TokenLayout, alike: Tensor) -> Tensor:
     """(H, N, N) -> (H, 6): the numbers of `Head`, in its order."""
-    start = layout.start
+    start = layout.num_prefix_tokens
     patches = probs[:, start:]  # queries (H, h * w, N)
     entropy = -(patches * patches.clamp(min=1e-30).log()).sum(-1).mean(1)
     keys = _needed(patches[:, ::EVERY]).mean(1)

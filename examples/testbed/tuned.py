@@ -83,7 +83,7 @@ def tuned_plans(
             plans[level] = bsa.tune(model, found, sparsity=level, target=encode, seed=seed, **keep)
             seconds = seconds or time.perf_counter() - start
     forward = (forward + _forward_seconds(model, found)) / 2
-    return plans, seconds / forward, plans[level].report["images"]["chosen on"]
+    return plans, seconds / forward, plans[level].report["images"]["calibration"]
 
 
 @torch.no_grad()
@@ -183,7 +183,7 @@ def image_to_prompt(model: Testbed, most: float) -> bsa.SparsityPlan:
     chosen = _within([share / 200 for share in range(199)], made, most)
     # Its prompts come last: tiles of one row are the rows of the image, and special tokens follow them.
     layout = TokenLayout(
-        spec.grid, start=1, order="tile", tile=(1, size.grid), block_size=BLOCK_SIZE
+        spec.grid, num_prefix_tokens=1, order="tile", tile=(1, size.grid), block_size=BLOCK_SIZE
     )
     return _of_all_layers(spec, bsa.HeadMasks(made(chosen), layout=layout, block_size=BLOCK_SIZE))
 

@@ -70,7 +70,7 @@ class TestEveryFamily:
     def test_inspect(self, name):
         spec = bsa.inspect(make(name))
         assert spec.family == name.removesuffix("_with_registers")
-        assert (spec.grid, spec.patch_size, spec.start, spec.end) == (
+        assert (spec.grid, spec.patch_size, spec.num_prefix_tokens, spec.num_suffix_tokens) == (
             (8, 8),
             (8, 8),
             START[name],

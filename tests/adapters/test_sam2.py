@@ -103,7 +103,9 @@ def expected_masks(kind, plan, spec, grid=GRID, frames=3, pointers=8, side=SIDE,
         mask = token_mask(plan.compile("self.4", layout).base_blockmask[0, 0], 16, layout, layout)
         return [mask if block in GLOBAL else None for block in range(blocks)]
     layout = plan.layout(spec, (side, side))
-    keys = TokenLayout((side, side), order="tile", frames=frames, end=pointers, **SMALL)
+    keys = TokenLayout(
+        (side, side), order="tile", frames=frames, num_suffix_tokens=pointers, **SMALL
+    )
     near = Pattern("local_window", radius=1)
     return [
         token_mask(near(layout), 16, layout, layout),
@@ -319,7 +321,7 @@ class TestMemory:
         plan, spec = local(model), bsa.inspect(model)
         layout = plan.layout(spec)
         keys = plan.key_layout(spec.find("mem_cross.0"), layout, 3 * SIDE**2 + 8)
-        assert (keys.frames, keys.end, keys.grid) == (3, 8, (SIDE, SIDE))
+        assert (keys.frames, keys.num_suffix_tokens, keys.grid) == (3, 8, (SIDE, SIDE))
         masks = plan.compile("mem_cross.0", layout, keys=keys)
         mask = token_mask(masks.base_blockmask[0, 0], 16, layout, keys)
         assert mask[:, -8:].all()
@@ -336,7 +338,8 @@ class TestMemory:
         layout = TokenLayout((SIDE, SIDE), order="tile", **SMALL)
         near = Pattern("local_window", radius=1)
         with_pointers = near(
-            layout, keys=TokenLayout((SIDE, SIDE), order="tile", frames=2, end=8, **SMALL)
+            layout,
+            keys=TokenLayout((SIDE, SIDE), order="tile", frames=2, num_suffix_tokens=8, **SMALL),
         )
         without = near(layout, keys=TokenLayout((SIDE, SIDE), order="tile", frames=2, **SMALL))
         assert with_pointers.shape != without.shape

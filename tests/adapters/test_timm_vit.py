@@ -337,7 +337,7 @@ class TestNaFlex:
     @pytest.mark.parametrize("changes", [{}, dict(rope_type="axial", attn_type="rope")])
     def test_images(self, changes):
         model, pixels = self.make(**changes), image(96, 64)
-        assert (bsa.inspect(model).grid, bsa.inspect(model).start) == ((16, 16), 2)
+        assert (bsa.inspect(model).grid, bsa.inspect(model).num_prefix_tokens) == ((16, 16), 2)
         with torch.no_grad():
             dense, outs = model(pixels), {}
             bsa.sparsify_(model, bsa.dense_plan(model), backend="gather", on_unsupported="error")

@@ -223,7 +223,14 @@ class TestBackends:
     def test_every_backend_equals_reference(
         self, grid, start, end, order, tile, block, radius, dense, batch, group, seed
     ):
-        layout = TokenLayout(grid, start=start, end=end, order=order, tile=tile, block_size=block)
+        layout = TokenLayout(
+            grid,
+            num_prefix_tokens=start,
+            num_suffix_tokens=end,
+            order=order,
+            tile=tile,
+            block_size=block,
+        )
         base = stack_heads([local_window(layout, radius), random_blocks(layout, 0.7, seed)], batch)
         hm = bsa.HeadMasks(base, [0] * dense + [1, 1] + [0] * (dense % 2), layout=layout)
         heads = hm.num_heads * group
@@ -302,7 +309,9 @@ class TestBackends:
     @pytest.mark.parametrize("backend", CPU_BACKENDS)
     def test_cross_attention_with_layouts_of_their_own(self, backend):
         q_layout = TokenLayout((3, 5), order="tile", tile=(2, 2), block_size=4)
-        kv_layout = TokenLayout((7, 6), end=2, order="tile", tile=(2, 2), block_size=4)
+        kv_layout = TokenLayout(
+            (7, 6), num_suffix_tokens=2, order="tile", tile=(2, 2), block_size=4
+        )
         base = torch.rand(1, 2, q_layout.num_blocks, kv_layout.num_blocks) < 0.5
         base[..., 0] = True
         hm = bsa.HeadMasks(base, layout=q_layout, kv_layout=kv_layout)
@@ -606,7 +615,7 @@ class TestRagged:
 
 def small_problem(order="raster", grid=(5, 9), start=1, dim=8, dtype=torch.float64):
     """One dense and two sparse heads on a small non-square layout."""
-    layout = TokenLayout(grid, start=start, order=order, tile=(2, 3), block_size=4)
+    layout = TokenLayout(grid, num_prefix_tokens=start, order=order, tile=(2, 3), block_size=4)
     base = stack_heads([local_window(layout, 1), random_blocks(layout, 0.6, 1)], 1)
     hm = bsa.HeadMasks(base, [0, 1, 1], layout=layout)
     return hm, *qkv(1, 3, layout.num_tokens, dim, dtype=dtype)

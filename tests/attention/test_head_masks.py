@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bsa_vision import HeadMasks, LayerSpec, ModelSpec, SparsityPlan, pack_head_masks
-from bsa_vision.attention.head_masks import from_handle
+from bsa_vision.attention.mask_source import from_handle
 from bsa_vision.masks import Pattern, TokenLayout, local_window, random_blocks, stack_heads
 from bsa_vision.masks.origin import layouts_of
 
@@ -261,7 +261,7 @@ class TestPackHeadMasks:
 
 
 class TestFromPatterns:
-    layout = TokenLayout((9, 14), start=5, order="tile", tile=(2, 4), block_size=8)
+    layout = TokenLayout((9, 14), num_prefix_tokens=5, order="tile", tile=(2, 4), block_size=8)
 
     def test_one_pattern_per_head(self):
         def own(layout):
@@ -290,7 +290,11 @@ class TestFromPatterns:
             Pattern("special") | Pattern("axial"),
         ]
         spec = ModelSpec(
-            "vit", (LayerSpec("a", 0, 3, 8), LayerSpec("b", 1, 3, 8)), (9, 14), (8, 8), start=5
+            "vit",
+            (LayerSpec("a", 0, 3, 8), LayerSpec("b", 1, 3, 8)),
+            (9, 14),
+            (8, 8),
+            num_prefix_tokens=5,
         )
         names = ("dense", "one", "two")
         plan = SparsityPlan(
@@ -321,7 +325,9 @@ class TestFromPatterns:
         assert HeadMasks.from_patterns(self.layout, "dense", heads=2).all_dense
 
     def test_keys_of_their_own(self):
-        keys = TokenLayout((9, 14), end=3, order="tile", tile=(2, 4), block_size=8, frames=2)
+        keys = TokenLayout(
+            (9, 14), num_suffix_tokens=3, order="tile", tile=(2, 4), block_size=8, frames=2
+        )
         near = Pattern("local_window", radius=1)
         masks = HeadMasks.from_patterns(
             self.layout, [near, lambda queries, keys: near(queries, keys=keys)], kv_layout=keys

@@ -13,7 +13,7 @@ layouts = st.builds(
     TokenLayout,
     st.tuples(st.integers(1, 12), st.integers(1, 17)),
     start=st.integers(0, 5),
-    end=st.integers(0, 4),
+    num_suffix_tokens=st.integers(0, 4),
     order=st.sampled_from(["raster", "tile"]),
     tile=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     block_size=st.sampled_from([8, 128]),
@@ -78,7 +78,7 @@ def test_errors():
     with pytest.raises(ValueError, match=r"2 images but 1 layouts"):
         pack([x, x], [None])
     with pytest.raises(ValueError, match=r"image 1 has 30 tokens, its layout 31.*special tokens"):
-        pack([x, x], [TokenLayout((5, 6)), TokenLayout((5, 6), start=1)])
+        pack([x, x], [TokenLayout((5, 6)), TokenLayout((5, 6), num_prefix_tokens=1)])
     packed = pack([x])
     with pytest.raises(ValueError, match=r"unpack got 29 tokens, `packed` holds 30"):
         unpack(packed.tokens[1:], packed)

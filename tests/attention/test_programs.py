@@ -274,7 +274,7 @@ class Own(nn.Module):
 
 
 def some_head_masks(per_image: bool = False) -> bsa.HeadMasks:
-    layout = masks.TokenLayout((5, 7), start=1, order="tile", tile=(2, 4), block_size=8)
+    layout = masks.TokenLayout((5, 7), num_prefix_tokens=1, order="tile", tile=(2, 4), block_size=8)
     heads = [masks.local_window(layout, 1), masks.random_blocks(layout, 0.5, seed=1)]
     base = masks.stack_heads(heads, 1)
     if per_image:
@@ -341,15 +341,17 @@ def test_carried_masks_are_the_masks(data):
 
 
 def test_carried_layouts_and_unknown_versions():
-    queries = masks.TokenLayout((4, 6), start=2, order="tile", tile=(2, 2), block_size=8)
-    keys = masks.TokenLayout((4, 6), end=3, frames=3, block_size=8)
+    queries = masks.TokenLayout(
+        (4, 6), num_prefix_tokens=2, order="tile", tile=(2, 2), block_size=8
+    )
+    keys = masks.TokenLayout((4, 6), num_suffix_tokens=3, frames=3, block_size=8)
     base = torch.ones(1, 1, queries.num_blocks, keys.num_blocks, dtype=torch.bool)
     tensor = carried(bsa.HeadMasks(base, layout=queries, kv_layout=keys), (0, 0), 0)
     again = read(tensor).masks_for((0, 0), 0)
     assert (again.layout, again.kv_layout) == (queries, keys)
     assert read(tensor.clone()) is read(tensor)
     newer = torch.tensor(
-        list(tensor.numpy().tobytes().replace(b'"version": 1', b'"version": 9')), dtype=torch.uint8
+        list(tensor.numpy().tobytes().replace(b'"version": 2', b'"version": 9')), dtype=torch.uint8
     )
     with pytest.raises(RuntimeError, match=r"does not read.*Export it again"):
         read(newer)

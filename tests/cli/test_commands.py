@@ -146,7 +146,7 @@ class TestDoctor:
 class TestMasks:
     def test_text(self, capsys):
         code, out, _ = run(capsys, "masks local:8 --grid 32x48 --start 5")
-        layout = TokenLayout((32, 48), start=5, order="tile")
+        layout = TokenLayout((32, 48), num_prefix_tokens=5, order="tile")
         mask = local_window(layout, 8)
         assert code == 0
         assert out.startswith(draw(mask))

@@ -253,7 +253,13 @@ class TestRope:
 class TestModel:
     def test_what_a_plan_sees(self):
         spec = bsa.inspect(untrained())
-        assert (spec.family, spec.grid, spec.patch_size, spec.start, spec.end) == (
+        assert (
+            spec.family,
+            spec.grid,
+            spec.patch_size,
+            spec.num_prefix_tokens,
+            spec.num_suffix_tokens,
+        ) == (
             "vit",
             (32, 32),
             (8, 8),
@@ -417,7 +423,7 @@ class TestObserving:
         assert relative(first, outs[0]) > 1e-2
 
     def test_block_mass_is_a_sum_over_tokens(self):
-        layout = TokenLayout((6, 10), start=1, order="tile", tile=(2, 4), block_size=8)
+        layout = TokenLayout((6, 10), num_prefix_tokens=1, order="tile", tile=(2, 4), block_size=8)
         probs = torch.rand(1, 2, 61, 61).softmax(-1)
         mass = block_mass(probs, layout)
         order = layout.permutation
@@ -432,7 +438,7 @@ class TestObserving:
 
     def test_heads_that_are_known(self):
         """Planted: uniform attention, and attention to oneself."""
-        layout = TokenLayout((16, 16), start=1, order="tile", tile=(2, 4), block_size=8)
+        layout = TokenLayout((16, 16), num_prefix_tokens=1, order="tile", tile=(2, 4), block_size=8)
         uniform, own = torch.full((257, 257), 1 / 257), torch.eye(257)
         alike = torch.eye(256, dtype=torch.bool)
         spread, self_ = heads._statistics(torch.stack([uniform, own]), layout, alike).tolist()

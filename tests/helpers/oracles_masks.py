@@ -24,7 +24,7 @@ def model_order(grid: tuple[int, int], start: int = 0, end: int = 0) -> list[Pos
 
 def packed_order(layout: TokenLayout) -> list[int]:
     """The model-order index of each packed token."""
-    tokens = model_order(layout.grid, layout.start, layout.end)
+    tokens = model_order(layout.grid, layout.num_prefix_tokens, layout.num_suffix_tokens)
     if layout.order == "raster":
         return list(range(len(tokens)))
     (height, width), (tile_h, tile_w) = layout.grid, layout.tile
@@ -50,7 +50,7 @@ class Blocks:
 
     @classmethod
     def of(cls, layout: TokenLayout) -> Blocks:
-        tokens = model_order(layout.grid, layout.start, layout.end)
+        tokens = model_order(layout.grid, layout.num_prefix_tokens, layout.num_suffix_tokens)
         return cls(
             [tokens[index] for index in packed_order(layout)], layout.grid, layout.block_size
         )
@@ -160,8 +160,8 @@ def layouts(draw, orders: Sequence[str] = ("raster", "tile")) -> TokenLayout:
     """Rectangles of any shape, tiles that need not divide them, blocks that may straddle tiles."""
     return TokenLayout(
         (draw(st.integers(1, 12)), draw(st.integers(1, 17))),
-        start=draw(st.integers(0, 3)),
-        end=draw(st.sampled_from([0, 0, 1, 5])),
+        num_prefix_tokens=draw(st.integers(0, 3)),
+        num_suffix_tokens=draw(st.sampled_from([0, 0, 1, 5])),
         order=draw(st.sampled_from(orders)),
         tile=(draw(st.integers(1, 5)), draw(st.integers(1, 6))),
         block_size=draw(st.integers(1, 40)),

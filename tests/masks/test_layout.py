@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copyreg
 import dataclasses
 import pickle
 
@@ -15,7 +16,7 @@ from tests.helpers.oracles_masks import Blocks, layouts, model_order, packed_ord
 
 METRICS = ("chebyshev", "l1", "axis")
 STRADDLING = TokenLayout(
-    (7, 11), start=1, end=2, order="tile", tile=(2, 4), block_size=10
+    (7, 11), num_prefix_tokens=1, num_suffix_tokens=2, order="tile", tile=(2, 4), block_size=10
 )  # blocks straddle tiles
 
 property_test = settings(max_examples=50, deadline=None)
@@ -76,9 +77,11 @@ class TestOrder:
     @property_test
     @given(layouts(orders=["tile"]))
     def test_tile_order_full_tiles_then_ragged_ones_then_specials(self, layout):
-        tokens = model_order(layout.grid, layout.start, layout.end)
+        tokens = model_order(layout.grid, layout.num_prefix_tokens, layout.num_suffix_tokens)
         packed = [tokens[index] for index in layout.permutation.tolist()]
-        assert packed[layout.num_patches :] == [None] * (layout.start + layout.end)
+        assert packed[layout.num_patches :] == [None] * (
+            layout.num_prefix_tokens + layout.num_suffix_tokens
+        )
         (height, width), (tile_h, tile_w) = layout.grid, layout.tile
         full_rows, full_columns = height // tile_h, width // tile_w
         tile_size = tile_h * tile_w
@@ -92,11 +95,13 @@ class TestOrder:
             assert row >= full_rows * tile_h or column >= full_columns * tile_w
 
     def test_specials_keep_their_own_order_at_the_end(self):
-        layout = TokenLayout((2, 3), start=2, end=3, order="tile", tile=(2, 2))
+        layout = TokenLayout(
+            (2, 3), num_prefix_tokens=2, num_suffix_tokens=3, order="tile", tile=(2, 2)
+        )
         assert layout.permutation.tolist() == [2, 3, 5, 6, 4, 7, 0, 1, 8, 9, 10]
 
     def test_full_tiles_fill_blocks(self):
-        layout = TokenLayout((64, 64), start=5, order="tile")
+        layout = TokenLayout((64, 64), num_prefix_tokens=5, order="tile")
         row, column = (axis[: 64 * 64].reshape(32, 128) for axis in layout.coordinates)
         assert layout.num_blocks == 33
         for axis, side in ((row, 8), (column, 16)):
@@ -106,13 +111,13 @@ class TestOrder:
     @pytest.mark.parametrize(
         ("layout", "identity"),
         [
-            (TokenLayout((4, 6), start=3, end=2), True),
+            (TokenLayout((4, 6), num_prefix_tokens=3, num_suffix_tokens=2), True),
             (TokenLayout((4, 6), order="tile", tile=(2, 3)), False),
             (TokenLayout((4, 6), order="tile", tile=(2, 6)), True),  # a tile as wide as the grid
             (TokenLayout((4, 6), order="tile", tile=(9, 9)), True),  # one ragged tile
-            (TokenLayout((4, 6), end=1, order="tile", tile=(2, 6)), True),
+            (TokenLayout((4, 6), num_suffix_tokens=1, order="tile", tile=(2, 6)), True),
             (
-                TokenLayout((4, 6), start=1, order="tile", tile=(2, 6)),
+                TokenLayout((4, 6), num_prefix_tokens=1, order="tile", tile=(2, 6)),
                 False,
             ),  # CLS moves to the end
             (TokenLayout((4, 6), order="tile", tile=(1, 1)), True),
@@ -161,13 +166,13 @@ class TestBlockDistance:
         "layout",
         [
             TokenLayout(
-                (29, 41), start=1, block_size=1
+                (29, 41), num_prefix_tokens=1, block_size=1
             ),  # more rectangles than are taken at a time
             TokenLayout((29, 41), order="tile", tile=(3, 2), block_size=7),
-            TokenLayout((32, 33), start=5, order="tile"),
+            TokenLayout((32, 33), num_prefix_tokens=5, order="tile"),
             STRADDLING,
             TokenLayout((1, 1)),
-            TokenLayout((1, 17), start=3, end=4, block_size=3),
+            TokenLayout((1, 17), num_prefix_tokens=3, num_suffix_tokens=4, block_size=3),
             TokenLayout((12, 1), order="tile", block_size=5),
         ],
         ids=repr,
@@ -178,7 +183,7 @@ class TestBlockDistance:
         )
 
     def test_blocks_without_patches(self):
-        layout = TokenLayout((3, 4), start=2, end=3, block_size=2)
+        layout = TokenLayout((3, 4), num_prefix_tokens=2, num_suffix_tokens=3, block_size=2)
         for metric in METRICS:
             distance = layout.block_distance(metric)
             assert distance[0].tolist() == [7] * layout.num_blocks
@@ -262,7 +267,7 @@ class TestBlockDistance:
 class TestValue:
     def test_frozen(self):
         with pytest.raises(dataclasses.FrozenInstanceError):
-            STRADDLING.start = 3
+            STRADDLING.num_prefix_tokens = 3
         with pytest.raises(dataclasses.FrozenInstanceError):
             del STRADDLING.grid
 
@@ -270,8 +275,8 @@ class TestValue:
         "change",
         [
             {"grid": (11, 7)},
-            {"start": 2},
-            {"end": 1},
+            {"num_prefix_tokens": 2},
+            {"num_suffix_tokens": 1},
             {"order": "raster"},
             {"tile": (4, 2)},
             {"block_size": 11},
@@ -279,11 +284,29 @@ class TestValue:
         ids=lambda change: next(iter(change)),
     )
     def test_equality_and_hash_see_every_field(self, change):
-        twin = TokenLayout((7, 11), start=1, end=2, order="tile", tile=(2, 4), block_size=10)
+        twin = TokenLayout(
+            (7, 11),
+            num_prefix_tokens=1,
+            num_suffix_tokens=2,
+            order="tile",
+            tile=(2, 4),
+            block_size=10,
+        )
         assert twin == STRADDLING
         assert hash(twin) == hash(STRADDLING)
         assert dataclasses.replace(STRADDLING, **change) != STRADDLING
         assert {STRADDLING: 1, dataclasses.replace(STRADDLING, **change): 2}[twin] == 1
+
+    def test_pickles_from_before_the_tokens_were_named(self):
+        old = copyreg.__newobj__(TokenLayout)
+        state = {**vars(STRADDLING)}
+        state["start"], state["end"] = (
+            state.pop("num_prefix_tokens"),
+            state.pop("num_suffix_tokens"),
+        )
+        old.__setstate__(state)
+        assert old == STRADDLING
+        assert old.num_prefix_tokens == STRADDLING.num_prefix_tokens > 0
 
     def test_pickle(self):
         STRADDLING.block_distance()
@@ -296,17 +319,34 @@ class TestValue:
     @pytest.mark.parametrize("grid", [[7, 11], torch.Size([7, 11]), (np.int64(7), np.int32(11))])
     def test_grids_as_any_pair_of_whole_numbers(self, grid):
         layout = TokenLayout(
-            grid, start=np.int64(1), end=2, order="tile", tile=[2, 4], block_size=np.int64(10)
+            grid,
+            num_prefix_tokens=np.int64(1),
+            num_suffix_tokens=2,
+            order="tile",
+            tile=[2, 4],
+            block_size=np.int64(10),
         )
         assert layout == STRADDLING
         assert hash(layout) == hash(STRADDLING)
         assert pickle.dumps(layout) == pickle.dumps(
-            TokenLayout((7, 11), start=1, end=2, order="tile", tile=(2, 4), block_size=10)
+            TokenLayout(
+                (7, 11),
+                num_prefix_tokens=1,
+                num_suffix_tokens=2,
+                order="tile",
+                tile=(2, 4),
+                block_size=10,
+            )
         )
 
     def test_defaults(self):
         assert TokenLayout((3, 5)) == TokenLayout(
-            (3, 5), start=0, end=0, order="raster", tile=(8, 16), block_size=128
+            (3, 5),
+            num_prefix_tokens=0,
+            num_suffix_tokens=0,
+            order="raster",
+            tile=(8, 16),
+            block_size=128,
         )
 
     def test_only_the_grid_is_positional(self):
@@ -366,9 +406,9 @@ class TestBadArguments:
             ({"grid": 5}, r"grid=5: .*pair \(rows, columns\); give"),
             ({"grid": "56"}, r"grid='56': .*pair \(rows, columns\); give"),
             ({"grid": None}, r"grid=None: .*pair \(rows, columns\); give"),
-            ({"start": -1}, r"start=-1: .*at least 0; give"),
-            ({"start": True}, r"start=True: .*whole number.*; give"),
-            ({"end": 1.5}, r"end=1\.5: .*whole number.*; give"),
+            ({"num_prefix_tokens": -1}, r"num_prefix_tokens=-1: .*at least 0; give"),
+            ({"num_prefix_tokens": True}, r"num_prefix_tokens=True: .*whole number.*; give"),
+            ({"num_suffix_tokens": 1.5}, r"num_suffix_tokens=1\.5: .*whole number.*; give"),
             ({"tile": (8, 0)}, r"tile\[1\]=0: .*at least 1; give"),
             ({"tile": 8}, r"tile=8: .*pair \(rows, columns\); give"),
             ({"block_size": 0}, r"block_size=0: .*at least 1; give"),
@@ -404,15 +444,18 @@ class TestFrames:
     @property_test
     @given(layouts(), st.integers(1, 4))
     def test_each_frame_is_ordered_as_one_image(self, layout, frames):
-        one = dataclasses.replace(layout, start=0, end=0)
+        one = dataclasses.replace(layout, num_prefix_tokens=0, num_suffix_tokens=0)
         many = dataclasses.replace(layout, frames=frames)
         assert many.num_patches == frames * one.num_patches
-        assert many.num_tokens == layout.start + many.num_patches + layout.end
+        assert (
+            many.num_tokens
+            == layout.num_prefix_tokens + many.num_patches + layout.num_suffix_tokens
+        )
         patches = many.permutation[
-            (many.permutation >= layout.start)
-            & (many.permutation < layout.start + many.num_patches)
+            (many.permutation >= layout.num_prefix_tokens)
+            & (many.permutation < layout.num_prefix_tokens + many.num_patches)
         ]
-        for frame, inside in enumerate((patches - layout.start).split(one.num_patches)):
+        for frame, inside in enumerate((patches - layout.num_prefix_tokens).split(one.num_patches)):
             assert torch.equal(inside - frame * one.num_patches, one.permutation)
         row, column = (place[place >= 0].reshape(frames, -1) for place in many.coordinates)
         assert all(torch.equal(row[frame], one.coordinates[0]) for frame in range(frames))
@@ -422,7 +465,9 @@ class TestFrames:
     @given(layouts(), st.integers(1, 3), st.integers(0, 9), st.sampled_from(METRICS))
     def test_distances_know_no_time(self, layout, frames, pointers, metric):
         """Against every pair of tokens; blocks may hold patches of two frames."""
-        keys = dataclasses.replace(layout, start=0, end=pointers, frames=frames)
+        keys = dataclasses.replace(
+            layout, num_prefix_tokens=0, num_suffix_tokens=pointers, frames=frames
+        )
         found = layout.block_distance(metric, keys)
         assert found.shape == (layout.num_blocks, keys.num_blocks)
         (row, column), (key_row, key_column) = layout.coordinates, keys.coordinates
@@ -447,7 +492,9 @@ class TestFrames:
 
 class TestPatternsAmongFrames:
     LAYOUT = TokenLayout((8, 12), order="tile", tile=(4, 4), block_size=16)
-    KEYS = TokenLayout((8, 12), order="tile", tile=(4, 4), block_size=16, frames=3, end=5)
+    KEYS = TokenLayout(
+        (8, 12), order="tile", tile=(4, 4), block_size=16, frames=3, num_suffix_tokens=5
+    )
 
     @pytest.mark.parametrize("spec", ["special", "dense", "local_window", "axial"])
     def test_every_frame_is_seen_as_the_own_one(self, spec):

@@ -31,7 +31,9 @@ from tests.helpers.oracles_masks import Blocks, kept, layouts
 property_test = settings(max_examples=50, deadline=None)
 
 METRICS = ("chebyshev", "l1", "axis")
-LAYOUT = TokenLayout((9, 13), start=1, end=2, order="tile", tile=(3, 4), block_size=10)
+LAYOUT = TokenLayout(
+    (9, 13), num_prefix_tokens=1, num_suffix_tokens=2, order="tile", tile=(3, 4), block_size=10
+)
 PLAIN = TokenLayout((9, 13), block_size=10)
 TILED = TokenLayout((12, 16), order="tile", tile=(3, 4), block_size=12)  # every block a tile
 

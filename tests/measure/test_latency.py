@@ -229,7 +229,7 @@ class TestBackends:
         for name in ("kernel", "flex"):
             monkeypatch.setattr(BACKENDS[name], "why_not", lambda problem: None)
         monkeypatch.setattr(BACKENDS["cudnn"], "why_not", lambda problem: "not installed")
-        monkeypatch.setattr(self_test, "objection", lambda *call: None)
+        monkeypatch.setattr(self_test, "failure", lambda *call: None)
         return measured_costs.describe(torch.device("cuda"), torch.bfloat16, 64, False)
 
     def test_auto_takes_the_cheapest(self, monkeypatch):

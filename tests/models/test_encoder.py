@@ -292,7 +292,7 @@ class TestViT:
     def test_special_tokens_come_first(self):
         encoder = vit(num_special=5)
         spec = bsa.inspect(encoder)
-        assert (spec.family, spec.start, spec.grid) == ("vit", 5, (12, 12))
+        assert (spec.family, spec.num_prefix_tokens, spec.grid) == ("vit", 5, (12, 12))
         with torch.no_grad():
             out = encoder(image())
             assert out.shape == (2, 5 + 144, 32)
@@ -369,7 +369,7 @@ class TestViT:
         ),
         (
             lambda: own(size=100),
-            r"image_size=\(100, 100\): both sides must be whole numbers of 8 pixel patches",
+            r"image_size=\(100, 100\): both sides must be multiples of the patch size, 8 pixels",
         ),
         (
             lambda: create_encoder(2, 32, 2, num_special=1),

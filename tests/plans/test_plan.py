@@ -31,7 +31,7 @@ SPEC = ModelSpec(
     tuple(LayerSpec(f"model.layer.{i}.attention", i, 3, 64) for i in range(4)),
     grid=(9, 14),
     patch_size=(16, 16),
-    start=5,
+    num_prefix_tokens=5,
 )
 SMALL = dict(block_size=8, tile=(2, 4))
 
@@ -112,7 +112,7 @@ class TestBuilding:
         assert torch.equal(again.base_blockmask, plan.compile("self.2", layout).base_blockmask)
 
     def test_from_head_masks(self):
-        layout = TokenLayout((9, 14), start=5, block_size=8)
+        layout = TokenLayout((9, 14), num_prefix_tokens=5, block_size=8)
         hm = HeadMasks(
             stack_heads([local_window(layout, 1), random_blocks(layout)], 2),
             [0, 2, 1],
@@ -242,7 +242,7 @@ class TestFiles:
     @settings(max_examples=30, deadline=None)
     @given(st.integers(0, 2**30), st.floats(0, 1), st.sampled_from(["raster", "tile"]))
     def test_static_masks_round_trip(self, seed, density, order):
-        layout = TokenLayout((9, 14), start=5, order=order, **SMALL)
+        layout = TokenLayout((9, 14), num_prefix_tokens=5, order=order, **SMALL)
         generator = torch.Generator().manual_seed(seed)
         mask = torch.rand(layout.num_blocks, layout.num_blocks, generator=generator) < density
         mask.fill_diagonal_(True)
@@ -334,7 +334,7 @@ STATIC = json.loads(
         uniform(
             Static(
                 torch.eye(17, dtype=torch.bool),
-                TokenLayout((9, 14), start=5, order="tile", **SMALL),
+                TokenLayout((9, 14), num_prefix_tokens=5, order="tile", **SMALL),
             )
         )
     )
@@ -360,8 +360,8 @@ BAD_FILES = {
     ),
     "a list": ("[]", "this is not a plan of bsa-vision"),
     "a newer version": (
-        damaged(lambda d: d.update(version=2)),
-        "version 2: this bsa-vision reads version 1",
+        damaged(lambda d: d.update(version=3)),
+        "version 3: this bsa-vision reads versions 1 and 2",
     ),
     "unknown key": (
         damaged(lambda d: d.update(seed=1)),
@@ -460,12 +460,32 @@ def test_damaged_files(name, tmp_path):
 TEXT = json.dumps(GOOD)
 
 
+def test_plans_of_version_1():
+    """It named special tokens, and some of what tuning notes, otherwise."""
+    data = copy.deepcopy(STATIC) | {"version": 1}
+    (name,) = data["patterns"]
+    layout = data["patterns"][name]["layout"]
+    layout["start"], layout["end"] = (
+        layout.pop("num_prefix_tokens"),
+        layout.pop("num_suffix_tokens"),
+    )
+    images = {"chosen on": 2, "kept back": 1, "seed": 0}
+    data["notes"] = {"tuned": {"special tokens": 5, "images": images, "images above": None}}
+    plan = SparsityPlan.from_dict(loads(json.dumps(data)))
+    assert plan.patterns == SparsityPlan.from_dict(loads(json.dumps(STATIC))).patterns
+    assert plan.report == {
+        "special_tokens": 5,
+        "images": {"calibration": 2, "held_out": 1, "seed": 0},
+        "images_above": None,
+    }
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (TEXT.replace('"layers"', '"layers": {}, "layers"').encode(), "'layers' is written twice"),
         (TEXT.replace('"radius"', '"radius": 1, "radius"').encode(), "'radius' is written twice"),
-        (TEXT.replace('"version": 1', '"version": ' + "1" * 5000).encode(), "not JSON"),
+        (TEXT.replace('"version": 2', '"version": ' + "1" * 5000).encode(), "not JSON"),
         (
             TEXT.replace('"notes": {}', '"notes": {"x": ' + "[" * 60 + "]" * 60 + "}").encode(),
             "more than 50 deep",
@@ -538,7 +558,7 @@ def test_no_file():
         SparsityPlan.load(Path("no-such-plan.json"))
 
 
-LAYOUT = TokenLayout((9, 14), start=5, block_size=8)
+LAYOUT = TokenLayout((9, 14), num_prefix_tokens=5, block_size=8)
 THREE = stack_heads([local_window(LAYOUT, 1)] * 3, 1)
 BAD_PLANS = {
     "unknown pattern": (
@@ -621,7 +641,8 @@ BAD_PLANS = {
             {
                 "self.0": HeadMasks(THREE, layout=LAYOUT),
                 "self.1": HeadMasks(
-                    THREE, layout=TokenLayout((9, 14), start=5, order="tile", block_size=8)
+                    THREE,
+                    layout=TokenLayout((9, 14), num_prefix_tokens=5, order="tile", block_size=8),
                 ),
             },
         ),

@@ -145,7 +145,7 @@ class TestPage:
             f"The plan skips {tuned['sparsity']:.1%} of the blocks of {len(tuned['layers'])} layers"
             in text
         )
-        back = tuned["images"]["kept back"]
+        back = tuned["images"]["held_out"]
         mean = " in the mean" * (back > 1)
         assert (
             f"error of the target is {tuned['measured']:.3g}{mean}; {tuned['predicted']:.3g} was predicted"
@@ -161,7 +161,7 @@ class TestPage:
         assert ("largest error seen" in text) == (name == "plan")
         assert ("adjusted on these same images" in text) == tuned["certificate"]["adjusted"]
         assert ("Orders compared" in text) == bool(tuned["orders"]) == (name == "sam_plan")
-        assert f"chosen on {tuned['images']['chosen on']}, kept back {back}, seed 0" in text
+        assert f"chosen on {tuned['images']['calibration']}, kept back {back}, seed 0" in text
         assert "What single heads see" not in text
 
     def test_shares_are_rounded_up(self, plan):
@@ -179,7 +179,7 @@ class TestPage:
             asked={"speedup": 1.5},
             speedup=1.57,
             bound=0.123,
-            images={"chosen on": 8, "kept back": 4, "seed": 2},
+            images={"calibration": 8, "held_out": 4, "seed": 2},
         )
         text = drawn(changed(plan, **more), tmp_path).text
         confidence = inspect.signature(mean_at_most).parameters["confidence"].default
@@ -300,7 +300,7 @@ class TestViews:
         chosen, its_model = (
             request.getfixturevalue(x) for x in (name, {"plan": "model", "sam_plan": "sam"}[name])
         )
-        image, start = models.image(96, 96, batch=2), bsa.inspect(its_model).start
+        image, start = models.image(96, 96, batch=2), bsa.inspect(its_model).num_prefix_tokens
         key = chosen.notes["tuned"]["layers"][-1]["key"]
         sights = attention_views.look(chosen, its_model, image, [(key, 1), (key, 0)])
         seen = seen_by(its_model, image)[key]
@@ -325,7 +325,14 @@ class TestViews:
             )
 
     def test_grouped_heads(self):
-        layout = TokenLayout((3, 5), start=2, end=1, order="tile", tile=(2, 2), block_size=4)
+        layout = TokenLayout(
+            (3, 5),
+            num_prefix_tokens=2,
+            num_suffix_tokens=1,
+            order="tile",
+            tile=(2, 2),
+            block_size=4,
+        )
         q, k = (
             torch.randn(1, heads, 18, 4, generator=torch.Generator().manual_seed(heads))
             for heads in (4, 2)

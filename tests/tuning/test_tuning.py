@@ -24,12 +24,13 @@ from bsa_vision.models.features import features
 from bsa_vision.plans.model_spec import LayerSpec
 from bsa_vision.tuning import candidates, tune
 from bsa_vision.tuning.bounds import mean_at_most
-from bsa_vision.tuning.calibration import Options, calibrate, layers_to_tune
+from bsa_vision.tuning.calibration import Options, calibrate
 from bsa_vision.tuning.knapsack import Choice, solve
 from bsa_vision.tuning.search import solve_for
 from bsa_vision.tuning.statistics import BlockStatistics, CandidateErrors
 from bsa_vision.tuning.store import Calibration, Store
 from bsa_vision.tuning.trial import make_plan
+from bsa_vision.tuning.tune import layers_to_tune
 from tests.cli.test_commands import run
 from tests.helpers import models, sam2_models, sam_models, timm_models
 
@@ -47,8 +48,8 @@ def calls(draw):
     order = draw(st.sampled_from(["raster", "tile"]))
     layout = TokenLayout(
         grid,
-        start=draw(st.integers(0, 3)),
-        end=draw(st.integers(0, 2)),
+        num_prefix_tokens=draw(st.integers(0, 3)),
+        num_suffix_tokens=draw(st.integers(0, 2)),
         order=order,
         tile=(draw(st.integers(1, 3)), draw(st.integers(1, 3))),
         block_size=draw(st.integers(3, 9)),
@@ -246,7 +247,7 @@ def path(changes, mass, may):
 
 
 class TestCandidates:
-    LAYOUT = TokenLayout((16, 12), start=1, order="tile", **SMALL)
+    LAYOUT = TokenLayout((16, 12), num_prefix_tokens=1, order="tile", **SMALL)
 
     def test_every_mask_keeps_what_it_must(self):
         statistics, _, among = made_up(self.LAYOUT, 2)
@@ -270,7 +271,9 @@ class TestCandidates:
     @given(st.integers(0, 10**6), st.integers(0, 1))
     def test_rows_go_block_by_block(self, seed, start):
         """Against a loop in Python, with other numbers where products are left out."""
-        layout = TokenLayout((8, 6), start=start, order="tile", tile=(2, 4), block_size=8)
+        layout = TokenLayout(
+            (8, 6), num_prefix_tokens=start, order="tile", tile=(2, 4), block_size=8
+        )
         statistics, changes, among = made_up(layout, 2, seed=seed)
         order = candidates.order_of_dropping(statistics, layout, among)
         diagonal = torch.diag_embed(statistics.gram.diagonal(dim1=-2, dim2=-1))
@@ -453,7 +456,7 @@ class TestTune:
         assert list(model.state_dict()) == keys
         found = plan.notes["tuned"]
         assert 0.4 - 1e-9 <= found["sparsity"] < 0.55
-        assert found["images"] == {"chosen on": 3, "kept back": 1, "seed": 0}
+        assert found["images"] == {"calibration": 3, "held_out": 1, "seed": 0}
         with torch.no_grad():
             kept = pictures[next(i for i in range(4) if i not in chosen_on(4))]
             dense = target(model, kept)
@@ -497,7 +500,7 @@ class TestTune:
         found = plan.notes["tuned"]
         assert found["measured"] <= found["bound"] <= wanted
         assert found["sparsity"] > 0
-        assert found["images above"] == sum(error > wanted for error in found["errors"])
+        assert found["images_above"] == sum(error > wanted for error in found["errors"])
         assert found["bound"] > 0.7 * wanted  # not needlessly dense
         assert found["bound"] == pytest.approx(mean_at_most(found["errors"]))
         assert found["bound"] > 1.02 * found["measured"]

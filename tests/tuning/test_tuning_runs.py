@@ -159,7 +159,7 @@ class TestStatisticsFile:
             tune(model, images(4), sparsity=0.4, statistics=file, resume=True, **SMALL)
 
     def test_written_and_read(self, tmp_path):
-        layout = TokenLayout((4, 6), start=1, order="tile", tile=(2, 3), block_size=5)
+        layout = TokenLayout((4, 6), num_prefix_tokens=1, order="tile", tile=(2, 3), block_size=5)
         among = torch.arange(6).view(1, 2, 3)
         blocks, dropping = [BlockStatistics.empty(2, layout, 3)], [torch.rand(3, 2, 6, 6)]
         kept = Calibration(
@@ -514,7 +514,7 @@ class TestOrder:
 
     def test_lost(self):
         """All but the best blocks of each head, special ones never."""
-        layout = TokenLayout((8, 6), start=2, order="tile", tile=(4, 2), block_size=8)
+        layout = TokenLayout((8, 6), num_prefix_tokens=2, order="tile", tile=(4, 2), block_size=8)
         statistics = BlockStatistics.empty(2, layout)
         torch.manual_seed(0)
         statistics.drop += torch.rand(statistics.drop.shape)

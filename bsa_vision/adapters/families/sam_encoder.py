@@ -167,7 +167,7 @@ def _found(modules: Modules, root: str, attention: list[tuple[str, nn.Module]]) 
         tuple(layers),
         grid,
         patch,
-        start=int(getattr(encoder, "num_special", 0)),
+        num_prefix_tokens=int(getattr(encoder, "num_special", 0)),
         **outside_weights(encoder, blocks, embed),  # type: ignore[arg-type]
     )
     return FoundEncoder(spec, tuple(module for _, module in attention), embed)

@@ -128,7 +128,7 @@ def _found(modules: Modules, root: str, attention: list[tuple[str, nn.Module]]) 
         layers=layers,
         grid=tuple(getattr(embed, "grid_size", None) or embed.pos_embed_grid_size or NAFLEX_GRID),
         patch_size=(ratio, ratio) if isinstance(ratio, int) else tuple(ratio),
-        start=encoder.num_prefix_tokens,
+        num_prefix_tokens=encoder.num_prefix_tokens,
         **outside_weights(encoder, blocks, embed),  # type: ignore[arg-type]
     )
     return FoundEncoder(spec, tuple(module for _, module in attention), embed, grid_of)

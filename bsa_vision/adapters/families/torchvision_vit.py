@@ -106,7 +106,9 @@ def _found(modules: Modules, root: str, encoder: Any) -> FoundEncoder:
     side, patch = encoder.image_size // encoder.patch_size, encoder.patch_size
     embed = unwrap(encoder.conv_proj)
     outside: dict[str, Any] = outside_weights(encoder, blocks, embed)
-    spec = ModelSpec("vit", tuple(layers), (side, side), (patch, patch), start=1, **outside)
+    spec = ModelSpec(
+        "vit", tuple(layers), (side, side), (patch, patch), num_prefix_tokens=1, **outside
+    )
     return FoundEncoder(spec, tuple(attentions), embed)
 
 

@@ -137,7 +137,7 @@ def _spec(
         layers=tuple(layers),
         grid=grid,
         patch_size=patch_size,
-        start=kind.start(config),
+        num_prefix_tokens=kind.start(config),
         **outside_weights(modules[root], blocks, embedding),  # type: ignore[arg-type]
     )
 

@@ -156,7 +156,8 @@ class EncoderState:
         if self.recomputed:
             self.seen, self.recomputed = {}, False
         self.seen.setdefault(
-            self.spec.start + self.grid[0] * self.grid[1] + self.spec.end, set()
+            self.spec.num_prefix_tokens + self.grid[0] * self.grid[1] + self.spec.num_suffix_tokens,
+            set(),
         ).add(self.grid)
 
     def _grid_of_pixels(
@@ -179,7 +180,11 @@ class EncoderState:
         """Find the image that these tokens of a layer come from; why that cannot be told, or None."""
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
             return None  # `current_grid` sees to it
-        count = partial(Waiting.may_have, tokens=tokens, special=self.spec.start + self.spec.end)
+        count = partial(
+            Waiting.may_have,
+            tokens=tokens,
+            special=self.spec.num_prefix_tokens + self.spec.num_suffix_tokens,
+        )
         waiting = [
             image for image in self._waiting() if layer.key not in image.ran and count(image)
         ]

@@ -80,9 +80,9 @@ class SparseLayer:
             return "the grid of this input cannot be told"
         if self.spec.frames and keys is not None and keys < height * width:
             return f"{keys} remembered tokens are less than a frame of {height} x {width}"
-        if tokens == spec.start + height * width + spec.end:
+        if tokens == spec.num_prefix_tokens + height * width + spec.num_suffix_tokens:
             return None
-        return f"{tokens} tokens do not fit the grid {height} x {width} with {spec.start} + {spec.end} special tokens"
+        return f"{tokens} tokens do not fit the grid {height} x {width} with {spec.num_prefix_tokens} + {spec.num_suffix_tokens} special tokens"
 
     def fall_back(self, reason: str) -> None:
         """Count a call that the original serves; warn the first time. Raises instead with on_unsupported="error"."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from bsa_vision.attention.backends.problem import Problem, Result, Span, all_finite
 from bsa_vision.attention.backends.workers import run_tasks, scratch
 from bsa_vision.attention.block_lists import BlockRow, Run
-from bsa_vision.attention.head_masks import DENSE
+from bsa_vision.attention.mask_tensors import DENSE
 
 TASKS_PER_THREAD = 4  # rows of blocks cost unequal amounts; several tasks a thread even that out
 

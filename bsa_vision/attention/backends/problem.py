@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bsa_vision.attention.head_masks import STREAMING, HeadMasks
+from bsa_vision.attention.head_masks import HeadMasks
+from bsa_vision.attention.mask_tensors import STREAMING
 from bsa_vision.attention.rel_pos import RelPos
 
 

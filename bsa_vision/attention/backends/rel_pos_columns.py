@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from bsa_vision.attention.backends.problem import Problem, Result
-from bsa_vision.attention.head_masks import DENSE, HeadMasks
+from bsa_vision.attention.head_masks import HeadMasks
+from bsa_vision.attention.mask_tensors import DENSE
 
 MOST_PARTS = 16  # every part reads all queries again
 NOTHING = (

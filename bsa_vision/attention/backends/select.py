@@ -39,7 +39,7 @@ def why_not(name: str, problem: Problem) -> str | None:
     reason = BACKENDS[name].why_not(problem)
     if reason is not None or name not in GPU_ONLY or problem.q.device.type != "cuda":
         return reason
-    return self_test.objection(BACKENDS[name], reference, self_test.Kind.of(problem))
+    return self_test.failure(BACKENDS[name], reference, self_test.CallKind.of(problem))
 
 
 def choose(problem: Problem, backend: str = "auto") -> str:

@@ -29,7 +29,7 @@ GRID = (
 
 
 @dataclass(frozen=True)
-class Kind:
+class CallKind:
     """Of calls that are proved together."""
 
     dtype: torch.dtype
@@ -39,14 +39,14 @@ class Kind:
     gradient: bool
 
     @classmethod
-    def of(cls, problem: Problem) -> Kind:
+    def of(cls, problem: Problem) -> CallKind:
         q, v, terms = problem.q, problem.v, problem.rel_pos
         grid = None if terms is None else tuple(term.shape[-1] for term in terms)
         return cls(q.dtype, q.device, (q.shape[-1], v.shape[-1]), grid, problem.needs_gradient)
 
 
 @lru_cache(maxsize=256)
-def objection(backend: Backend, reference: Backend, kind: Kind) -> str | None:
+def failure(backend: Backend, reference: Backend, kind: CallKind) -> str | None:
     """What is wrong with this backend here; None = its results are right."""
     # In a thread of its own: whatever the caller is in (autocast, inference mode, an operator, another default device), this is not.
     # Not an executor: that takes no work once the main thread has ended.
@@ -60,7 +60,7 @@ def objection(backend: Backend, reference: Backend, kind: Kind) -> str | None:
     return found[0]
 
 
-def _try(backend: Backend, reference: Backend, kind: Kind) -> str | None:
+def _try(backend: Backend, reference: Backend, kind: CallKind) -> str | None:
     problem = _problem(kind)
     try:
         with torch.cuda.device(kind.device) if kind.device.type == "cuda" else nullcontext():
@@ -91,7 +91,7 @@ def _results(backend: Any, problem: Problem, gradient: bool) -> tuple[Tensor, ..
     return (out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out)))
 
 
-def _problem(kind: Kind) -> Problem:
+def _problem(kind: CallKind) -> Problem:
     """One dense head, two that skip; logits of standard deviation 1 and more. Of a large grid the keys fill a corner."""
     generator = torch.Generator("cpu").manual_seed(0)
     height, width = GRID if kind.grid is None else map(min, GRID, kind.grid)

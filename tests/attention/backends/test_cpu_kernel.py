@@ -53,10 +53,10 @@ def problems(draw):
     """(masks, q, k, v, rel_pos, scale) in float64, logits and relative terms of standard deviation 1 and more."""
     block = draw(st.sampled_from([3, 16, 40, 64, 128, 256]))
     order, tile = draw(st.sampled_from(["raster", "tile"])), (2, max(block // 3, 1))
-    q_layout = TokenLayout((draw(st.integers(1, 14)), draw(st.integers(1, 23))), start=draw(st.integers(0, 3)), order=order, tile=tile, block_size=block)  # fmt: skip
+    q_layout = TokenLayout((draw(st.integers(1, 14)), draw(st.integers(1, 23))), num_prefix_tokens=draw(st.integers(0, 3)), order=order, tile=tile, block_size=block)  # fmt: skip
     kv_layout = q_layout
     if draw(st.booleans()):
-        kv_layout = TokenLayout((draw(st.integers(1, 14)), draw(st.integers(1, 23))), end=draw(st.integers(0, 3)), order=order, tile=tile, block_size=block)  # fmt: skip
+        kv_layout = TokenLayout((draw(st.integers(1, 14)), draw(st.integers(1, 23))), num_suffix_tokens=draw(st.integers(0, 3)), order=order, tile=tile, block_size=block)  # fmt: skip
     images, groups, group = (
         draw(st.integers(1, 2)),
         draw(st.integers(1, 2)),
@@ -91,7 +91,7 @@ def problems(draw):
     if draw(st.booleans()):
         q, k, v = (x.contiguous() for x in (q, k, v))
     rel_pos = None
-    if kv_layout.start == kv_layout.end == 0 and draw(
+    if kv_layout.num_prefix_tokens == kv_layout.num_suffix_tokens == 0 and draw(
         st.booleans()
     ):  # relative position knows no special tokens
         sides = kv_layout.grid

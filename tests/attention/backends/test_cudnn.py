@@ -215,7 +215,7 @@ def test_gpus(monkeypatch, capability, training, reason):
 
 def test_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(self_test, "objection", lambda *call: None)
+    monkeypatch.setattr(self_test, "failure", lambda *call: None)
     with FakeTensorMode():
         q = torch.empty(1, 2, 256, 64, dtype=torch.bfloat16, device="cuda")
     own = Problem(q, q, q, HeadMasks(torch.eye(2, dtype=torch.bool).expand(1, 2, -1, -1)), 1.0)

@@ -425,7 +425,7 @@ def test_auto_takes_it_on_a_gpu(monkeypatch):
     monkeypatch.setattr(flex, "why_not", WHY_NOT)
     monkeypatch.setattr(flex, "_probe", lambda: None)
     monkeypatch.setattr(measured_costs, "describe", lambda *what: "a GPU")
-    monkeypatch.setattr(self_test, "objection", lambda *call: None)
+    monkeypatch.setattr(self_test, "failure", lambda *call: None)
     with FakeTensorMode():
         q = torch.empty(1, 2, 256, 64, dtype=torch.bfloat16, device="cuda")
     base = torch.eye(2, dtype=torch.bool).expand(1, 2, -1, -1)

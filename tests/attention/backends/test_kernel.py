@@ -303,7 +303,7 @@ def test_auto_prefers_the_kernel_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(measured_costs, "known", lambda what: {})
     monkeypatch.setattr(measured_costs, "describe", lambda *what: "a GPU")
-    monkeypatch.setattr(self_test, "objection", lambda *call: None)
+    monkeypatch.setattr(self_test, "failure", lambda *call: None)
     with FakeTensorMode():
         q = torch.empty(1, 2, 256, 64, dtype=torch.bfloat16, device="cuda")
     base = torch.eye(2, dtype=torch.bool).expand(1, 2, -1, -1)

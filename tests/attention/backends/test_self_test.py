@@ -29,7 +29,7 @@ def on_a_cpu(monkeypatch):
         monkeypatch.setattr(backend, "why_not", lambda problem: None)
     for backend in (kernel, cudnn):
         backend._probe.cache_clear()
-    clear = self_test.objection.cache_clear
+    clear = self_test.failure.cache_clear
     clear()
     yield
     clear()
@@ -37,9 +37,9 @@ def on_a_cpu(monkeypatch):
         backend._probe.cache_clear()
 
 
-def objection(backend, dtype=torch.bfloat16, dims=(64, 64), grid=None, gradient=False):
-    return self_test.objection(
-        backend, reference, self_test.Kind(dtype, torch.device("cpu"), dims, grid, gradient)
+def failure(backend, dtype=torch.bfloat16, dims=(64, 64), grid=None, gradient=False):
+    return self_test.failure(
+        backend, reference, self_test.CallKind(dtype, torch.device("cpu"), dims, grid, gradient)
     )
 
 
@@ -52,13 +52,13 @@ def objection(backend, dtype=torch.bfloat16, dims=(64, 64), grid=None, gradient=
 @pytest.mark.parametrize("backend", [kernel, cudnn, flex])
 def test_right_results_pass(backend, dims, grid, gradient):
     with torch.inference_mode(), torch.autocast("cpu"):  # whatever the caller is in
-        assert objection(backend, dims=dims, grid=grid, gradient=gradient) is None
+        assert failure(backend, dims=dims, grid=grid, gradient=gradient) is None
 
 
 def test_large_grids_and_tiny_ones():
     """As wide as the call's own, on a corner of its keys."""
     for grid in ((64, 64), (1, 1), (3, 200)):
-        assert objection(flex, grid=grid) is None
+        assert failure(flex, grid=grid) is None
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128)])
@@ -72,20 +72,20 @@ def test_what_is_too_wide_for_this_gpu_is_seen(monkeypatch, dims):
         return run(problem)
 
     monkeypatch.setattr(flex, "run", out_of_resources)
-    found = objection(flex, dims=dims)
+    found = failure(flex, dims=dims)
     assert found is None if dims == (64, 64) else "out of resource" in found
 
 
 def test_kinds():
     q = torch.zeros(1, 2, 8, 16)
     masks = HeadMasks(None, [0, 0])
-    plain = self_test.Kind(torch.float32, torch.device("cpu"), (16, 16), None, gradient=False)
-    assert self_test.Kind.of(Problem(q, q, q, masks, 1.0)) == plain
+    plain = self_test.CallKind(torch.float32, torch.device("cpu"), (16, 16), None, gradient=False)
+    assert self_test.CallKind.of(Problem(q, q, q, masks, 1.0)) == plain
     terms = bsa.RelPos(q[..., :2], q[..., :4].clone().requires_grad_())
     asked = Problem(q, q, q, masks, 1.0, rel_pos=terms)
-    assert self_test.Kind.of(asked) == replace(plain, grid=(2, 4), gradient=True)
+    assert self_test.CallKind.of(asked) == replace(plain, grid=(2, 4), gradient=True)
     with torch.no_grad():
-        assert self_test.Kind.of(asked) == replace(plain, grid=(2, 4))
+        assert self_test.CallKind.of(asked) == replace(plain, grid=(2, 4))
 
 
 @pytest.mark.parametrize("backend", [kernel, cudnn, flex])
@@ -107,7 +107,7 @@ def test_a_lost_block_is_seen(monkeypatch, backend):
         )
 
     monkeypatch.setattr(backend, "run", off)
-    assert "gave wrong results here: off is output by" in objection(backend)
+    assert "gave wrong results here: off is output by" in failure(backend)
 
 
 def test_a_wrong_gradient_is_seen(monkeypatch):
@@ -117,14 +117,14 @@ def test_a_wrong_gradient_is_seen(monkeypatch):
         "run",
         lambda problem: Result(run(problem).out * 1.0 + 0.5 * (problem.v - problem.v.detach())),
     )
-    assert "wrong results here: off is dv by" in objection(flex, gradient=True)
-    assert objection(flex) is None
+    assert "wrong results here: off is dv by" in failure(flex, gradient=True)
+    assert failure(flex) is None
 
 
 def test_nan_is_wrong(monkeypatch):
     run = reference.run
     monkeypatch.setattr(flex, "run", lambda problem: Result(run(problem).out * torch.nan))
-    assert "off is output by nan" in objection(flex)
+    assert "off is output by nan" in failure(flex)
 
 
 def test_what_breaks_is_not_taken(monkeypatch):
@@ -132,16 +132,14 @@ def test_what_breaks_is_not_taken(monkeypatch):
         raise RuntimeError("PTX of another driver")
 
     monkeypatch.setattr(flex, "run", explode)
-    assert (
-        objection(flex) == "a small call with it failed here: RuntimeError: PTX of another driver"
-    )
+    assert failure(flex) == "a small call with it failed here: RuntimeError: PTX of another driver"
 
 
 def test_choosing_goes_by_it(monkeypatch):
     tried = []
     monkeypatch.setattr(
         self_test,
-        "objection",
+        "failure",
         lambda backend, *rest: tried.append(backend) or ("no good" if backend is kernel else None),
     )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
