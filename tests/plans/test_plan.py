@@ -471,8 +471,8 @@ def test_plans_of_version_1():
     )
     images = {"chosen on": 2, "kept back": 1, "seed": 0}
     data["notes"] = {"tuned": {"special tokens": 5, "images": images, "images above": None}}
-    plan = SparsityPlan.from_dict(loads(json.dumps(data)))
-    assert plan.patterns == SparsityPlan.from_dict(loads(json.dumps(STATIC))).patterns
+    plan = loads(json.dumps(data))
+    assert plan.patterns == loads(json.dumps(STATIC)).patterns
     assert plan.report == {
         "special_tokens": 5,
         "images": {"calibration": 2, "held_out": 1, "seed": 0},
@@ -616,7 +616,7 @@ BAD_PLANS = {
         lambda: SparsityPlan.from_head_masks(
             SPEC, {"self.1": HeadMasks(THREE[..., :9, :9], block_size=8)}
         ),
-        r"\(9, 9\) blocks, TokenLayout\(grid=\(9, 14\), start=5.* has 17.*image_size",
+        r"\(9, 9\) blocks, TokenLayout\(grid=\(9, 14\), num_prefix_tokens=5.* has 17.*image_size",
     ),
     "masks differ in the batch": (
         lambda: SparsityPlan.from_head_masks(
