@@ -1,18 +1,21 @@
-# Everything a checkout needs is made here: a virtual environment in .venv with the versions of constraints.txt.
+# Everything a checkout needs is made here: .venv, with the versions of constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 LIBRARIES := .venv/.model-libraries
 
-.PHONY: demo test check format lint types clean
+.PHONY: demo test all-tests check format lint types clean
 
-demo: $(INSTALLED)  ## run the usage example: masks, the kernel's function, a model with sparse heads on a photograph
+demo: $(INSTALLED)  ## run the usage example
 	$(BIN)/python examples/usage_example.py
 
-test: $(INSTALLED) $(LIBRARIES)  ## run the tests
+test: $(INSTALLED) $(LIBRARIES)  ## run the tests but the slow ones
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+all-tests: $(INSTALLED) $(LIBRARIES)  ## run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-check: format lint types test  ## what a change must pass
+check: format lint types all-tests  ## what a change must pass
 
 format: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -28,7 +31,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(wildcard bsa_vision/attention/bac
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# Tests only, and out of the way of everything else: see tests/neighbours.py. What they depend on is in the environment already.
+# For tests only, see tests/neighbours.py. What these depend on is in the environment already.
 $(LIBRARIES): $(INSTALLED) Makefile
 	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --no-build-isolation --upgrade \
 		--target .venv/model-libraries timm segment-anything torchvision \

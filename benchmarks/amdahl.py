@@ -1,9 +1,9 @@
-"""Measure how much of a model's time is attention, and what sparsity can gain: Amdahl's law.
+"""Measure the attention share of a model's time, and the speed-up it permits (Amdahl's law).
 
     python benchmarks/amdahl.py --model dinov3 --pattern random --density 0.21 --rounds 9
 
-The dense model, the sparse one and the original under a plan of dense heads alternate within one
-run on the CPU. Every number is a median over rounds of times of the same round.
+Every round times the dense model, the sparse model and a model with a dense plan on the CPU. Every
+number is a median over rounds.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from bsa_vision.plans.flops import cost
 
 @dataclass
 class Clock:
-    """Seconds per call of each candidate, as a whole and within attention."""
+    """Seconds per call of each model: in total and within attention."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     inside: dict[str, list[float]] = field(default_factory=dict)
 
     def timed(self, name: str, run: Callable[[], Any]) -> Callable[[], None]:
-        """Return `run`, with each call recorded under `name`."""
+        """Return a function that calls `run` and records its times under `name`."""
 
         def timed_run() -> None:
             with attention_timed() as spent:
@@ -51,17 +51,17 @@ class Clock:
         return timed_run
 
     def summary(self, density: float, skip: int = 1) -> dict[str, float]:
-        """Compare "dense" and "sparse", leaving out the first `skip` calls.
+        """Compare the sparse model with the dense one, without the first `skip` calls.
 
-        attention  share of the dense model's time
-        bound      sparse over dense time, if attention took `density` of its time, the rest all
-        reached    speed of the sparse model over the speed at that bound
-        outside    time outside attention, sparse over dense: what being swapped costs
+        attention  attention's share of the dense model's time
+        bound      lowest possible sparse / dense time: attention scales with `density`, the rest
+                   takes as long as before
+        reached    speed of the sparse model / speed at that bound
+        outside    time outside attention, sparse / dense: the overhead of replaced layers
         """
-        parts = (
-            of[name][skip:] for name in ("dense", "sparse") for of in (self.seconds, self.inside)
-        )
-        rounds = list(zip(*parts, strict=True))
+        times = (self.seconds, self.inside)
+        parts = (table[name][skip:] for name in ("dense", "sparse") for table in times)
+        rounds = list(zip(*parts, strict=True))  # (dense, attention of dense, sparse, ...)
         bounds = [dense - inside * (1 - density) for dense, inside, _, _ in rounds]
         return {
             "attention": median(inside / dense for dense, inside, _, _ in rounds),
@@ -73,7 +73,7 @@ class Clock:
 
 @contextmanager
 def attention_timed() -> Iterator[list[float]]:
-    """Collect the seconds of each call of torch's attention and of a swapped layer's."""
+    """Collect the seconds of each call of torch's attention and of replaced attention layers."""
     spent: list[float] = []
     attend = SparseLayer.attend
 
@@ -81,7 +81,7 @@ def attention_timed() -> Iterator[list[float]]:
         before, start = len(spent), time.perf_counter()
         try:
             return attend(layer, *args, **kwargs)
-        finally:  # what the layer called is counted once, as a whole
+        finally:  # replaces the times of calls within the layer
             spent[before:] = [time.perf_counter() - start]
 
     SparseLayer.attend = timed_attend  # type: ignore[method-assign, assignment]
@@ -93,6 +93,8 @@ def attention_timed() -> Iterator[list[float]]:
 
 
 class TimedAttention(TorchFunctionMode):
+    """Append the seconds of each call of torch's attention to a list."""
+
     def __init__(self, spent: list[float]) -> None:
         super().__init__()
         self.spent = spent
@@ -110,36 +112,42 @@ class TimedAttention(TorchFunctionMode):
 
 @torch.no_grad()
 def measure(case: ModelCase, rounds: int) -> dict[str, float]:
-    """Return the numbers of `Clock.summary`, the density, and "dense plan": time over dense."""
+    """Return the numbers of `Clock.summary`, the density, and times relative to the dense model.
+
+    The times are those of the sparse model and of a model with a dense plan.
+    """
     model, case = build_model(case)
     plan, pixels = make_plan(model, case), make_pixels(case)
     spec = adapters.inspect(model, case.image_size)
     layout = plan.layout(spec)
     products = {layer.key: layer.products for layer in cost(spec).layers}
-    left = (flops * (1 - plan.compile(key, layout).sparsity) for key, flops in products.items())
-    density = sum(left) / sum(products.values())
+    kept = (flops * (1 - plan.compile(key, layout).sparsity) for key, flops in products.items())
+    density = sum(kept) / sum(products.values())
     sparse, dense_plan = copy.deepcopy(model), copy.deepcopy(model)
     adapters.sparsify_(sparse, plan, case.backend)
     adapters.sparsify_(dense_plan, adapters.dense_plan(dense_plan))
     models, clock = {"dense": model, "sparse": sparse, "dense plan": dense_plan}, Clock()
-    runs = {name: clock.timed(name, partial(features, one, pixels)) for name, one in models.items()}
+    runs = {
+        name: clock.timed(name, partial(features, each, pixels)) for name, each in models.items()
+    }
     timings = paired(runs, rounds)
-    found = {"density": density, "sparse": timings["sparse"].ratio, **clock.summary(density)}
-    return {**found, "dense plan": timings["dense plan"].ratio}
+    numbers = {"density": density, "sparse": timings["sparse"].ratio, **clock.summary(density)}
+    return {**numbers, "dense plan": timings["dense plan"].ratio}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="dinov3", choices=("vit", "dinov2", "dinov3"))
-    parser.add_argument("--pattern", default="random", help="as in `bsa-vision bench model`")
-    parser.add_argument("--density", type=float, default=0.25)
-    parser.add_argument("--image-size", type=parse.image_size)
-    parser.add_argument("--rounds", type=int, default=9)
-    asked = parser.parse_args()
-    (pattern,) = parse.with_density(parse.pattern(asked.pattern), [asked.density], seed=0)
+    add = parser.add_argument
+    add("--model", default="dinov3", choices=("vit", "dinov2", "dinov3"), help="Default: dinov3.")
+    add("--pattern", default="random", help="Pattern, as in `bench model`. Default: random.")
+    add("--density", type=float, default=0.25, help="Share of blocks to compute. Default: 0.25.")
+    add("--image-size", type=parse.image_size, help="Pixels. Default: 64 patches per side.")
+    add("--rounds", type=int, default=9, help="Number of timed rounds. Default: 9.")
+    args = parser.parse_args()
+    (pattern,) = parse.with_density(parse.pattern(args.pattern), [args.density], seed=0)
     order = parse.order_for(pattern, "auto")
-    case = ModelCase(asked.model, pattern, asked.image_size, order=order)
-    for name, value in measure(case, asked.rounds).items():
+    case = ModelCase(args.model, pattern, args.image_size, order=order)
+    for name, value in measure(case, args.rounds).items():
         print(f"{name:12}{value:.3f}")
 
 

@@ -5,7 +5,8 @@
     plan = bsa.uniform_plan(model, "local_window", radius=8, dense_heads=4)
     bsa.sparsify_(model, plan)
 
-See docs/concepts.md for the words, `bsa_vision.masks` for block masks, `bsa_vision.sparse_attention` for tensors.
+Terms are explained in docs/concepts.md. Block masks are in `bsa_vision.masks`; use
+`bsa_vision.sparse_attention` for tensors.
 """
 
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError

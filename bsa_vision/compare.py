@@ -1,6 +1,7 @@
-"""The model with its sparse heads against itself without: error layer by layer, time, memory, on images.
+"""Compare a model with and without its sparse heads on images: error per layer, time and memory.
 
-Errors are relative, ||sparse - dense|| / ||dense||, over all tokens and channels of one image. Features are those of `bsa_vision.models.features`.
+Errors are relative, ||sparse - dense|| / ||dense||, over all tokens and channels of one image.
+Features are those of `bsa_vision.models.features`.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from bsa_vision.plans import text_table
 
 @dataclass(frozen=True)
 class LayerError:
-    """What comes out of one attention module, output projection included; one number per image.
+    """Errors of one attention module's output, projection included; one number per image.
 
-    sparsity  realised, all heads together, 0 to 1
-    alone     error of this layer for the input it gets in the sparse model: what its own masks change
-    so_far    error of the sparse model's layer to the dense model's: what came before adds to it
+    sparsity  realised, over all heads, 0 to 1
+    alone     sparse against dense attention on the same input: the error of this layer
+    so_far    the sparse model's layer against the dense model's, errors of earlier layers included
     """
 
     name: str
@@ -39,13 +40,14 @@ class LayerError:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`str()` gives a table.
+    """Result of `compare`; print it for a table.
 
     errors     of the model's features, one per image
     cosines    between sparse and dense features, one per image
-    times      "dense" and "sparse", alternating, each round all images one by one
-    memory     bytes at the peak of one image over what was in use before, "dense" and "sparse"; `method` says how they were read
-    fallbacks  calls that ran dense although they should not, all layers together
+    times      "dense" and "sparse", in alternation; each round runs all images one by one
+    memory     "dense" and "sparse", peak bytes of one image over what was in use before; `method`
+               names how they were read
+    fallbacks  calls that ran dense because they were unsupported, over all layers
     """
 
     grid: tuple[int, int]
@@ -74,31 +76,26 @@ class Comparison:
         images, (height, width) = len(self.errors), self.grid
         seconds = {name: timing.median / images for name, timing in self.times.items()}
         mib = {name: peak / 2**20 for name, peak in self.memory.items()}
-        return "\n".join(
-            [
-                f"{images} image{'s' * (images > 1)} of {height} x {width} patches: {self.sparsity:.1%} of all blocks are skipped",
-                *text_table.lines(rows),
-                f"features: error {_range(self.errors)}, cosine {_range(self.cosines)}",
-                f"time per image: dense {seconds['dense']:.3g} s, sparse {seconds['sparse']:.3g} s; {ratio:.2f} of dense ({spread[0]:.2f} to "
-                f"{spread[1]:.2f} in {len(self.times['sparse'].seconds)} rounds)",
-                f"memory at the peak of an image: dense {mib['dense']:.0f} MiB, sparse {mib['sparse']:.0f} MiB ({self.method})",
-                *(
-                    [f"{self.fallbacks} calls ran dense: bsa.describe(model) says why"]
-                    if self.fallbacks
-                    else []
-                ),
-            ]
-        )
+        rounds = len(self.times["sparse"].seconds)
+        lines = [
+            f"{images} image{'s' * (images > 1)} of {height} x {width} patches: "
+            f"{self.sparsity:.1%} of all blocks are skipped",
+            *text_table.lines(rows),
+            f"features: error {_range(self.errors)}, cosine {_range(self.cosines)}",
+            f"time per image: dense {seconds['dense']:.3g} s, sparse {seconds['sparse']:.3g} s; "
+            f"{ratio:.2f} of dense ({spread[0]:.2f} to {spread[1]:.2f} in {rounds} rounds)",
+            f"peak memory of an image: dense {mib['dense']:.0f} MiB, sparse {mib['sparse']:.0f} "
+            f"MiB ({self.method})",
+        ]
+        if self.fallbacks:
+            lines.append(f"{self.fallbacks} calls ran dense: bsa.describe(model) says why")
+        return "\n".join(lines)
 
 
 def _range(values: Sequence[float]) -> str:
-    """Mean, and the extremes where there are several."""
-    mean = sum(values) / len(values)
-    return (
-        f"{mean:.4f}"
-        if len(values) == 1
-        else f"{mean:.4f} ({min(values):.4f} to {max(values):.4f})"
-    )
+    """Return the mean, with the extremes if there are several values."""
+    mean = f"{sum(values) / len(values):.4f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.4f} to {max(values):.4f})"
 
 
 def compare(
@@ -107,37 +104,34 @@ def compare(
     rounds: int = 3,
     on_step: Callable[[], None] = lambda: None,
 ) -> Comparison:
-    """Run a swapped model with its sparse heads and without, on each of `images`, (1, 3, h, w) of one size, in eval mode.
+    """Compare a swapped model with and without its sparse heads, in eval mode.
 
-    rounds   timed rounds, each of which runs both over all images, after one that is not timed
+    images   each (1, 3, h, w), all of one size
+    rounds   timed rounds; each runs both models over all images, after one warm-up round
     on_step  called `num_steps(images, rounds)` times, for a progress bar
 
-    ValueError for a model without sparse heads (or inside `bsa.dense`), with those of several encoders, and for images that are none, or of
-    several sizes. The model is not changed.
+    Raises ValueError for a model without sparse heads, inside `bsa.dense`, or with several
+    encoders, and for no images or images of several sizes. The model is not changed.
     """
     images = check_pixels(images)
-    if (
-        not images
-        or len({image.shape for image in images}) != 1
-        or images[0].dim() != 4
-        or len(images[0]) != 1
-    ):
+    shapes = [tuple(image.shape) for image in images]
+    if len({*shapes}) != 1 or len(shapes[0]) != 4 or shapes[0][0] != 1:
         raise ValueError(
-            f"images of shapes {[tuple(image.shape) for image in images]}: expected at least one, each (1, 3, h, w), all of one size; resize "
-            "them."
+            f"images of shapes {shapes}: expected at least one, each (1, 3, h, w), all of one "
+            "size; resize them."
         )
-    towers = {id(layer.encoder): layer.encoder for layer in layers_of(model)}
-    if len(towers) != 1 or any(tower.dense for tower in towers.values()):
+    encoders = {id(layer.encoder): layer.encoder for layer in layers_of(model)}
+    if len(encoders) != 1 or any(encoder.dense for encoder in encoders.values()):
         raise ValueError(
-            f"{type(model).__name__} has no sparse heads to compare, or runs dense at the moment, or has those of several encoders: sparsify_ one "
-            "encoder, and compare it outside of `bsa.dense`."
+            f"{type(model).__name__} has no sparse heads, is inside bsa.dense, or has several "
+            "encoders with sparse heads: sparsify_ one encoder, and compare outside bsa.dense."
         )
     with eval_mode(model):
         return _compare(model, images, rounds, on_step)
 
 
 def num_steps(images: Sequence[Any], rounds: int) -> int:
-    """How often `compare` calls `on_step`."""
+    """Return how often `compare` calls `on_step`."""
     return len(images) + 1 + rounds
 
 
@@ -158,11 +152,8 @@ def _compare(
             so_far[name].append(_error(found[name], expected[name]))
             alone[name] += own[name]
         errors.append(_error(out, reference))
-        cosines.append(
-            float(
-                torch.cosine_similarity(out.double().flatten(), reference.double().flatten(), dim=0)
-            )
-        )
+        flat = out.double().flatten(), reference.double().flatten()
+        cosines.append(float(torch.cosine_similarity(*flat, dim=0)))
         on_step()
     memory, method = _memory(model, images[0])
     times = paired(
@@ -199,7 +190,7 @@ def _fallbacks(model: nn.Module) -> int:
 
 @contextmanager
 def _outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Inside, what these modules return is collected."""
+    """Collect what these modules return, while the context lasts."""
     found: dict[str, Tensor] = {}
 
     def keep(name: str, module: nn.Module, args: Any, out: Any) -> None:
@@ -215,7 +206,7 @@ def _outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def errors_alone(model: nn.Module) -> Iterator[dict[str, list[float]]]:
-    """Inside, every layer with sparse heads also runs dense on the input it got; layer name -> its relative errors, call by call."""
+    """Run every sparse layer also dense on its input; collect {layer name: errors, per call}."""
     modules = _modules(model)
     errors: dict[str, list[float]] = {name: [] for name in modules}
 
@@ -235,7 +226,7 @@ def errors_alone(model: nn.Module) -> Iterator[dict[str, list[float]]]:
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The attention modules of a swapped model, by layer name."""
+    """Return the attention modules of a swapped model, by layer name."""
     return {
         layer.spec.name: module
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""The two errors a caller may want to catch by name; everything else is a ValueError or TypeError."""
+"""Two errors to catch by name; all others are ValueError or TypeError."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterable
 
 
 class PlanError(ValueError):
-    """A plan that cannot be built, read, or applied to this model or layout."""
+    """Raised for a plan that cannot be built, read, or applied to this model or layout."""
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend that was named and cannot run this problem here; the message says why and what can."""
+    """Raised when the named backend cannot run a call; the message says why, and what can."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: "; nearest are ...", or nothing where none is near."""
+    """Return "; nearest are ..." for an unknown name, or "" if no known name is similar."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"; nearest {'is' if len(close) == 1 else 'are'} {', '.join(close)}" if close else ""
 

@@ -1,4 +1,4 @@
-"""Data to picture: what a block of queries may see, on the photograph. Needs matplotlib (the `plots` extra)."""
+"""Draw what a block of queries attends to, over the image. Needs matplotlib (the `plots` extra)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """One head's mask on one layout, seen from one block of queries."""
+    """One head's mask on one layout, for one block of queries."""
 
     title: str
     layout: TokenLayout
@@ -26,24 +26,27 @@ class View:
     query_block: int
 
     def patches(self) -> tuple[Tensor, Tensor]:
-        """(h, w) bool: the patches of the query block, and the patches it may see."""
-        return _to_grid(self.layout, self.layout.block_of == self.query_block), _to_grid(
-            self.layout, self.mask[self.query_block].cpu()[self.layout.block_of]
-        )
+        """Return the patches of the query block and those it attends to, (h, w) bool each."""
+        blocks = self.layout.block_of
+        queries, keys = blocks == self.query_block, self.mask[self.query_block].cpu()[blocks]
+        return _to_grid(self.layout, queries), _to_grid(self.layout, keys)
 
 
 def block_at(layout: TokenLayout, row: int, column: int) -> int:
-    """The block that holds the patch (row, column)."""
+    """Return the block that holds the patch (row, column)."""
     if not (0 <= row < layout.grid[0] and 0 <= column < layout.grid[1]):
         raise ValueError(
-            f"patch ({row}, {column}) lies outside the grid {layout.grid}: choose a patch inside it."
+            f"patch ({row}, {column}) lies outside the grid {layout.grid}: choose one inside."
         )
     packed = int(layout.inverse[layout.num_prefix_tokens + row * layout.grid[1] + column])
     return packed // layout.block_size
 
 
 def plot_views(image: Any, views: Sequence[View]) -> Figure:
-    """The image (H, W, 3) once per view: what the query block sees is bright, the rest dark, the query block outlined."""
+    """Draw the image (H, W, 3) once per view.
+
+    Patches that the query block attends to are bright, others dark, the query block orange.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(views), 4.5), layout="constrained")
@@ -67,8 +70,7 @@ def plot_views(image: Any, views: Sequence[View]) -> Figure:
 
 
 def _to_grid(layout: TokenLayout, tokens: Tensor) -> Tensor:
-    """Packed bool tokens (N,) -> patches (h, w)."""
-    patches = tokens[layout.inverse][
-        layout.num_prefix_tokens : layout.num_prefix_tokens + layout.num_patches
-    ]
+    """Return packed bool tokens (N,) as patches (h, w)."""
+    first = layout.num_prefix_tokens
+    patches = tokens[layout.inverse][first : first + layout.num_patches]
     return patches.to(torch.bool).reshape(layout.grid)

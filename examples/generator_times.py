@@ -1,4 +1,4 @@
-"""What the mask generators cost: best of five and extra memory, at 4096 and 16,384 tokens.
+"""Measure time and memory of the mask generators at 4,096 and 16,384 tokens, best of five calls.
 
 python examples/generator_times.py
 """
@@ -31,28 +31,21 @@ CALLS = {
 }
 
 
-def forget() -> None:
-    """Drop what layouts remember, so that every call is a first call."""
-    for name in (
-        "_permutation",
-        "_inverse",
-        "_coordinates",
-        "_special_blocks",
-        "_rectangles",
-        "_block_distance",
-    ):
-        getattr(layout, name).cache_clear()
-    layout._centroid_distance.cache_clear()
+def clear_caches() -> None:
+    """Clear the caches of layouts, so that every call computes everything."""
+    for function in vars(layout).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
 def measure(name: str, tokens: int) -> tuple[float, float]:
-    """(best of five seconds, MB of peak memory that the calls added) in this process."""
+    """Return the seconds of the fastest of five calls, and the MB they added to peak memory."""
     function, arguments = getattr(masks, name), CALLS[name](tokens)
-    getattr(masks, name)(*CALLS[name](4096))  # torch's own first-call costs
+    function(*CALLS[name](4096))  # warm-up of torch
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times = []
     for _ in range(5):
-        forget()
+        clear_caches()
         start = time.perf_counter()
         function(*arguments)
         times.append(time.perf_counter() - start)
@@ -60,18 +53,17 @@ def measure(name: str, tokens: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    if len(sys.argv) == 3:  # one measurement in a process of its own
+    if len(sys.argv) == 3:  # one measurement in a separate process, for its peak memory
         print(*measure(sys.argv[1], int(sys.argv[2])))
         return
-    table = Table("generator", *(f"{n} tokens, ms | MB" for n in SIDES))
+    table = Table("generator", *(f"{n} tokens: ms | MB" for n in SIDES))
     for name in CALLS:
         cells = []
         for tokens in SIDES:
             command = [sys.executable, __file__, name, str(tokens)]
-            output = subprocess.run(
-                command, capture_output=True, text=True, check=True
-            ).stdout.split()
-            cells.append(f"{float(output[0]) * 1e3:.1f} | {float(output[1]):.0f}")
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            seconds, megabytes = map(float, done.stdout.split())
+            cells.append(f"{seconds * 1e3:.1f} | {megabytes:.0f}")
         table.add_row(name, *cells)
     Console().print(table)
 

@@ -1,11 +1,12 @@
-"""SAM's ViT-B image encoder: as segment_anything and transformers run it, exact without N x N, and with sparse global layers.
+"""Compare SAM's ViT-B image encoder as published, exact without N x N tensors, and sparse.
 
     python examples/sam_encoder.py [--rounds 5] [--sparsity 0.72] [--memory]
     python examples/sam_encoder.py --size 2048 --only own-exact,own-sparse --memory
 
-Random weights, redrawn so that logits and relative terms are wide: times and exactness, no statement about segmentation. "own" is
-bsa_vision.encoder; all have the same weights. segment_anything needs torchvision; where it cannot be imported, its rows are left out and
-the reason is printed.
+The encoders are those of segment_anything, transformers and, as "own", bsa_vision. All have the
+same random weights, drawn so that logits and relative terms are large. The script compares time,
+memory and exactness, not segmentation. segment_anything needs torchvision; if it cannot be
+imported, its rows are omitted and the reason is printed.
 """
 
 from __future__ import annotations
@@ -32,36 +33,12 @@ ROWS = [
     for base in ("segment_anything", "transformers", "own")
     for kind in ("", "-exact", "-sparse")
 ]
-ROWS.remove("own")  # is exact by itself
+ROWS.remove("own")  # same as own-exact
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size", type=int, default=1024, help="pixels per side")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--sparsity",
-        type=float,
-        default=0.72,
-        help="of the global layers; each block keeps its nearest",
-    )
-    parser.add_argument(
-        "--only", default=",".join(ROWS), help=f"rows: {','.join(ROWS)}; the first is compared to"
-    )
-    parser.add_argument(
-        "--memory",
-        action="store_true",
-        help="also the peak memory of each, in processes of their own",
-    )
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
     rows, size, sparsity = arguments.only.split(","), arguments.size, arguments.sparsity
-    if unknown := set(rows) - set(ROWS):
-        parser.error(f"--only {','.join(sorted(unknown))}: rows are {', '.join(ROWS)}")
-    if size < 16 or size % 16:
-        parser.error(f"--size {size}: a multiple of 16 pixels is needed")
     if arguments.memory_of:
         print(json.dumps(peak_memory(arguments.memory_of, size, sparsity)))
         return
@@ -70,14 +47,34 @@ def main() -> None:
     for row in rows:
         try:
             models[row] = build(row, size, sparsity)
-        except Exception as error:  # a broken neighbour raises anything
-            console.print(
-                f"left out: {row}: {type(error).__name__}: {error}", markup=False, soft_wrap=True
-            )
+        except Exception as error:  # a broken library may raise any error
+            text = f"omitted: {row}: {type(error).__name__}: {error}"
+            console.print(text, markup=False, soft_wrap=True)
     with Progress(console=console, transient=True) as progress:
         measure(models, arguments, console, progress)
     for model in [models[row] for row in rows if row in models and "-" in row][-1:]:
         console.print(str(bsa.describe(model)), markup=False, highlight=False, soft_wrap=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add, names = parser.add_argument, ",".join(ROWS)
+    add("--size", type=int, default=1024, help="image side in pixels; default: 1024")
+    add("--rounds", type=int, default=5, help="timed rounds; default: 5")
+    text = "fraction of blocks that the global layers skip (pattern nearest); default: 0.72"
+    add("--sparsity", type=float, default=0.72, help=text)
+    text = f"rows to run, the first is the baseline; default: {names}"
+    add("--only", default=names, help=text)
+    text = "also measure peak memory, each row in a separate process"
+    add("--memory", action="store_true", help=text)
+    add("--memory-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if unknown := set(arguments.only.split(",")) - set(ROWS):
+        parser.error(f"--only {','.join(sorted(unknown))}: allowed are {', '.join(ROWS)}")
+    if arguments.size < 16 or arguments.size % 16:
+        parser.error(f"--size {arguments.size}: expected a multiple of 16 pixels")
+    return arguments
 
 
 def measure(
@@ -86,6 +83,7 @@ def measure(
     console: Console,
     progress: Progress,
 ) -> None:
+    """Print time, peak memory and differences of the models."""
     pixels = torch.randn(1, 3, arguments.size, arguments.size)
     task = progress.add_task("first pass, then timing", total=arguments.rounds + 1)
     with torch.no_grad():
@@ -97,52 +95,41 @@ def measure(
     if arguments.memory:
         for row in progress.track(models, description="memory"):
             command = [*sys.orig_argv, "--memory-of", row]
-            peak = json.loads(
-                subprocess.run(
-                    command, capture_output=True, text=True, check=True
-                ).stdout.splitlines()[-1]
-            )
-            memory[row] = f"{peak / 2**20:.0f} MiB"
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            memory[row] = f"{json.loads(done.stdout.splitlines()[-1]) / 2**20:.0f} MiB"
     first = next(iter(models))
-    table = Table(
-        "encoder",
-        "median",
-        f"of {first}",
-        "spread",
-        "difference",
-        "peak memory",
-        title_justify="left",
-    )
+    table = Table("encoder", "median", f"time / {first}", "min-max", "difference", "peak memory")
     for row, times in timings.items():
-        difference = (features[row] - features[first]).norm() / features[first].norm()
-        spread = f"{times.spread[0]:.3f}-{times.spread[1]:.3f}"
-        table.add_row(
-            row,
-            f"{times.median:.2f} s",
-            f"{times.ratio:.3f}",
-            spread,
-            f"{difference:.1e}",
-            memory[row],
-        )
+        cells = [f"{times.median:.2f} s", f"{times.ratio:.3f}"]
+        cells += ["{:.3f}-{:.3f}".format(*times.spread)]
+        cells += [f"{relative(features[row], features[first]):.1e}", memory[row]]
+        table.add_row(row, *cells)
     console.print(table)
     for row, model in models.items():
-        if (
-            row.endswith("-sparse") and arguments.size <= 1024
-        ):  # spelled out, masks and biases are N x N
-            plan = bsa.SparsityPlan.uniform(
-                bsa.inspect(model), "nearest", sparsity=arguments.sparsity
-            )
-            bsa.sparsify_(bsa.restore_(model), plan, backend="sdpa")
-            with torch.no_grad():
-                masked = run(model, pixels)
-            bsa.sparsify_(bsa.restore_(model), plan)
-            difference = ((features[row] - masked).norm() / masked.norm()).item()
+        if row.endswith("-sparse") and arguments.size <= 1024:  # SDPA builds N x N masks and biases
+            masked = run_with_sdpa(model, pixels, arguments.sparsity)
+            difference = relative(features[row], masked)
             console.print(f"{row} against torch's SDPA with the same masks: {difference:.1e}")
             assert difference < 1e-4, row
 
 
+def relative(x: Tensor, reference: Tensor) -> float:
+    """Return the norm of the difference, relative to the norm of `reference`."""
+    return ((x - reference).norm() / reference.norm()).item()
+
+
+def run_with_sdpa(model: nn.Module, pixels: Tensor, sparsity: float) -> Tensor:
+    """Run a sparse model with torch's SDPA and the same masks."""
+    plan = bsa.SparsityPlan.uniform(bsa.inspect(model), "nearest", sparsity=sparsity)
+    bsa.sparsify_(bsa.restore_(model), plan, backend="sdpa")
+    with torch.no_grad():
+        masked = run(model, pixels)
+    bsa.sparsify_(bsa.restore_(model), plan)
+    return masked
+
+
 def peak_memory(row: str, size: int, sparsity: float) -> int:
-    """Bytes over what the process held when model and input were there."""
+    """Return the bytes that a forward adds to the model and its input."""
     model = build(row, size, sparsity)
     weights.cache_clear()
     pixels = torch.randn(1, 3, size, size)
@@ -183,13 +170,14 @@ def segment_anything(size: int) -> nn.Module:
 
     from segment_anything.modeling import ImageEncoderViT
 
-    sizes = dict(
-        img_size=size, embed_dim=768, depth=12, num_heads=12, window_size=14, out_chans=256
-    )
-    norm = partial(nn.LayerNorm, eps=1e-6)
     return ImageEncoderViT(
-        **sizes,
-        norm_layer=norm,
+        img_size=size,
+        embed_dim=768,
+        depth=12,
+        num_heads=12,
+        window_size=14,
+        out_chans=256,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
         use_rel_pos=True,
         global_attn_indexes=SAM["vit_b"]["global_attn_indexes"],
     )
@@ -197,7 +185,11 @@ def segment_anything(size: int) -> nn.Module:
 
 @cache
 def weights(size: int) -> dict[str, Tensor]:
-    """Under segment_anything's names. Fresh relative tables are zero, and fresh logits tiny: drawn wider here."""
+    """Return random weights with segment_anything's names.
+
+    Their variance is larger than that of new models, in which relative tables are zero and logits
+    are tiny.
+    """
     torch.manual_seed(0)
     state = bsa.create_encoder(**SAM["vit_b"], image_size=size).state_dict()
     for name, value in state.items():
@@ -209,12 +201,11 @@ def weights(size: int) -> dict[str, Tensor]:
 
 
 def in_transformers(name: str) -> str:
+    """Return the name of the parameter in transformers."""
     renames = {
         "patch_embed.proj": "patch_embed.projection",
         "blocks.": "layers.",
         ".norm": ".layer_norm",
-    }
-    renames |= {
         "neck.0": "neck.conv1",
         "neck.1": "neck.layer_norm1",
         "neck.2": "neck.conv2",

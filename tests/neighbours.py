@@ -1,9 +1,11 @@
-"""Model libraries that need torchvision (segment_anything, timm), and others that only tests use (sam2, peft), installed beside the environment for tests only.
+"""Model libraries that only the tests use, installed next to the environment.
 
-torchvision's wheel on the package index is built for CUDA. On a CPU build of torch it fails to import, and transformers with it, so
-it stays out of the environment that the examples run in. Here the two operators that it misses are declared first, unimplemented.
+segment_anything and timm need torchvision; sam2 and peft are used in tests only. The wheel of
+torchvision on the package index is built for CUDA. With a CPU build of torch it fails to import,
+and transformers with it, so it is not installed in the environment of the examples. This module
+first declares the two operators that are missing, without an implementation.
 
-    python -m tests.neighbours examples/sam_encoder.py --rounds 5        runs a script with these libraries at hand
+    python -m tests.neighbours examples/sam_encoder.py --rounds 5    run a script with the libraries
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(sys.prefix) / "model-libraries"  # made by `make test`
+LIBRARIES = ("timm", "torchvision", "segment_anything", "sam2", "peft", "accelerate", "psutil")
+MISSING = None if FOLDER.is_dir() else f"{FOLDER} is missing: run `make test`, which fills it"
 _declared: list[torch.library.Library] = []
 
 
@@ -22,19 +26,16 @@ def enable() -> None:
     """Make the libraries importable in this process."""
     if _declared:
         return
-    if not FOLDER.is_dir():
-        raise RuntimeError(
-            f"{FOLDER} is missing: the tests need timm and segment_anything there; run `make test` once."
-        )
+    if MISSING:
+        raise ModuleNotFoundError(MISSING, name=LIBRARIES[0])
     version = (FOLDER / "torchvision" / "version.py").read_text()
     if torch.version.cuda is None and "cuda = None" not in version:
         library = torch.library.Library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _declared.append(library)  # the operators live as long as this
-    if (
-        str(FOLDER) not in sys.path
-    ):  # a spawned process has its parent's path, but not its operators
+        _declared.append(library)  # the operators exist only as long as this object
+    # A spawned process inherits the path of its parent, but not its operators.
+    if str(FOLDER) not in sys.path:
         sys.path.append(str(FOLDER))
 
 

@@ -1,4 +1,4 @@
-"""`bsa_vision.compare`, `bsa-vision compare`, and what they read photographs with."""
+"""`bsa_vision.compare`, the command `bsa-vision compare`, and reading of images."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from bsa_vision.models.features import features
 from tests.adapters import test_torchvision_vit
 from tests.cli.test_commands import BREAK, ROOT, run, save
 from tests.helpers import models, sam2_models, sam_models, timm_models
+from tests.helpers.errors import relative_error
 
 SMALL = dict(tile=(4, 4), block_size=16)
 MODELS = {
@@ -37,13 +38,9 @@ MODELS = {
 }
 
 
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
-
-
 @pytest.fixture
 def photos(tmp_path):
-    """Two photographs of other sizes than any model's, and what is no image."""
+    """Write two images of sizes that no model has, and a text file."""
     folder = tmp_path / "photos"
     folder.mkdir()
     draw = np.random.default_rng(0)
@@ -61,14 +58,14 @@ class TestCompare:
         plan = bsa.uniform_plan(model, "local_window", radius=1, **SMALL)
         first = bsa.inspect(model).layers[0].name
         with torch.no_grad():
-            expected = [features(model, one) for one in images]
+            expected = [features(model, x) for x in images]
             bsa.sparsify_(model, plan)
-            out = [features(model, one) for one in images]
+            out = [features(model, x) for x in images]
         steps = []
         found = compare(model, images, rounds=2, on_step=lambda: steps.append(1))
         assert len(steps) == num_steps(images, 2)
         assert found.errors == pytest.approx(
-            [relative(a, b) for a, b in zip(out, expected)], rel=1e-4
+            [relative_error(a, b) for a, b in zip(out, expected)], rel=1e-4
         )
         assert all(0 < cosine < 1 for cosine in found.cosines)
         assert [layer.name for layer in found.layers] == [
@@ -76,7 +73,7 @@ class TestCompare:
         ]
         sparse = [layer for layer in found.layers if layer.sparsity]
         assert all(min(layer.alone) > 1e-3 for layer in sparse)
-        if found.layers[0].name == first and found.layers[0].sparsity:  # nothing came before it
+        if found.layers[0].name == first and found.layers[0].sparsity:  # no earlier errors
             assert found.layers[0].alone == pytest.approx(found.layers[0].so_far, rel=1e-4)
         assert found.layers[-1].alone != pytest.approx(found.layers[-1].so_far, rel=1e-3)
         assert len(found.times["sparse"].seconds) == 2
@@ -91,7 +88,7 @@ class TestCompare:
         assert {layer.so_far for layer in found.layers} == {(0.0,)}
 
     def test_one_sparse_layer(self):
-        """Its error shows there, alone nowhere else, and so far in all that follow."""
+        """Only its own `alone` error is above 0, and `so_far` of it and of later layers."""
         model = models.make("vit")
         bsa.sparsify_(model, bsa.uniform_plan(model, "special", layers=[1], block_size=8))
         first, second, third = compare(model, [models.image()], rounds=1).layers
@@ -102,7 +99,7 @@ class TestCompare:
         assert third.so_far[0] > 1e-3
 
     def test_memory_sees_the_matrix(self):
-        """Eager attention holds N x N logits, sparse heads do not."""
+        """Eager attention stores N x N logits, sparse heads do not."""
         model = models.make("vit", attn_implementation="eager")
         bsa.sparsify_(model, bsa.uniform_plan(model, "local_window", radius=1))
         found = compare(model, [torch.randn(1, 3, 512, 512)], rounds=1)
@@ -111,16 +108,14 @@ class TestCompare:
         assert found.memory["sparse"] < matrix / 2
 
     def test_memory_again_and_again(self):
-        """What the C library keeps of earlier runs must not hide what later ones take."""
+        """Memory that the C library keeps from earlier runs does not hide later peaks."""
         model = models.make("vit", attn_implementation="eager")
         bsa.sparsify_(model, bsa.uniform_plan(model, "local_window", radius=1))
         peaks = [
             compare(model, [torch.randn(1, 3, 256, 256)], rounds=1).memory["dense"]
             for _ in range(3)
         ]
-        assert (
-            min(peaks) > 4 * 1025**2 * 4
-        )  # N x N logits of four heads: 17 MB, which fits what was freed before
+        assert min(peaks) > 4 * 1025**2 * 4  # N x N float32 logits of four heads, 17 MB
 
     def test_every_modules_mode_comes_back(self):
         model = models.make("vit").train()
@@ -138,7 +133,7 @@ class TestCompare:
         assert compare(model, [models.image()], rounds=1).fallbacks == 0
 
     def test_alone_is_for_the_input_the_layer_got(self):
-        """Also where somebody's hook changes it on the way in."""
+        """A hook that changes the layer's input changes both runs."""
         model = models.make("vit")
         bsa.sparsify_(model, bsa.uniform_plan(model, "axial", layers=[0], block_size=8))
         attention = next(module for module in model.modules() if "_bsa_layer" in module.__dict__)
@@ -149,17 +144,31 @@ class TestCompare:
         assert first.alone == pytest.approx(first.so_far, rel=1e-5)
 
     def test_stages(self):
-        """Of a list of feature maps all count: the first comes before every sparse block."""
+        """All feature maps of a list count; the first one precedes every sparse block."""
         trunk = sam2_models.make("sam2").trunk
         bsa.sparsify_(trunk, bsa.uniform_plan(trunk, "special", **SMALL))
         assert compare(trunk, [sam2_models.image(batch=1)], rounds=1).errors[0] > 1e-2
+
+    def test_eager_attention_is_compared_too(self):
+        """Its modules return attention weights, which hooks could read; compare's hooks do not."""
+        found = []
+        for attention in ("sdpa", "eager"):
+            model = models.make("dinov3", attn_implementation=attention)
+            bsa.sparsify_(model, bsa.uniform_plan(model, "axial", tile=(2, 4), block_size=8))
+            found.append(compare(model, [models.image()], rounds=1))
+        sdpa, eager = found
+        assert eager.fallbacks == 0
+        assert eager.errors[0] == pytest.approx(sdpa.errors[0], rel=1e-3)
+        assert eager.errors[0] > 0.01
+        for one, other in zip(eager.layers, sdpa.layers, strict=True):
+            assert one.alone[0] == pytest.approx(other.alone[0], rel=1e-3)
 
     def test_wrong_input(self):
         model = models.make("vit")
         with pytest.raises(ValueError, match="no sparse heads"):
             compare(model, [models.image()])
         bsa.sparsify_(model, bsa.uniform_plan(model, "axial", block_size=8))
-        with bsa.dense(model), pytest.raises(ValueError, match="runs dense at the moment"):
+        with bsa.dense(model), pytest.raises(ValueError, match=r"is inside bsa\.dense"):
             compare(model, [models.image()])
         for images in ([], [models.image(), models.image(72, 40)], [models.image(batch=2)]):
             with pytest.raises(
@@ -197,7 +206,8 @@ class TestFeatures:
 
     def test_a_model_that_wants_more(self):
         with pytest.raises(
-            ValueError, match=r"Siglip2.* was given pixels alone and said: .*pixel_attention_mask"
+            ValueError,
+            match=r"Siglip2.* was called with pixels only and raised .*pixel_attention_mask",
         ):
             features(models.make("siglip2"), models.image())
 
@@ -210,13 +220,13 @@ class TestFeatures:
             features(Strange(), models.image())
 
 
-class TestPhotographs:
+class TestImageFiles:
     def test_what_is_found(self, photos):
         assert [path.name for path in image_files.find([photos])] == ["a.jpg", "b.png"]
         assert image_files.find([photos / "b.png"]) == [photos / "b.png"]
 
     def test_size_and_values(self, tmp_path):
-        """The middle, covering the size without distortion; then (value - mean) / std."""
+        """Images are scaled without distortion, cropped to the centre and normalised."""
         wide = np.zeros((40, 120, 3), dtype=np.uint8)
         wide[:, 40:80] = (255, 0, 128)
         Image.fromarray(wide).save(tmp_path / "wide.png")
@@ -239,7 +249,7 @@ class TestPhotographs:
         ]
 
     def test_hidden_files_are_none_and_unreadable_ones_are_counted(self, tmp_path, capsys):
-        """macOS leaves `._x.jpg` beside `x.jpg`; a download may be cut."""
+        """Hidden files are ignored (macOS adds `._x.jpg` to `x.jpg`), broken files listed."""
         noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
         for name in ("a.jpg", "B.PNG", "c.png"):
             Image.fromarray(noise).save(tmp_path / name)
@@ -254,13 +264,11 @@ class TestPhotographs:
         assert [path.name for path in found] == ["B.PNG", "a.jpg", "c.png", "d.webp", "e.png"]
         images, unreadable = image_files.read_all(found, (8, 8))
         assert [path.name for path in images] == ["B.PNG", "a.jpg"]
-        assert [
-            name in text
-            for name, text in zip(("c.png", "d.webp", "e.png"), unreadable, strict=True)
-        ] == [True] * 3
+        for name, text in zip(("c.png", "d.webp", "e.png"), unreadable, strict=True):
+            assert name in text
         read, _, _ = read_images(models.make("dinov3"), found, 64)
         assert list(read) == list(images)
-        assert capsys.readouterr().err.startswith("3 of 5 images are left out:")
+        assert capsys.readouterr().err.startswith("skipped 3 of 5 images:")
         with pytest.raises(ValueError, match="none of 3 images can be read; the first"):
             image_files.read_all(found[2:], (8, 8))
 
@@ -283,7 +291,7 @@ class TestPhotographs:
     def test_grey_and_turned(self, tmp_path):
         image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(4, 16))
         exif = image.getexif()
-        exif[0x0112] = 6  # lies on its side
+        exif[0x0112] = 6  # rotated by 90 degrees
         image.save(tmp_path / "grey.png", exif=exif)
         out = image_files.read(tmp_path / "grey.png", (16, 4), ((0, 0, 0), (1, 1, 1)))
         assert torch.equal(out[0, 0], out[0, 2])
@@ -308,10 +316,8 @@ class TestCommand:
         folder = save(tmp_path)
         plan = bsa.uniform_plan(models.make("dinov3"), "local_window", radius=1, block_size=16)
         plan.save(tmp_path / "plan.json")
-        code, out, _ = run(
-            capsys,
-            f"compare transformers:{folder} {photos}/a.jpg --plan {tmp_path}/plan.json --rounds 1 --json",
-        )
+        options = f"--plan {tmp_path}/plan.json --rounds 1 --json"
+        code, out, _ = run(capsys, f"compare transformers:{folder} {photos}/a.jpg {options}")
         data = json.loads(out)
         assert code == 0
         assert len(data["layers"]) == 3
@@ -347,10 +353,10 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            ("tests.helpers.models:dinov3 {photos}", "neither --plan nor --pattern"),
+            ("tests.helpers.models:dinov3 {photos}", "neither --pattern nor --plan"),
             (
                 "tests.helpers.models:dinov3 {photos} --pattern axial --plan p.json",
-                "--pattern and --plan: one of the two",
+                "--pattern and --plan are both given",
             ),
             (
                 "tests.helpers.models:dinov3 nowhere.jpg --pattern axial",
@@ -362,7 +368,7 @@ class TestCommand:
             ("timm:vit_tinny_patch16 {photos} --random --pattern axial", "nearest are vit_tiny"),
             (
                 "tests.helpers.models:dinov3 {photos} --pattern axial --image-size 65",
-                "whole numbers of (8, 8) pixel patches",
+                "multiples of the patch size (8, 8)",
             ),
         ],
     )

@@ -1,4 +1,7 @@
-"""What an import costs and where imports may point; each check in a fresh process, and each shown to be able to fail."""
+"""What an import costs, where imports point, and how large files are.
+
+Each check has a twin that shows it can fail.
+"""
 
 from __future__ import annotations
 
@@ -102,15 +105,51 @@ def test_imports_point_down(name):
             assert top in allowed or own in LAZY.get(top, ()), f"{name} imports {found}"
 
 
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+# Upstream's signatures, the options of shell commands, and keyword-only options.
+MANY_PARAMETERS = {
+    "block_sparse_attn_func",
+    "block_streaming_attn_func",
+    "token_streaming_attn_func",
+    "tune",
+    "create_encoder",
+}
+
+
+def faults(path: Path, text: str) -> list[str]:
+    """Return what is too large in a file, and what a package's face should not hold."""
+    found = ["over 400 lines"] if len(text.splitlines()) > 400 else []
+    for node in ast.walk(ast.parse(text)):
+        if path.name == "__init__.py" and isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+            found.append(f"{node.name}: defined in __init__")
+        if isinstance(node, FUNCTIONS):
+            body = node.body[ast.get_docstring(node) is not None :] or node.body
+            if body[-1].end_lineno - body[0].lineno + 1 > 60:
+                found.append(f"{node.name}: over 60 lines")
+            number = len([*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs])
+            free = node.name in MANY_PARAMETERS or path.parent.name == "cli"
+            if number > 10 and not free:
+                found.append(f"{node.name}: {number} parameters")
+    return found
+
+
 def test_the_shape_of_the_package():
     """Few files at the top, packages' faces hold names only, files and functions stay small."""
     assert len(list((ROOT / "bsa_vision").glob("*.py"))) <= 6
     assert {part_of(name) for name in MODULES if "." in name} - {"__main__"} == set(ORDER)
-    for path in FILES:
-        tree = ast.parse(path.read_text())
-        if path.name == "__init__.py":
-            kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-            assert not [node for node in ast.walk(tree) if isinstance(node, kinds)], path
+    assert {str(path): found for path in FILES if (found := faults(path, path.read_text()))} == {}
+
+
+def test_faults_are_seen():
+    body = "    x = 1\n" * 61
+    parameters = ", ".join(f"x{number}" for number in range(11))
+    text = f"def f({parameters}):\n{body}" + "x = 1\n" * 400
+    assert faults(Path("bsa_vision/__init__.py"), text) == [
+        "over 400 lines",
+        "f: defined in __init__",
+        "f: over 60 lines",
+        "f: 11 parameters",
+    ]
 
 
 def test_backends_do_not_import_each_other():
@@ -126,7 +165,11 @@ def run(code: str, **options) -> subprocess.CompletedProcess:
     )
 
 
-LOADED = "import sys, json; {}; print(json.dumps(sorted({{name.partition('.')[0] for name in sys.modules}})))"
+LOADED = """
+import sys, json
+{}
+print(json.dumps(sorted({{name.partition(".")[0] for name in sys.modules}})))
+"""
 
 
 def loaded(statement: str) -> set[str]:
@@ -223,6 +266,22 @@ def test_a_folder_of_masks_breaks_nothing(tmp_path, kind):
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment
     )
     assert done.stdout == "fine\n", done.stderr
+
+
+@pytest.mark.parametrize("kind", ["pictures", "a package", "a module"])
+def test_type_checkers_find_the_masks(tmp_path, kind):
+    foreign(tmp_path, kind)
+    (tmp_path / "mypy.ini").write_text(
+        "[mypy]\n[mypy-torch.*]\nfollow_imports = skip\n[mypy-numpy.*]\nfollow_imports = skip\n"
+    )
+    code = "from bsa_vision.masks import Pattern\nreveal_type(Pattern('special'))\n"
+    (tmp_path / "mine.py").write_text(code)
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), "mine.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "bsa_vision.masks.pattern.Pattern" in done.stdout
+    (tmp_path / "mine.py").write_text(code.replace("Pattern('special')", "Pattern(3)"))  # the twin
+    assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == 1
 
 
 def test_masks_is_one_module_under_both_names():

@@ -1,4 +1,4 @@
-"""The small modules: cache, workers, timing, viz."""
+"""Caches, atomic writes, worker threads, timing and pictures."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class TestCache:
 class TestFiles:
     @pytest.mark.parametrize("when", ["before", "after"])
     def test_ctrl_c_stays_ctrl_c(self, tmp_path, monkeypatch, when):
-        """While the new file takes the old one's place: one of both is there, and nothing else."""
+        """Ctrl-C during the replacement leaves the old or the new file, and no other."""
         path, replace = tmp_path / "plan.json", os.replace
         path.write_bytes(b"old")
 
@@ -87,14 +87,14 @@ class TestFiles:
         while not done:
             line += 1
             path.write_bytes(b"old")
-            left = [line]
+            remaining = [line]
 
-            def trace(frame, event, arg, left=left):
+            def trace(frame, event, arg, remaining=remaining):
                 if frame.f_code.co_filename != atomic_write.__file__:
                     return None
                 if event == "line":
-                    left[0] -= 1
-                    if left[0] == 0:
+                    remaining[0] -= 1
+                    if remaining[0] == 0:
                         raise KeyboardInterrupt
                 return trace
 
@@ -134,7 +134,7 @@ class TestWorkers:
         assert set(threads) == {1}
 
     def test_the_first_operation_of_a_worker_keeps_to_one_core(self):
-        """A new thread takes torch's process-wide number at its first operation; workers must be past that point."""
+        """A new thread takes torch's process-wide number of threads at its first operation."""
         counts = []
 
         def task():
@@ -175,7 +175,7 @@ class TestWorkers:
 
     @pytest.mark.parametrize("method", ["fork", "spawn"])
     def test_data_loader_workers(self, method):
-        """A process forked after the pool was made must not wait for threads that do not exist there."""
+        """A process forked after the pool was made does not wait for threads it lacks."""
         expected = attention_of(3)
         loader = torch.utils.data.DataLoader(
             Attentions(),
@@ -187,7 +187,7 @@ class TestWorkers:
         assert torch.equal(results[3], expected)
 
     def test_calls_after_the_main_thread_has_ended(self):
-        """From other threads, timers, pools of theirs, and atexit handlers; one process for all."""
+        """Threads, timers, pools and atexit handlers still get correct results."""
         done = subprocess.run(
             [sys.executable, "-c", LATE], capture_output=True, text=True, timeout=120
         )
@@ -195,9 +195,10 @@ class TestWorkers:
         assert sorted(done.stdout.split()) == ["atexit", "new-workers", "pool", "thread", "timer"]
         assert "Error" not in done.stderr
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("threads", [1, 2])
     def test_daemon_threads_that_compute_at_exit(self, threads):
-        """They read no freed memory. The interpreter may end them inside of torch's own C++, which aborts, with us or without."""
+        """Daemon threads read no freed memory at exit; the interpreter may abort in torch's C++."""
         done = subprocess.run(
             [sys.executable, "-c", ABANDONED, str(threads)],
             capture_output=True,
@@ -207,7 +208,10 @@ class TestWorkers:
         assert done.returncode in (0, -signal.SIGABRT), done.stderr
 
     def test_memory_in_use_outlives_what_its_thread_keeps(self, monkeypatch):
-        """As the interpreter frees it at its exit, while a daemon thread computes."""
+        """Buffers stay alive during a call, even if the thread's cache is cleared.
+
+        The interpreter clears it at exit while daemon threads compute.
+        """
         alive = []
 
         def compute(batch):
@@ -236,7 +240,7 @@ q = torch.randn(1, 4, 600, 32)
 hm = bsa.HeadMasks(torch.rand(1, 4, 5, 5) < .5, allow_empty_rows=True)
 expected = bsa.sparse_attention(q, q, q, hm)
 def late(name, number=2):
-    if name == "pool":  # the main thread waits for it at its end
+    if name == "pool":  # the main thread waits for it at exit
         time.sleep(0.5)
     elif name != "atexit":
         threading.main_thread().join()
@@ -311,7 +315,7 @@ class TestTiming:
 
     @pytest.mark.parametrize("captures", [True, False])
     def test_as_a_graph(self, monkeypatch, captures):
-        """Called twice before it is captured; None, and nothing left waiting, where it cannot be. Against a stand-in."""
+        """A run is called twice, then captured; None if that fails. Tested with a fake graph."""
         log = []
 
         class Stream:
@@ -346,7 +350,7 @@ class TestTiming:
             assert log[6:] == ["synchronize"]
 
     def test_on_a_gpu_its_own_time_counts(self, monkeypatch):
-        """Events around each run, on a cache that was filled with something else; against a stand-in, since there may be no GPU."""
+        """Events enclose each run, after the cache is overwritten. Tested with fake events."""
         log = []
 
         class Event:
@@ -389,7 +393,7 @@ class TestViz:
         assert queries.nonzero().tolist() == [[r, c] for r in (2, 3) for c in range(4, 8)]
         assert visible.shape == (6, 10)
         assert visible[queries].all()
-        assert not visible[0, :8].any()  # other tiles, with nothing in common
+        assert not visible[0, :8].any()  # tiles without common patches
 
     def test_picture(self, tmp_path):
         mask = local_window(self.layout, 1)

@@ -2,8 +2,9 @@
 
     python tests/upstream_transformers.py PATH [MODEL ...]
 
-PATH is a checkout of transformers (or its tests/, conftest.py and pyproject.toml), best of the version that is installed. Every model that a
-test makes or loads gets sparse heads, where it has a vision encoder. Not part of CI: it takes some minutes per model. Nothing is downloaded.
+PATH is a checkout of transformers (or its tests/, conftest.py and pyproject.toml), preferably of
+the installed version. Every model with a vision encoder that a test creates or loads gets sparse
+heads. This is not part of CI: it takes a few minutes per model. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODELS = ("vit", "dinov2", "dinov3_vit", "sam", "sam2", "clip", "siglip")
-# Tests that ask for the name of the original attention, which swapped layers have under another.
-ASKS_FOR_THE_NAME = {
-    "test_attn_implementation_composite_models": "every part's _attn_implementation is to be 'eager'"
+# Tests that check the name of the attention implementation, which differs in swapped layers.
+EXPECTED_FAILURES = {
+    "test_attn_implementation_composite_models": "expects _attn_implementation 'eager' everywhere"
 }
-AGAIN = 2  # runs that a failure must survive: some of these tests draw random numbers
+REPEATS = 2  # a failure must occur in all of these runs: some tests draw random numbers
 
 
 class Results:
-    """A pytest plugin: what became of every test."""
+    """A pytest plugin that records the outcome of every test."""
 
     def __init__(self) -> None:
         self.outcomes: dict[str, str] = {}
@@ -44,7 +45,7 @@ class Results:
 
 
 class Swapped:
-    """A pytest plugin: every model that is made or loaded gets sparse heads."""
+    """A pytest plugin that gives every model sparse heads when it is created or loaded."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -67,9 +68,8 @@ class Swapped:
             return found
 
         def counted_attend(layer: Any, *args: Any, **kwargs: Any) -> Any:
-            self.counts[
-                "calls of sparse layers" if not layer.masks.all_dense else "calls of dense layers"
-            ] += 1
+            kind = "dense" if layer.masks.all_dense else "sparse"
+            self.counts[f"calls of {kind} layers"] += 1
             return attend(layer, *args, **kwargs)
 
         def counted_fall_back(layer: Any, reason: str) -> None:
@@ -96,14 +96,14 @@ class Swapped:
             warnings.simplefilter("ignore")
             try:
                 plan = bsa.uniform_plan(model, "local_window", radius=1, block_size=16, tile=(4, 4))
-            except bsa.PlanError:  # all of its layers are windowed
+            except bsa.PlanError:  # all layers are windowed
                 self.counts["models without a global layer"] += 1
             bsa.sparsify_(model, plan)
         self.counts["models swapped"] += 1
 
 
 def inside(checkout: str, out: str, how: str, *tests: str) -> None:
-    """Run some tests in this process; their results go to a file."""
+    """Run tests in this process and write their results to the file `out`."""
     import pytest
 
     results, swapped = Results(), Swapped()
@@ -118,7 +118,7 @@ def inside(checkout: str, out: str, how: str, *tests: str) -> None:
 
 
 def run(checkout: Path, how: str, tests: list[str]) -> dict[str, Any]:
-    """Run them in a process of their own: the checkout has a package `tests` as well."""
+    """Run tests in a separate process: the checkout also has a package named `tests`."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "results.json"
         path = os.pathsep.join(
@@ -143,7 +143,7 @@ def run(checkout: Path, how: str, tests: list[str]) -> dict[str, Any]:
 
 
 def compare(checkout: Path, name: str) -> dict[str, str]:
-    """Print how one model does; what fails only when swapped, with its error."""
+    """Print the results of one model; return the tests that fail only when swapped, and why."""
     tests = [f"tests/models/{name}/test_modeling_{name}.py"]
     original, swapped = (run(checkout, how, tests) for how in ("original", "swapped"))
     for how, found in (("original", original), ("swapped", swapped)):
@@ -152,26 +152,25 @@ def compare(checkout: Path, name: str) -> dict[str, str]:
     new = [test for test, outcome in swapped["outcomes"].items() if outcome == "failed"]
     new = [test for test in new if original["outcomes"].get(test) != "failed"]
     errors = {test: swapped["errors"][test] for test in new}
-    for _ in range(AGAIN):
+    for _ in range(REPEATS):
         if errors:
-            again, as_it_was = (
+            again_swapped, again_original = (
                 run(checkout, how, list(errors))["outcomes"] for how in ("swapped", "original")
             )
             errors = {
                 test: error
                 for test, error in errors.items()
-                if again.get(test) == "failed" and as_it_was.get(test) != "failed"
+                if again_swapped.get(test) == "failed" and again_original.get(test) != "failed"
             }
     for test, error in errors.items():
-        print(
-            f"  {'expected' if excuse(test) else 'NEW'}: {test.partition('::')[2]}: {excuse(test) or error}",
-            flush=True,
-        )
-    return {test: error for test, error in errors.items() if not excuse(test)}
+        reason, title = expected_failure(test), test.partition("::")[2]
+        print(f"  {'expected' if reason else 'NEW'}: {title}: {reason or error}", flush=True)
+    return {test: error for test, error in errors.items() if not expected_failure(test)}
 
 
-def excuse(test: str) -> str | None:
-    return ASKS_FOR_THE_NAME.get(test.rpartition("::")[2].partition("[")[0])
+def expected_failure(test: str) -> str | None:
+    """Return why this test is expected to fail, if it is."""
+    return EXPECTED_FAILURES.get(test.rpartition("::")[2].partition("[")[0])
 
 
 def main() -> None:
@@ -183,7 +182,7 @@ def main() -> None:
     checkout = Path(sys.argv[1]).resolve()
     if not (checkout / "tests" / "test_modeling_common.py").exists():
         sys.exit(
-            f"{checkout} holds no tests/test_modeling_common.py: give a checkout of transformers."
+            f"{checkout} has no tests/test_modeling_common.py: expected a checkout of transformers."
         )
     new = [test for name in sys.argv[2:] or MODELS for test in compare(checkout, name)]
     sys.exit(f"{len(new)} tests fail on swapped models only" if new else 0)

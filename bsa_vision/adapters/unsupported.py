@@ -1,4 +1,4 @@
-"""Attention that stays as it is in a swapped model, and why: what `describe` says of it."""
+"""Attention modules that stay dense in a swapped model, and the reasons `describe` reports."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from torch import nn
 from bsa_vision.adapters.swap.sparse_layer import layer_of
 from bsa_vision.adapters.swap.wrappers import own_class
 
-DECODER = "one side of it has about 7 tokens, less than one block: nothing could be skipped"
-CLIP = "DeepSeek-OCR's CLIP tower has at most 401 tokens: too few to gain anything"
-POOL = "a pooling head has one query: nothing could be skipped"
-INSIDE = "its attention is not a module of its own"
+DECODER = "one side has about 7 tokens, less than one block: there is nothing to skip"
+CLIP = "DeepSeek-OCR's CLIP tower has at most 401 tokens: too few for sparsity to pay off"
+POOL = "a pooling head has one query: there is nothing to skip"
+INSIDE = "its attention is not a separate module"
 DIFFERENTIAL = "it subtracts one softmax from another"
 BIASED = "it adds a bias for every pair of tokens"
-WINDOWS = "it attends within windows, which are too small to skip anything in"
-HIERA = "it attends within windows, which are too small to skip anything in, or pools its queries"
-MEMORY = "memory attention takes a plan of its own: pass it to sparsify_ by itself"
-SERVED = "served, but not swapped: pass it to sparsify_ by itself"
-ELSEWHERE = "its class is served in the encoders named below; this is none of them, or a wrapper changed it: then sparsify_ first"
-UNKNOWN = "not a class this version serves"
+WINDOWS = "it attends within windows, which are too small to skip blocks"
+HIERA = f"{WINDOWS}, or pools its queries"
+MEMORY = "memory attention needs its own plan: pass it to sparsify_ by itself"
+SUPPORTED = "supported, but not swapped: pass it to sparsify_ by itself"
+ELSEWHERE = (
+    "its class is supported only inside the encoders named below; if a wrapper changed the "
+    "encoder, call sparsify_ before wrapping"
+)
+UNKNOWN = "unsupported attention class"
 
-# Module and class, as regular expressions -> why.
+# Module and class, as regular expressions -> reason.
 REASONS: tuple[tuple[str, str, str], ...] = (
     (r"^sam2\.|\.(sam2|sam3_tracker)_video\.", r"RoPEAttention$", MEMORY),
     (r"^(segment_anything|sam2)\..*\.transformer$", r"Attention$", DECODER),
@@ -46,7 +49,7 @@ REASONS: tuple[tuple[str, str, str], ...] = (
 
 @dataclass(frozen=True)
 class LeftDense:
-    """Attention modules of one class that keep their own, dense attention."""
+    """Attention modules of one class that stay dense."""
 
     where: str
     kind: str
@@ -60,30 +63,30 @@ class LeftDense:
 def left_dense(
     model: nn.Module,
     described: Collection[nn.Module] = (),
-    serves: Callable[[nn.Module], bool] = lambda module: False,
-    served: str = SERVED,
+    is_supported: Callable[[nn.Module], bool] = lambda module: False,
+    supported_reason: str = SUPPORTED,
 ) -> tuple[LeftDense, ...]:
-    """Every attention module of `model` that is neither swapped nor `described`, by class; `serves` knows which ones could be.
+    """Return the attention modules of `model` that are neither swapped nor `described`.
 
-    served  what is said of those
+    They are grouped by class and reason. Modules for which `is_supported` is true get
+    `supported_reason`.
     """
     known = set(described)
     names: dict[tuple[str, str], list[str]] = {}
     for name, module in model.named_modules():
         if not _is_attention(module) or module in known:
             continue
-        # A wrapper that holds attention is none itself.
-        if layer_of(module) is None and not any(
-            _is_attention(x) for x in module.modules() if x is not module
-        ):
-            own = own_class(type(module))
-            kind, reason = own.__name__, _reason(own.__module__, own.__name__)
-            names.setdefault(
-                (kind, served if reason == UNKNOWN and serves(module) else reason), []
-            ).append(name)
+        # Wrappers around attention match too; only the innermost module counts.
+        inner = (_is_attention(x) for x in module.modules() if x is not module)
+        if layer_of(module) is None and not any(inner):
+            cls = own_class(type(module))
+            reason = _reason(cls.__module__, cls.__name__)
+            if reason == UNKNOWN and is_supported(module):
+                reason = supported_reason
+            names.setdefault((cls.__name__, reason), []).append(name)
     return tuple(
-        LeftDense(common_path(where), kind, len(where), reason)
-        for (kind, reason), where in names.items()
+        LeftDense(common_path(paths), kind, len(paths), reason)
+        for (kind, reason), paths in names.items()
     )
 
 
@@ -102,7 +105,7 @@ def _reason(library: str, kind: str) -> str:
 
 
 def common_path(names: list[str]) -> str:
-    """The module path that all `names` lie in."""
+    """Return the longest module path that all `names` share."""
     first, last = min(names).split("."), max(names).split(".")
     return ".".join(
         part for part, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last))

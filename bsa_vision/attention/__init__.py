@@ -1,1 +1,1 @@
-"""One attention call: what it may contain, how it is checked, packed, run and given back."""
+"""Attention calls with per-head block masks: argument checks, packing, execution, diagnosis."""

@@ -1,7 +1,8 @@
-"""Store masks in one tensor, so that a recorded program (torch.export, torch.jit.trace) carries them.
+"""Store masks in a tensor, so that exported programs (torch.export, torch.jit.trace) contain them.
 
-A program that is saved is run by other processes, where no object of this one exists. The tensor is a constant of
-the program: (n,) uint8, one line of JSON and what belongs to it, read again by content. `carry` / `read` are inverse.
+A saved program runs in other processes, which do not have the objects of this one. The tensor is a
+constant of the program: (n,) uint8, one line of JSON followed by binary data. `read` undoes
+`carry`, and caches by content.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ Grid = tuple[int, int]
 
 
 def is_recording() -> bool:
-    """Return whether this call is being recorded into a program that may outlive the process.
+    """Return whether this call is recorded into a program that may outlive the process.
 
-    That is torch.export, make_fx and torch.jit.trace; torch.compile keeps its graphs in this process.
+    torch.export, make_fx and torch.jit.trace do so; torch.compile keeps its graphs in the process.
     """
     if torch.compiler.is_dynamo_compiling():
         return torch.compiler.is_exporting()
@@ -40,7 +41,7 @@ def is_recording() -> bool:
 
 @contextmanager
 def outside_of_tracing() -> Iterator[None]:
-    """Compute with real tensors, and record nothing, inside a trace: for constants and what is cached."""
+    """Compute with real tensors inside a trace and record nothing, for constants and caches."""
     state = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
@@ -56,7 +57,7 @@ def outside_of_tracing() -> Iterator[None]:
 
 
 def plain_sizes(*sizes: int) -> tuple[int, ...]:
-    """Return sizes as numbers: torch.jit.trace hands out tensors."""
+    """Return sizes as ints; under torch.jit.trace they are tensors."""
     if not torch.jit.is_tracing():
         return sizes
     with outside_of_tracing():
@@ -64,7 +65,7 @@ def plain_sizes(*sizes: int) -> tuple[int, ...]:
 
 
 def plain_number(value: float) -> float:
-    """Return a number that follows from sizes: torch.jit.trace hands out tensors."""
+    """Return a number computed from sizes as a float; under torch.jit.trace it is a tensor."""
     if not torch.jit.is_tracing():
         return value
     with outside_of_tracing():
@@ -72,9 +73,9 @@ def plain_number(value: float) -> float:
 
 
 def carried(source: MaskSource, grid: Grid, num_keys: int) -> Tensor:
-    """Return what a recorded program needs of `source` at `grid` as a (n,) uint8 tensor on the CPU.
+    """Return the masks of `source` at `grid` as an (n,) uint8 tensor on the CPU.
 
-    A grid of symbolic sizes asks for masks of any grid. ValueError where these cannot be stored.
+    A symbolic grid requests masks for any grid. Raises ValueError if these cannot be stored.
     """
     if torch.compiler.is_dynamo_compiling():
         return _by_handle(source.handle, int(grid[0]), int(grid[1]), int(num_keys))
@@ -90,7 +91,7 @@ def _by_handle(handle: int, height: int, width: int, num_keys: int) -> Tensor:
 
 
 def read(tensor: Tensor) -> Any:
-    """Return an object with `masks_for(grid, number of keys)` from a tensor made by `carried`."""
+    """Return an object with `masks_for(grid, num_keys)` from a tensor made by `carried`."""
     data = tensor.cpu().numpy().tobytes()
     return _read.get(data, lambda: _parse(data))
 
@@ -103,22 +104,23 @@ def _parse(data: bytes) -> Any:
     header = json.loads(line)
     if header.pop("format", None) != FORMAT or header.pop("version", None) != VERSION:
         raise RuntimeError(
-            f"this program carries masks in a form that this bsa-vision does not read: {line[:80]!r}; expected "
-            f"{FORMAT} version {VERSION}. Export it again, or use the bsa-vision that exported it."
+            "this program contains masks in a format that this bsa-vision does not read: "
+            f"{line[:80]!r}; expected {FORMAT} version {VERSION}. Export it again, or use the "
+            "bsa-vision version that exported it."
         )
     return READERS[header.pop("kind")](header, payload)
 
 
 def encode(kind: str, header: dict[str, Any], payload: bytes = b"") -> bytes:
-    """Return the bytes that `READERS[kind]` reads again."""
+    """Return the bytes that `READERS[kind]` reads."""
     text = json.dumps({"format": FORMAT, "version": VERSION, "kind": kind, **header})
     return text.encode() + b"\n" + payload
 
 
 @singledispatch
 def carry(source: Any, grid: Grid, num_keys: int) -> bytes:
-    """Return the masks of `source` at `grid` as bytes; the grid may be symbolic, see `is_symbolic`."""
-    raise TypeError(f"masks of type {type(source).__name__} cannot be stored in a program.")
+    """Return the masks of `source` at `grid`, which may be symbolic (`is_symbolic`), as bytes."""
+    raise TypeError(f"masks of type {type(source).__name__} cannot be stored in a program")
 
 
 @carry.register
@@ -153,22 +155,23 @@ def _head_masks(header: dict[str, Any], payload: bytes) -> HeadMasks:
     )
 
 
-# kind -> how it is read; modules with other kinds of masks add theirs
+# kind of masks -> function that reads them; other modules register theirs
 READERS: dict[str, Callable[[dict[str, Any], bytes], Any]] = {"heads": _head_masks}
 
 
 def is_symbolic(grid: Grid) -> bool:
-    """Return whether a grid stands for many: a program whose height or width may change."""
+    """Return whether the height or width of a grid is dynamic in the program."""
     return any(isinstance(side, torch.SymInt) for side in grid)
 
 
 @torch.library.custom_op("bsa_vision::expect_size", mutates_args=())
 def expect_size_op(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Return a copy of (..., H, W) pixels, or raise ValueError where a traced program is given another size."""
+    """Return a copy of (..., H, W) pixels; raise ValueError unless they have the traced size."""
     if pixels.shape[-2:] != (height, width):
         raise ValueError(
-            f"this program was traced with images of {height} x {width} pixels and carries masks for these, got "
-            f"{pixels.shape[-2]} x {pixels.shape[-1]}: resize the images, or trace it again at this size."
+            f"this program was traced with images of {height} x {width} pixels and contains masks "
+            f"for that size only, got {pixels.shape[-2]} x {pixels.shape[-1]}: resize the images, "
+            "or trace it again at this size."
         )
     return pixels.clone()
 

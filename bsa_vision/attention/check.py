@@ -1,4 +1,4 @@
-"""The troubleshooting list as code: what is wrong with a call, or why no gain is to be expected from it."""
+"""Diagnose attention calls: report errors, and reasons why sparsity would gain nothing."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from bsa_vision.attention.backends.problem import check_bounds
 from bsa_vision.attention.head_masks import HeadMasks
 from bsa_vision.masks import TokenLayout
 
-# Below these, sparsity cannot be expected to pay: a fused dense kernel is done before blocks are sorted out. The sparsity is
-# the kernel's own published break-even (13 to 20 %, docs/backends.md); both are rules of thumb, to be measured in earnest.
+# Rules of thumb: below these limits a fused dense kernel is usually as fast as a sparse one. The
+# sparsity is the kernel's published break-even (13 to 20 %, docs/backends.md).
 FEW_TOKENS = 1024
 LITTLE_SPARSITY = 0.2
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing `check` found.
+    """One finding of `check`.
 
-    level  "error": the call fails or computes something else than meant; "slow": it works and gains nothing; "note": right,
-           if what it says is meant
-    topic  a short fixed name, for programs
+    level  "error": the call fails or computes something unintended; "slow": it works but gains
+           nothing; "note": it is correct if the message describes what you intend
+    topic  short fixed name for use in programs
     """
 
     level: str
@@ -40,13 +40,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """All findings; `print` it, or ask `ok`."""
+    """All findings of `check`; print it, or test `ok`."""
 
     findings: tuple[Finding, ...]
 
     @property
     def ok(self) -> bool:
-        """No finding but notes: the call is right and can gain."""
+        """True if there are only notes: the call is correct and can be faster than dense."""
         return all(finding.level == "note" for finding in self.findings)
 
     @property
@@ -54,8 +54,8 @@ class CheckReport:
         return tuple(finding.topic for finding in self.findings)
 
     def __str__(self) -> str:
-        good = ["nothing wrong found, and blocks to skip"] if self.ok else []
-        return "\n".join([*good, *map(str, self.findings)])
+        summary = ["ok: no problems found, blocks will be skipped"] if self.ok else []
+        return "\n".join([*summary, *map(str, self.findings)])
 
 
 def check(
@@ -70,17 +70,20 @@ def check(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
 ) -> CheckReport:
-    """Look a call over before making it; reads the values of masks and lengths, so not for use in a forward.
+    """Check a call before making it.
 
-    q, k         (B, H, N, D) for `sparse_attention`, or packed (total, H, D) with cu_seqlens for `block_sparse_attn_func`
-    head_masks   a HeadMasks, or a bare base_blockmask (with head_mask_type and streaming_info beside it)
+    Reads the values of masks and lengths, which synchronises: do not use it in a forward pass.
+
+    q, k         (B, H, N, D) for `sparse_attention`, or packed (total, H, D) with cu_seqlens for
+                 `block_sparse_attn_func`
+    head_masks   a HeadMasks, or a base_blockmask with head_mask_type and streaming_info
 
         >>> print(bsa.check(q, k, hm))
     """
     findings: list[Finding] = []
 
     def attempt(topic: str, action: Callable[[], Value]) -> Value | None:
-        """The result of `action`, or None and an error on the list."""
+        """Return the result of `action`; on an error, add a finding and return None."""
         try:
             return action()
         except (ValueError, TypeError) as error:
@@ -89,7 +92,8 @@ def check(
 
     if not isinstance(q, Tensor) or not isinstance(k, Tensor) or q.dim() not in (3, 4):
         raise TypeError(
-            f"q is a {type(q).__name__}, k a {type(k).__name__}: expected tensors (B, H, N, D), or packed (total, H, D)."
+            f"q is a {type(q).__name__}, k a {type(k).__name__}: expected tensors (B, H, N, D), or "
+            "packed (total, H, D)."
         )
     packed = q.dim() == 3
     expected = "(total, H, D)" if packed else "(B, H, N, D)"
@@ -97,25 +101,25 @@ def check(
     attempt("tensors", lambda: check_tensors(q, k, k, q.dim(), expected, heads))
     if q.is_nested or k.is_nested:
         return CheckReport(tuple(findings))
-    longest: tuple[int | None, int | None] = (q.shape[-2], k.shape[-2])
+    max_seqlens: tuple[int | None, int | None] = (q.shape[-2], k.shape[-2])
     if packed:
-        longest = (
-            attempt("boundaries", lambda: _longest("q", q, cu_seqlens_q, max_seqlen_q)),
-            attempt("boundaries", lambda: _longest("k", k, cu_seqlens_k, max_seqlen_k)),
+        max_seqlens = (
+            attempt("boundaries", lambda: _max_seqlen("q", q, cu_seqlens_q, max_seqlen_q)),
+            attempt("boundaries", lambda: _max_seqlen("k", k, cu_seqlens_k, max_seqlen_k)),
         )
     masks = head_masks
     if not isinstance(masks, HeadMasks):
         masks = attempt("mask", lambda: HeadMasks(head_masks, head_mask_type, streaming_info))  # type: ignore[arg-type]
-    if masks is not None and packed and None not in (cu_seqlens_q, cu_seqlens_k, *longest):
+    if masks is not None and packed and None not in (cu_seqlens_q, cu_seqlens_k, *max_seqlens):
         raw = (masks.head_mask_type, masks.streaming_info, masks.base_blockmask)
         bounds = (cu_seqlens_q, cu_seqlens_k)
-        attempt("mask", lambda: check_varlen(q, k, bounds, raw, longest, False, False))  # type: ignore[arg-type]
+        attempt("mask", lambda: check_varlen(q, k, bounds, raw, max_seqlens, False, False))  # type: ignore[arg-type]
     elif masks is not None and not packed and not findings:
         attempt("mask", lambda: check_fit(q, k, masks, None))
-    right = not findings
+    valid = not findings
     findings += _device_findings(q)
     if masks is not None:
-        findings += _gain_findings(masks, longest, right)
+        findings += _gain_findings(masks, max_seqlens, valid)
         findings += _order_findings(masks, packed)
     return CheckReport(tuple(findings))
 
@@ -123,18 +127,19 @@ def check(
 Value = TypeVar("Value")
 
 
-def _longest(name: str, x: Tensor, bounds: Tensor | None, longest: int | None) -> int:
-    """Tokens of the longest sequence, after a look at the boundaries."""
+def _max_seqlen(name: str, x: Tensor, bounds: Tensor | None, max_seqlen: int | None) -> int:
+    """Return the tokens of the longest sequence; raise if `bounds` are wrong."""
     if not isinstance(bounds, Tensor) or bounds.dim() != 1 or len(bounds) < 2:
         raise TypeError(
-            f"{name} is packed, (total, H, D), and cu_seqlens_{name} is {bounds!r}: without (batch + 1,) boundaries every image "
-            "would see every other; pass the cumulative sequence lengths with a 0 in front."
+            f"{name} is packed, (total, H, D), and cu_seqlens_{name} is {bounds!r}: without "
+            "(batch + 1,) boundaries every image would attend to every other; pass the cumulative "
+            "sequence lengths with a 0 in front."
         )
     if bounds.dtype != torch.int32:
         raise TypeError(
             f"cu_seqlens_{name} is {bounds.dtype}: expected torch.int32; use .to(torch.int32)."
         )
-    most = int(bounds.diff().max()) if longest is None else longest
+    most = int(bounds.diff().max()) if max_seqlen is None else max_seqlen
     check_bounds(name, bounds, x.shape[0], most)
     return most
 
@@ -143,89 +148,82 @@ def _device_findings(q: Tensor) -> Iterator[Finding]:
     if q.device.type != "cuda" or torch.version.hip:
         return
     if q.dtype not in (torch.float16, torch.bfloat16):
-        yield Finding(
-            "slow",
-            "dtype",
-            f"q is {q.dtype} on CUDA: block-sparse GPU kernels take float16 or bfloat16 only; convert, or use torch.autocast.",
+        message = (
+            f"q is {q.dtype} on CUDA: block-sparse GPU kernels take float16 or bfloat16 only; "
+            "convert it, or use torch.autocast."
         )
+        yield Finding("slow", "dtype", message)
     if q.shape[-1] > kernel.HEAD_DIMS[-1]:
-        yield Finding(
-            "slow",
-            "head-dim",
-            f"head dim {q.shape[-1]} > 128: the block-sparse kernel cannot run it, another backend will.",
+        message = (
+            f"head dim {q.shape[-1]} > 128: the block-sparse kernel does not support it, another "
+            "backend will be used."
         )
+        yield Finding("slow", "head-dim", message)
 
 
 def _order_findings(masks: HeadMasks, packed: bool) -> Iterator[Finding]:
-    """Whether tokens are taken in the order that the masks were made for, as far as that is known."""
-    base, known = masks.base_blockmask, masks.made_for
-    given = (
-        None if masks.layout is None or masks.kv_layout is None else (masks.layout, masks.kv_layout)
-    )
+    """Check that tokens come in the order that the masks were made for, if it is known."""
+    base, made_for = masks.base_blockmask, masks.made_for
     if base is None or bool(base.all()):
-        return  # whatever the order, every token sees every other
-    if packed:  # layouts do not count here
-        given, known = None, known or given
-    if known is None and given is None:
-        yield Finding(
-            "note",
-            "order",
-            "tokens are taken as they come (raster): right for masks made in that order; those made in another, say "
-            'order="tile", need ' + (PACK if packed else f"{LAYOUT} makes both."),
+        return  # the order of the tokens does not matter
+    layout, kv_layout = masks.layout, masks.kv_layout
+    given = None if layout is None or kv_layout is None else (layout, kv_layout)
+    if packed:  # packed calls ignore layouts: tokens are in packed order already
+        given, made_for = None, made_for or given
+    if made_for is None and given is None:
+        message = (
+            "tokens are used in the order given (raster): correct for masks made in that order; "
+            'masks made in another, e.g. order="tile", need '
         )
-    elif known is not None and not all(map(_same_places, known, given or (None, None))):
-        taken = "as they come" if given is None else f"in the order of {given[0]}"
-        yield Finding(
-            "note" if packed else "error",
-            "order",
-            f"the masks were made for {known[0]}, tokens are taken {taken}: that is another function; pass "
-            + (PACK if packed else f"the masks' own {LAYOUT} cannot forget it."),
+        message += PACK if packed else f"{LAYOUT} makes both."
+        yield Finding("note", "order", message)
+    elif made_for is not None and not all(map(_same_order, made_for, given or (None, None))):
+        order = "the order given" if given is None else f"the order of {given[0]}"
+        message = (
+            f"the masks were made for {made_for[0]}, but tokens are used in {order}, which "
+            "computes a different function; pass "
         )
+        message += PACK if packed else f"the masks' {LAYOUT} always passes it."
+        yield Finding("note" if packed else "error", "order", message)
 
 
 LAYOUT = "layout= to HeadMasks; HeadMasks.from_patterns(layout, patterns)"
 PACK = "tokens in that order, bsa.pack(q, layout).tokens."
 
 
-def _same_places(made_for: TokenLayout, taken: TokenLayout | None) -> bool:
-    """Whether packed tokens lie where the masks have them. Without a layout they come in model order."""
-    if taken is None:
+def _same_order(made_for: TokenLayout, layout: TokenLayout | None) -> bool:
+    """Return whether two layouts put the tokens in the same order; None is model order."""
+    if layout is None:
         return made_for.is_identity
-    if made_for.num_tokens != taken.num_tokens:
-        return True  # not to be compared; the sizes are another finding
-    return all(map(torch.equal, made_for.coordinates, taken.coordinates))
+    if made_for.num_tokens != layout.num_tokens:
+        return True  # not comparable; another finding reports the sizes
+    return all(map(torch.equal, made_for.coordinates, layout.coordinates))
 
 
 def _gain_findings(
-    masks: HeadMasks, longest: tuple[int | None, int | None], right: bool
+    masks: HeadMasks, max_seqlens: tuple[int | None, int | None], valid: bool
 ) -> Iterator[Finding]:
-    base, tokens = masks.base_blockmask, max((n for n in longest if n is not None), default=0)
+    base, tokens = masks.base_blockmask, max((n for n in max_seqlens if n is not None), default=0)
     if base is not None:
-        full = [
-            head
-            for head, kind in enumerate(masks.slices)
-            if kind > 0 and bool(base[:, kind - 1].all())
-        ]
+        sparse = [(head, kind - 1) for head, kind in enumerate(masks.slices) if kind > 0]
+        full = [head for head, index in sparse if bool(base[:, index].all())]
         if full:
-            yield Finding(
-                "slow",
-                "all-true",
-                f"every block of heads {full} is True, so nothing is skipped there: check the pattern's radius or sparsity, or use "
-                "dense heads (head_mask_type 0).",
+            message = (
+                f"every block of heads {full} is True, so nothing is skipped there: check the "
+                "pattern's radius or sparsity, or use dense heads (head_mask_type 0)."
             )
+            yield Finding("slow", "all-true", message)
     if 0 < tokens < FEW_TOKENS:
-        yield Finding(
-            "slow",
-            "few-tokens",
-            f"{tokens} tokens: below about {FEW_TOKENS} attention is too small a part of the work for skipped blocks to show; "
-            "keep it dense, or raise the resolution.",
+        message = (
+            f"{tokens} tokens: below about {FEW_TOKENS}, attention is too small a part of the "
+            "model's time for sparsity to gain much; keep it dense, or raise the resolution."
         )
-    if right and None not in longest:
-        kept = masks.block_mask(*longest).float().mean().item()  # type: ignore[arg-type]
+        yield Finding("slow", "few-tokens", message)
+    if valid and None not in max_seqlens:
+        kept = masks.block_mask(*max_seqlens).float().mean().item()  # type: ignore[arg-type]
         if 1 - kept < LITTLE_SPARSITY:
-            yield Finding(
-                "slow",
-                "little-sparsity",
-                f"{1 - kept:.0%} of the blocks are skipped: below about {LITTLE_SPARSITY:.0%} little is gained, and fused dense GPU "
-                "kernels are at least as fast; use sparser patterns or dense heads.",
+            message = (
+                f"{1 - kept:.0%} of the blocks are skipped: below about {LITTLE_SPARSITY:.0%}, "
+                "fused dense GPU kernels are at least as fast; use sparser patterns or dense heads."
             )
+            yield Finding("slow", "little-sparsity", message)

@@ -1,4 +1,8 @@
-"""Attention with per-head block masks: `sparse_attention` in SDPA's shapes, and the kernel's own functions on any machine."""
+"""Attention with per-head block masks.
+
+`sparse_attention` takes the shapes of torch's scaled_dot_product_attention. The functions of the
+block_sparse_attn package follow, with the same signatures, for any device.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +46,15 @@ def sparse_attention(
     dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> Tensor | list[Tensor]:
-    """Attention that computes the blocks `head_masks` keeps. Differentiable.
+    """Compute attention in the blocks that `head_masks` keeps. Differentiable.
 
-    q           (B, H, N, D) in model order, or a list of (H, n, D) images of different sizes, one HeadMasks each
-    k, v        (B, G, M, D) and (B, G, M, Dv) with H a multiple of G; M = N unless `head_masks` says otherwise
+    q           (B, H, N, D) in model order, or a list of (H, n, D) images of different sizes with
+                one HeadMasks each
+    k, v        (B, G, M, D) and (B, G, M, Dv), H a multiple of G; M = N without a `kv_layout`
     rel_pos     factored relative position (`RelPos`), added to the logits
-    scale       of q . k; None = D ** -0.5
-    backend     "auto" takes the first that can, on GPUs the fastest as far as measured; a name takes that one or raises
-                BackendUnavailable
+    scale       factor of q . k; default D ** -0.5
+    backend     "auto" uses the first backend that supports the call, on GPUs the fastest one
+                measured; a name uses that backend or raises BackendUnavailable
 
     Returns (B, H, N, Dv), or a list of (H, n, Dv).
 
@@ -61,7 +66,8 @@ def sparse_attention(
     check_numbers(dropout_p, scale)
     if isinstance(head_masks, HeadMasks) and isinstance(q, (list, tuple)):
         raise TypeError(
-            f"q is a list of {len(q)} images, head_masks one HeadMasks: pass a list with one HeadMasks per image."
+            f"q is a list of {len(q)} images, head_masks one HeadMasks: pass a list with one "
+            "HeadMasks per image."
         )
     if isinstance(head_masks, HeadMasks):
         q, k, v = cast(Tensor, q), cast(Tensor, k), cast(Tensor, v)
@@ -72,7 +78,8 @@ def sparse_attention(
         )
     if rel_pos is not None:
         raise ValueError(
-            "rel_pos with a list of images: relative position needs one grid; call once per image size."
+            "rel_pos with a list of images: relative position needs one grid; call once per image "
+            "size."
         )
     return _ragged_attention(list(q), list(k), list(v), list(head_masks), scale, dropout_p, backend)
 
@@ -88,25 +95,25 @@ def _ragged_attention(
 ) -> list[Tensor]:
     if not len(q) == len(k) == len(v) == len(masks):
         raise ValueError(
-            f"{len(q)} images in q, {len(k)} in k, {len(v)} in v and {len(masks)} HeadMasks: the lists must be equally long."
+            f"{len(q)} images in q, {len(k)} in k, {len(v)} in v and {len(masks)} HeadMasks: the "
+            "lists must have the same length."
         )
     for image_q, image_k, image_v, image_masks in zip(q, k, v, masks, strict=True):
         check_tensors(image_q, image_k, image_v, 3, "(H, n, D) per image", image_masks.num_heads)
         check_fit(image_q[None], image_k[None], image_masks, None)
         if image_q.dtype != q[0].dtype or image_q.device != q[0].device:
             raise TypeError(
-                f"images are {image_q.dtype} on {image_q.device} and {q[0].dtype} on {q[0].device}: one dtype and device are "
-                "needed; convert them with .to(q[0])."
+                f"images are {image_q.dtype} on {image_q.device} and {q[0].dtype} on "
+                f"{q[0].device}: expected one dtype and one device; convert them with .to(q[0])."
             )
     packed_q = pack(q, [m.layout for m in masks])
     packed_k, packed_v = (pack(x, [m.kv_layout for m in masks]) for x in (k, v))
-    packed_tokens = _autocast(
-        *(p.tokens.transpose(0, 1)[None] for p in (packed_q, packed_k, packed_v))
-    )  # (1, H, T, D) each
+    packed = (packed_q, packed_k, packed_v)
+    tokens = _autocast(*(p.tokens.transpose(0, 1)[None] for p in packed))  # (1, H, T, D) each
     call = Call(
-        packed_tokens[0],
-        packed_tokens[1],
-        packed_tokens[2],
+        tokens[0],
+        tokens[1],
+        tokens[2],
         cu_seqlens_q=packed_q.cu_seqlens,
         cu_seqlens_k=packed_k.cu_seqlens,
         seed=_seed() if dropout_p else None,
@@ -132,9 +139,9 @@ def attend_masks(
     dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Compute `sparse_attention` without checks, with the masks `source.masks_for(grid, M)`.
+    """Compute `sparse_attention` with the masks `source.masks_for(grid, M)`, without checks.
 
-    q is (B, H, N, D), k (B, G, M, D), v (B, G, M, Dv), the result (B, H, N, Dv).
+    q (B, H, N, D), k (B, G, M, D), v (B, G, M, Dv) -> (B, H, N, Dv).
     """
     q, k, v = _autocast(q, k, v)
     rel_h, rel_w = (None, None) if rel_pos is None else rel_pos
@@ -163,10 +170,10 @@ def _run(
 ) -> Result:
     """Choose a backend and run it.
 
-    source  an object with `masks_for`; None if the masks are the kernel's tensors in `call`
+    source  an object with `masks_for`; None if `call` has the masks as the kernel's tensors
 
-    Under a compiler and in recorded programs every call is an operator (`operator`); otherwise
-    `gather` is one where `_needs_operator`. Torch differentiates what the other backends compute.
+    In compiled and recorded programs every call is an operator (`operator`). Otherwise only
+    `gather` is one, if `_needs_operator`; torch differentiates the other backends.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or get_proxy_mode() is not None:
         return _record(call, source, return_probs)
@@ -180,11 +187,11 @@ def _run(
 
 
 def _needs_operator(problem: Problem) -> bool:
-    """Return whether `gather` must be an operator: for its gradient, or for an observer of these.
+    """Return whether `gather` must run as an operator.
 
-    Transforms of torch.func, dispatch modes and tensor subclasses see operators only. A plain call
-    costs less, and a daemon thread that computes while the interpreter exits ends cleanly in it,
-    where an operator may read what torch has freed.
+    Its gradient needs one; torch.func transforms, dispatch modes and tensor subclasses observe
+    operators only. A plain call costs less. It is also safe in a daemon thread while the
+    interpreter exits, when an operator may read memory that torch has freed.
     """
     tensors = (problem.q, problem.k, problem.v, *(problem.rel_pos or ()))
     return (
@@ -199,11 +206,11 @@ PLAIN = {Tensor, Parameter}
 
 
 def _record(call: Call, source: MaskSource | None, return_probs: bool) -> Result:
-    """Write a call into a program that is compiled, traced or exported."""
+    """Record a call in a program that is being compiled, traced or exported."""
     if return_probs:
         raise ValueError(
-            "return_attn_probs with dropout under torch.compile or torch.export: the dropout mask "
-            "is not returned; call it outside of them."
+            "return_attn_probs with dropout is not supported under torch.compile or torch.export: "
+            "call it outside of compiled code."
         )
     height, width, num_keys = plain_sizes(call.grid_h, call.grid_w, call.k.shape[2])
     call = call._replace(grid_h=height, grid_w=width, scale=plain_number(call.scale))
@@ -230,20 +237,20 @@ def _seed() -> Tensor:
 
 
 def _refuse_forward_mode(backend: str, *tensors: Tensor) -> None:
-    """Forward-mode differentiation would take the operator for a constant, without a word."""
+    """Raise RuntimeError for forward-mode tangents, which an operator would silently drop."""
     if backend in ("reference", "sdpa"):  # torch's own operations
         return
     if forward_ad._current_level >= 0 and any(
         forward_ad.unpack_dual(x).tangent is not None for x in tensors
     ):
         raise RuntimeError(
-            f"forward-mode differentiation (jvp) does not reach through {backend!r}: use reverse mode, or backend='reference' or 'sdpa', "
-            "which torch differentiates either way."
+            f"{backend!r} does not support forward-mode differentiation (jvp): use reverse mode, "
+            "or backend='reference' or 'sdpa'."
         )
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as torch's own attention would take them: in autocast's dtype where that is on."""
+    """Return the tensors in autocast's dtype if it is enabled, as torch's attention does."""
     device = tensors[0].device.type
     if (
         device == "meta"
@@ -254,7 +261,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
-# The kernel's own functions
+# Functions of the block_sparse_attn package
 
 
 def block_sparse_attn_func(
@@ -275,7 +282,7 @@ def block_sparse_attn_func(
     exact_streaming: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Compute mit-han-lab's `block_sparse_attn_func` on any device and dtype, same signature.
+    """Compute mit-han-lab's `block_sparse_attn_func` on any device and dtype.
 
     q                (total_q, H, D); k, v (total_k, G, D) with H a multiple of G
     cu_seqlens_*     (batch + 1,) int32
@@ -285,12 +292,12 @@ def block_sparse_attn_func(
     is_causal        bottom-right aligned
     exact_streaming  causal only: sinks and windows are counted in tokens
 
-    Tokens are taken in the order they come. A query that sees nothing gives 0 and LSE +inf.
+    Tokens are not reordered. A query without keys gives 0 and LSE +inf.
 
-    Returns out (total_q, H, D), or with return_attn_probs (out, lse, S_dmask): lse (batch, H,
-    max_seqlen_q_) float32 without gradient; S_dmask empty without dropout, else (batch, H, queries,
-    keys), lengths rounded up to blocks: probabilities before dropout, negated where dropped.
-    The kernel's own S_dmask is in the order of its registers, and `kernel` returns it so.
+    Returns out (total_q, H, D), or with return_attn_probs (out, lse, S_dmask). lse is
+    (batch, H, max_seqlen_q_) float32 without gradient. S_dmask is empty without dropout, else
+    (batch, H, queries, keys) with lengths rounded up to blocks: probabilities before dropout,
+    negated where dropped. Backend `kernel` returns S_dmask in the order of its registers.
     """
     masks = (head_mask_type, streaming_info, base_blockmask)
     cu_seqlens, max_seqlens = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q_, max_seqlen_k_)
@@ -337,7 +344,7 @@ def block_streaming_attn_func(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Compute mit-han-lab's `block_streaming_attn_func`: dense and streaming heads.
 
-    Windows count in blocks. See `block_sparse_attn_func` for arguments and results.
+    Windows are counted in blocks. See `block_sparse_attn_func` for arguments and results.
     """
     return block_sparse_attn_func(
         *(q, k, v, cu_seqlens_q, cu_seqlens_k),
@@ -365,9 +372,9 @@ def token_streaming_attn_func(
     softmax_scale: float | None = None,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Compute mit-han-lab's `token_streaming_attn_func`: causal, windows in tokens.
+    """Compute mit-han-lab's `token_streaming_attn_func`: causal, dense and streaming heads.
 
-    See `block_sparse_attn_func` for arguments and results.
+    Windows are counted in tokens. See `block_sparse_attn_func` for arguments and results.
     """
     return block_sparse_attn_func(
         *(q, k, v, cu_seqlens_q, cu_seqlens_k),

@@ -1,4 +1,4 @@
-"""Which key blocks each head's query blocks compute: the kernel's three tensors, the layouts they were made for, checked once."""
+"""Block masks of all heads of one layer: the kernel's three tensors and their token layouts."""
 
 from __future__ import annotations
 
@@ -27,28 +27,29 @@ T = TypeVar("T")
 
 
 class HeadMasks(MaskSource):
-    """The masks of all heads of one attention layer.
+    """Masks of all heads of one attention layer.
 
-    base_blockmask   (B or 1, S, R, C) bool, True = compute, one slice per block-sparse head; None when there is none
+    base_blockmask   (B or 1, S, R, C) bool, True = compute, one slice per block-sparse head; None
+                     without such heads
     head_mask_type   (H,) ints: 0 dense, > 0 block-sparse, -1 streaming; None = all ones, so H = S.
-                     No entry >= 2: the ones take slices 1, 2, 3 ... in head order, and S must equal their count.
-                     Any entry >= 2: positive entries are explicit 1-based slices, and S must reach the largest.
-    streaming_info   (2 * H,) ints, [sink, local] blocks per head; needed by streaming heads: every query sees the first
-                     `sink` and the last `local` blocks of its sequence
-    layout           the layout the rows were made for; None = tokens as they come
-    kv_layout        the layout of the columns where keys are other tokens than queries; None = `layout`
-    block_size       tokens per block; taken from `layout` when that is given
-    allow_empty_rows a query block that sees nothing is an error unless this is set (its output
-                     would be 0)
+                     If no entry is >= 2, the ones use slices 1, 2, 3 ... in head order, and S must
+                     equal their count. If any entry is >= 2, positive entries are 1-based slice
+                     numbers, and S must be at least the largest.
+    streaming_info   (2 * H,) ints, [sink, local] blocks per head; required for streaming heads,
+                     whose queries attend to the first `sink` and the last `local` blocks
+    layout           layout of the rows; None = tokens in the order given
+    kv_layout        layout of the columns, if keys are not the queries' tokens; None = `layout`
+    block_size       tokens per block; with a layout, its block size
+    allow_empty_rows allow query blocks without key blocks (their output is 0)
 
     num_heads        H
     all_dense        whether every head computes every block
     num_blocks       (R, C), or None without block-sparse heads
-    num_tokens       of the two layouts, None without one
+    num_tokens       tokens of the two layouts, each None without a layout
 
-    The masks are copied. Ones mixed with larger entries are refused where they could be meant as counted (as many positive
-    entries as slices, and slices left over). Raises ValueError or TypeError for shapes, dtypes, slice numbers and empty rows
-    that do not fit. `from_patterns` makes masks and layout in one call.
+    The masks are copied. Raises ValueError or TypeError for wrong shapes, dtypes, slice numbers and
+    empty rows, and for ambiguous types: ones and larger entries, as many as there are slices, that
+    leave slices unused. `from_patterns` makes masks and layout in one call.
     """
 
     def __init__(
@@ -62,11 +63,11 @@ class HeadMasks(MaskSource):
         block_size: int = 128,
         allow_empty_rows: bool = False,
     ) -> None:
-        # What is remembered follows from the masks, so later writes to the caller's tensor must not count.
+        # A copy, because cached results must not change with the caller's tensor.
         self.base_blockmask = (
             None if base_blockmask is None else check_blockmask(base_blockmask).detach().clone()
         )
-        # The layouts the masks were made for, where that is known; `check` compares them with those given.
+        # The layouts that the masks were made for, if known; `check` compares them with `layout`.
         self.made_for = None if base_blockmask is None else layouts_of(base_blockmask)
         # Per head: 0 dense, -1 streaming, otherwise its 1-based slice of base_blockmask.
         self.slices = resolve_slices(head_mask_type, self.base_blockmask)
@@ -79,15 +80,14 @@ class HeadMasks(MaskSource):
             if head_mask_type is None
             else as_ints("head_mask_type", head_mask_type)
         )
-        self.streaming = resolve_streaming(
-            streaming_info, self.slices
-        )  # (sink, local) per head, or nothing
+        # (sink, local) per head, or ()
+        self.streaming = resolve_streaming(streaming_info, self.slices)
         for name, given in (("layout", layout), ("kv_layout", kv_layout)):
             if given is not None:
                 check_layout(name, given)
         if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
             raise ValueError(
-                f"block_size={block_size!r}: expected a whole number of tokens of at least 1; give such an int."
+                f"block_size={block_size!r}: expected an integer >= 1, the tokens per block."
             )
         self.layout = layout
         self.kv_layout = layout if kv_layout is None else kv_layout
@@ -96,7 +96,7 @@ class HeadMasks(MaskSource):
         self._check_layouts(block_size)
         layouts = (self.layout, self.kv_layout)
         self.num_tokens = tuple(None if x is None else x.num_tokens for x in layouts)
-        # The layouts that tokens must be sorted by; none where order does not change the result.
+        # The layouts to sort tokens by; None if order does not change the result.
         self.orders = tuple(
             None if x is None or x.is_identity or self.all_dense else x for x in layouts
         )
@@ -118,20 +118,22 @@ class HeadMasks(MaskSource):
         stream: int = 0,
         allow_empty_rows: bool = False,
     ) -> HeadMasks:
-        """Lay one pattern per head out on `layout`, so that masks and layout cannot disagree.
+        """Build the masks from one pattern per head, for `layout`.
 
-        patterns   one per head, or a single one for all `heads`: "dense", a name of `masks.PATTERNS`, a `masks.Pattern`,
-                   a function layout -> (R, C) bool, called as (layout, kv_layout) where that is given, or such a mask,
-                   also (B, R, C)
-        kv_layout  the layout of the keys where they are other tokens than queries
-        boxes      for patterns that follow prompts: per image, a list of (top, left, bottom, right) in patches
-        stream     of the first head: random patterns of head h draw from stream + h
+        patterns   one per head, or a single one for all `heads`: "dense", a name of
+                   `masks.PATTERNS`, a `masks.Pattern`, a function layout -> (R, C) bool (called as
+                   (layout, kv_layout) if there is a `kv_layout`), or a mask (R, C) or (B, R, C)
+        kv_layout  layout of the keys, if they are not the queries' tokens
+        boxes      for patterns that follow prompts: per image, a list of
+                   (top, left, bottom, right) in patches
+        stream     random stream of the first head; head h draws from stream + h
 
-        Special rows and columns are kept by patterns and functions; masks are taken as they are. A head that keeps every
-        block becomes dense. ValueError or TypeError for what does not fit.
+        Patterns and functions keep the rows and columns of special tokens; masks are used as they
+        are. A head that keeps every block becomes dense. Raises ValueError or TypeError.
 
             >>> layout = masks.TokenLayout((64, 64), num_prefix_tokens=1, order="tile")
-            >>> hm = HeadMasks.from_patterns(layout, ["dense"] * 2 + [masks.Pattern("local_window", radius=8)] * 10)
+            >>> near = masks.Pattern("local_window", radius=8)
+            >>> hm = HeadMasks.from_patterns(layout, ["dense"] * 2 + [near] * 10)
         """
         check_layout("layout", layout)
         if kv_layout is not None:
@@ -144,28 +146,28 @@ class HeadMasks(MaskSource):
         images = max(map(len, sparse), default=1)
         if any(len(mask) not in (1, images) for mask in sparse):
             raise ValueError(
-                f"heads have masks for {sorted(set(map(len, sparse)))} images: expected 1 or one number for all; index them."
+                f"heads have masks for {sorted(set(map(len, sparse)))} images: expected 1, or the "
+                "same number for all heads; index them."
             )
+        expanded = [mask.expand(images, -1, -1) for mask in sparse]
         return cls(
-            torch.stack([mask.expand(images, -1, -1) for mask in sparse], dim=1)
-            if sparse
-            else None,  # (images, S, R, C)
+            torch.stack(expanded, dim=1) if expanded else None,  # (images, S, R, C)
             [int(mask is not None and not mask.all()) for mask in masks],
             layout=layout,
             kv_layout=kv_layout,
             allow_empty_rows=allow_empty_rows,
         )
 
-    # What the masks say
+    # Properties and conversions
 
     @property
     def head_mask_type(self) -> Tensor:
-        """(H,) int32 in the convention it was given in, as the kernel's function takes it."""
+        """(H,) int32 as given to the constructor, for the kernel's function."""
         return torch.tensor(self._given_types, dtype=torch.int32, device=self._device)
 
     @property
     def streaming_info(self) -> Tensor | None:
-        """(2 * H,) int32 as the kernel's function takes it, or None."""
+        """(2 * H,) int32 for the kernel's function, or None."""
         numbers = [number for pair in self.streaming for number in pair]
         return torch.tensor(numbers, dtype=torch.int32, device=self._device) if numbers else None
 
@@ -175,27 +177,24 @@ class HeadMasks(MaskSource):
 
     @property
     def head_sparsity(self) -> tuple[float, ...]:
-        """Realised sparsity of each head: the fraction of its blocks that are skipped, 0 to 1."""
+        """Realised sparsity of each head: the fraction of its blocks that is skipped, 0 to 1."""
         if self.num_blocks is None and -1 not in self.slices:
             return (0.0,) * self.num_heads
         rows, columns = self.num_blocks or self._layout_blocks()
-        kept = (
-            self.block_mask(rows * self.block_size, columns * self.block_size)
-            .float()
-            .mean((0, 2, 3))
-        )
-        return tuple((1 - kept).tolist())
+        mask = self.block_mask(rows * self.block_size, columns * self.block_size)
+        return tuple((1 - mask.float().mean((0, 2, 3))).tolist())
 
     @property
     def sparsity(self) -> float:
-        """Realised sparsity over all heads, dense ones included."""
+        """Mean realised sparsity of all heads, including dense ones."""
         return sum(self.head_sparsity) / self.num_heads
 
     def block_mask(self, num_q: int, num_k: int, *, causal: bool = False) -> Tensor:
-        """(B or 1, H, R, C) bool on the CPU: every head of a sequence of `num_q` queries and `num_k` keys spelled out.
+        """Return the mask of every head for `num_q` queries and `num_k` keys, on the CPU.
 
-        Sequences shorter than the masks use their top-left part. `causal` only says where streaming windows lie
-        (along the diagonal instead of at the end of the sequence); causality itself is finer than a block.
+        (B or 1, H, R, C) bool. Sequences shorter than the masks use their top-left part. `causal`
+        only moves streaming windows from the end of the sequence to the diagonal; causality itself
+        is finer than a block.
         """
         key = ("block_mask", num_q, num_k, causal)
         return self._cache.get(key, lambda: self._expand(num_q, num_k, causal))
@@ -203,37 +202,36 @@ class HeadMasks(MaskSource):
     def block_rows(
         self, num_q: int, num_k: int, *, causal: bool = False
     ) -> list[list[list[BlockRow]]]:
-        """What there is to compute, as key runs: [mask image][head][query block]."""
+        """Return the key runs of every query block, [mask image][head][query block]."""
         key = ("block_rows", num_q, num_k, causal)
         mask = self.block_mask(num_q, num_k, causal=causal)
         return self._cache.get(key, lambda: block_rows(mask, self.block_size, num_q, num_k))
 
     def key_ranges(self, num_q: int, num_k: int, *, causal: bool = False) -> KeyRanges:
-        """What there is to compute, as tensors."""
+        """Return the key ranges of every query block as tensors."""
         key = ("key_ranges", num_q, num_k, causal)
         if self._latest is not None and self._latest[0] == key:
             return self._latest[1]
         mask = self.block_mask(num_q, num_k, causal=causal)
-        table = self._cache.get(key, lambda: key_ranges(mask, self.block_size, num_q, num_k))
-        self._latest = (key, table)
-        return table
+        ranges = self._cache.get(key, lambda: key_ranges(mask, self.block_size, num_q, num_k))
+        self._latest = (key, ranges)
+        return ranges
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` makes of these masks, made once: backends keep the masks in their own terms here."""
+        """Return `make()`, cached under `key`; backends cache their form of the masks."""
         return self._cache.get(key, make)
 
     def kept_pairs(self, num_q: int, num_k: int) -> tuple[int, ...]:
-        """Query-key pairs each head computes, ragged last blocks counted as they are; the mean over mask images."""
+        """Return the query-key pairs that each head computes, as a mean over mask images.
+
+        Shorter last blocks count with their actual size.
+        """
         size, mask = self.block_size, self.block_mask(num_q, num_k)
         rows, columns = (
-            torch.full((count,), size, device="cpu").clamp(
-                max=total - torch.arange(count, device="cpu") * size
-            )
+            (total - torch.arange(count, device="cpu") * size).clamp(max=size).double()
             for count, total in zip(mask.shape[2:], (num_q, num_k), strict=True)
         )
-        pairs = torch.einsum("bhrc,r,c->h", mask.double(), rows.double(), columns.double()) / len(
-            mask
-        )
+        pairs = torch.einsum("bhrc,r,c->h", mask.double(), rows, columns) / len(mask)
         return tuple(round(count) for count in pairs.tolist())
 
     def masks_for(self, grid: tuple[int, int], num_keys: int) -> HeadMasks:
@@ -242,15 +240,15 @@ class HeadMasks(MaskSource):
 
     def __repr__(self) -> str:
         dense, streaming = self.slices.count(DENSE), self.slices.count(STREAMING)
-        shape = (
-            "no block mask"
-            if self.base_blockmask is None
-            else f"base_blockmask {tuple(self.base_blockmask.shape)}"
+        sparse = self.num_heads - dense - streaming
+        mask = self.base_blockmask
+        shape = "no block mask" if mask is None else f"base_blockmask {tuple(mask.shape)}"
+        return (
+            f"HeadMasks({self.num_heads} heads: {dense} dense, {sparse} block-sparse, {streaming} "
+            f"streaming; {shape}, block_size={self.block_size}, layout={self.layout})"
         )
-        kinds = f"{dense} dense, {self.num_heads - dense - streaming} block-sparse, {streaming} streaming"
-        return f"HeadMasks({self.num_heads} heads: {kinds}; {shape}, block_size={self.block_size}, layout={self.layout})"
 
-    # How they are spelled out
+    # Expansion to one mask per head
 
     def _expand(self, num_q: int, num_k: int, causal: bool) -> Tensor:
         rows, columns = -(-num_q // self.block_size), -(-num_k // self.block_size)
@@ -266,7 +264,10 @@ class HeadMasks(MaskSource):
         return mask
 
     def _streaming_blocks(self, head: int, num_q: int, num_k: int, causal: bool) -> Tensor:
-        """Sinks, and a window that ends at `reach`; as `fwdStreaming` in block_sparse_attn v0.0.2 does it."""
+        """Return the (R, C) mask of a streaming head: sinks, and a window that ends at `reach`.
+
+        Source: `fwdStreaming` in block_sparse_attn v0.0.2.
+        """
         sink, local = self.streaming[head]
         size = self.block_size
         rows = torch.arange(-(-num_q // size), device="cpu")[:, None]
@@ -286,35 +287,38 @@ class HeadMasks(MaskSource):
     def _layout_blocks(self) -> tuple[int, int]:
         if self.layout is None or self.kv_layout is None:
             raise ValueError(
-                "these HeadMasks have neither a block mask nor a layout, so their size is unknown: pass layout=."
+                "these HeadMasks have neither a block mask nor a layout, so their size is unknown: "
+                "pass layout=."
             )
         return self.layout.num_blocks, self.kv_layout.num_blocks
 
     def _check_layouts(self, block_size: int) -> None:
         if self.layout is None and self.kv_layout is not None:
             raise ValueError(
-                "kv_layout is given without layout: both are needed, rows and columns; pass layout as well."
+                "kv_layout is given without layout: pass layout= for the rows as well."
             )
         if block_size not in (128, self.block_size):
             raise ValueError(
-                f"block_size={block_size} but layout.block_size={self.block_size}: they must agree; leave block_size out."
+                f"block_size={block_size} but layout.block_size={self.block_size}: they must be "
+                "equal; omit block_size."
             )
         for name, layout, axis in (("layout", self.layout, 0), ("kv_layout", self.kv_layout, 1)):
             if layout is None:
                 continue
             if layout.block_size != self.block_size:
                 raise ValueError(
-                    f"{name}.block_size={layout.block_size} differs from {self.block_size}: both layouts must use one block "
-                    "size; rebuild one of them."
+                    f"{name}.block_size={layout.block_size} differs from {self.block_size}: both "
+                    "layouts must have the same block size."
                 )
             if self.num_blocks is not None and self.num_blocks[axis] != layout.num_blocks:
                 assert self.layout is not None
                 assert self.kv_layout is not None
                 tokens = (self.layout.num_tokens, self.kv_layout.num_tokens)
-                fits = what_fits(self.num_blocks, layout.block_size, tokens, "TokenLayout")
+                how = what_fits(self.num_blocks, layout.block_size, tokens, "TokenLayout")
                 raise ValueError(
-                    f"base_blockmask has {self.num_blocks[axis]} block {'columns' if axis else 'rows'}, {name} has "
-                    f"{layout.num_tokens} tokens in {layout.num_blocks} blocks of {layout.block_size}: they must agree; {fits}."
+                    f"base_blockmask has {self.num_blocks[axis]} block "
+                    f"{'columns' if axis else 'rows'}, {name} has {layout.num_tokens} tokens in "
+                    f"{layout.num_blocks} blocks of {layout.block_size}: they must match; {how}."
                 )
 
     def _check_rows(self) -> None:
@@ -325,49 +329,55 @@ class HeadMasks(MaskSource):
             if len(empty):
                 image, position, row = empty[0].tolist()
                 raise ValueError(
-                    f"query block {row} of image {image}, slice {used[position] + 1} keeps no key block ({len(empty)} such rows): "
-                    "every query must see something; keep each block's own key block, or pass allow_empty_rows=True to get 0."
+                    f"query block {row} of image {image}, slice {used[position] + 1} keeps no key "
+                    f"block ({len(empty)} such rows): every query needs at least one key; keep the "
+                    "diagonal, or pass allow_empty_rows=True for an output of 0."
                 )
         for head, kind in enumerate(self.slices):
             if kind == STREAMING and sum(self.streaming[head]) == 0:
                 raise ValueError(
-                    f"streaming head {head} has sink=0 and local=0, so it keeps no key block: give it at least one block in "
-                    "streaming_info, or pass allow_empty_rows=True to get 0."
+                    f"streaming head {head} has sink=0 and local=0, so it keeps no key block: "
+                    "raise one of them in streaming_info, or pass allow_empty_rows=True for an "
+                    "output of 0."
                 )
 
 
 def instead_of_masks(given: object) -> str:
-    """The end of a message about what is no mask: what to do with it."""
+    """Return the advice for an error message about an object that is not a mask."""
     first = given[0] if isinstance(given, (tuple, list)) and given else given
     if isinstance(first, Tensor) and first is not given:
         if first.dim() == 4:
-            return "unpack what a generator returned, bsa.HeadMasks(*generated)"
+            return "unpack the tuple that a generator returned, bsa.HeadMasks(*generated)"
         return "stack one (R, C) mask per head, bsa.HeadMasks(masks.stack_heads(list, 1))"
     if isinstance(given, Tensor):
         return "wrap a base_blockmask as bsa.HeadMasks(base_blockmask, head_mask_type)"
     if isinstance(given, HeadMasks):
         return "use the HeadMasks as it is"
     if isinstance(first, (Pattern, str)) or callable(first):
-        return "lay patterns out with bsa.HeadMasks.from_patterns(layout, patterns)"
-    return "convert an array with torch.as_tensor, or make masks of patterns with bsa.HeadMasks.from_patterns"
+        return "build masks from patterns with bsa.HeadMasks.from_patterns(layout, patterns)"
+    return (
+        "convert an array with torch.as_tensor, or build masks from patterns with "
+        "bsa.HeadMasks.from_patterns"
+    )
 
 
 def check_blockmask(mask: object) -> Tensor:
-    """`mask` if it is a (B or 1, S, R, C) bool tensor; TypeError or ValueError otherwise."""
+    """Return `mask`; raise TypeError or ValueError unless it is a (B or 1, S, R, C) bool tensor."""
     if not isinstance(mask, Tensor):
         raise TypeError(
-            f"base_blockmask is a {type(mask).__name__}: expected a bool tensor; {instead_of_masks(mask)}."
+            f"base_blockmask is a {type(mask).__name__}: expected a bool tensor; "
+            f"{instead_of_masks(mask)}."
         )
     if mask.dtype != torch.bool:
         raise TypeError(
-            f"base_blockmask has dtype {mask.dtype}: expected torch.bool, True = compute; use mask.bool() for ones and "
-            "zeros, mask == 0 for a mask that is added to logits."
+            f"base_blockmask has dtype {mask.dtype}: expected torch.bool, True = compute; use "
+            "mask.bool() for ones and zeros, mask == 0 for an additive mask."
         )
     if mask.dim() != 4:
         missing = ", ".join(["None"] * (4 - mask.dim()))
-        add = f"add the missing axes, mask[{missing}]" if 2 <= mask.dim() < 4 else "make it so"
+        how = f"; add the missing axes, mask[{missing}]" if 2 <= mask.dim() < 4 else ""
         raise ValueError(
-            f"base_blockmask has shape {tuple(mask.shape)}: expected (B or 1, S, R, C), one slice per block-sparse head and "
-            f"one entry per pair of blocks; {add}."
+            f"base_blockmask has shape {tuple(mask.shape)}: expected (B or 1, S, R, C), one slice "
+            f"per block-sparse head and one entry per pair of blocks{how}."
         )
     return mask

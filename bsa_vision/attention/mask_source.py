@@ -1,4 +1,4 @@
-"""Name the owner of masks by an int, as operators of torch take tensors and numbers only."""
+"""Refer to objects that hold masks by int handles, which torch operators accept as arguments."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ except ImportError:  # older versions of torch compile each layer by itself
 
 
 class MaskSource:
-    """An object that a compiled graph can name by an int: `handle` finds it again for as long as it lives.
+    """Base class of objects with masks, which compiled graphs refer to by an int handle.
 
-    torch custom operators take tensors and numbers only. Copies and unpickled objects get handles of their own.
+    torch's custom operators take only tensors and numbers. A handle is valid while its object
+    exists; copies and unpickled objects get new handles.
     """
 
     handle: int
-    dynamic_handle: int  # the same for torch.compile, which makes one graph for layers that differ in nothing else
+    # For torch.compile, which then shares one graph between layers that differ only in their masks.
+    dynamic_handle: int
 
     def _new_handle(self) -> None:
         self.handle = next(_next_handle)
@@ -43,17 +45,15 @@ class MaskSource:
 
 
 _next_handle = count(1)
-
-
 _by_handle: WeakValueDictionary[int, MaskSource] = WeakValueDictionary()
 
 
 def from_handle(handle: int) -> Any:
-    """The living object with this handle."""
+    """Return the object with this handle; raise RuntimeError if it no longer exists."""
     found = _by_handle.get(handle)
     if found is None:
         raise RuntimeError(
-            f"the masks of a compiled graph (handle {handle}) are gone: they must outlive the graph; keep the HeadMasks or the "
-            "swapped model referenced, or compile again."
+            f"the masks of a compiled graph (handle {handle}) no longer exist: they must outlive "
+            "the graph; keep a reference to the HeadMasks or the swapped model, or compile again."
         )
     return found

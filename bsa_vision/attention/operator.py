@@ -1,9 +1,8 @@
-"""Register block-sparse attention as one operator of torch, and its gradient as another.
+"""Register block-sparse attention as a torch operator, and its gradient as another.
 
-A compiler sees tensors and numbers (`Call`). What is Python about a call (masks, cached block
-lists, token order, the choice of a backend) happens inside, at run time. Masks travel as the
-handle of a living object, as the kernel's three tensors, or, in programs that are saved, as one
-tensor that holds them (`carried_masks`).
+A compiler sees tensors and numbers (`Call`). The Python parts of a call (masks, cached block lists,
+token order, choice of a backend) run inside the operator. Masks are passed as the handle of an
+object, as the kernel's three tensors, or, in saved programs, as one tensor (`carried_masks`).
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ BACKWARD = f"(Tensor grad_out, Tensor out, {schema()}) -> (Tensor, Tensor, Tenso
 
 @torch.library.custom_op("bsa_vision::attention", mutates_args=(), schema=FORWARD)
 def attention_op(*flat: Any) -> tuple[Tensor, Tensor]:
-    """Return (out, lse) of a `Call`: (B, H, N, Dv), and (images, H, longest) if asked for."""
+    """Return out (B, H, N, Dv) of a `Call`, and lse (images, H, max_seqlen_q) or empty."""
     call = Call(*flat)
     problem = call.problem(_masks(call))
     backend = choose(problem, call.backend)
@@ -62,8 +61,8 @@ def _(*flat: Any) -> tuple[Tensor, Tensor]:
 def gradient_op(grad_out: Tensor, out: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     """Return the gradients of q, k, v, rel_h and rel_w; the last two are empty if not given.
 
-    A GPU backend with a gradient of its own runs its forward again. All others use `gather`, whose
-    gradient needs only the output.
+    GPU backends in `OWN_GRADIENTS` run their forward again. All others use `gather`, whose gradient
+    needs only the output.
     """
     call = Call(*flat)._replace(return_lse=False)
     problem = call.problem(_masks(call))
@@ -73,11 +72,11 @@ def gradient_op(grad_out: Tensor, out: Tensor, *flat: Any) -> tuple[Tensor, ...]
         if reason is None and call.dropout_p:
             backend = choose(problem, call.backend)
             if backend != "gather":
-                reason = f"the dropout mask of {backend!r} cannot be drawn again"
+                reason = f"the dropout mask of {backend!r} cannot be reproduced"
         if reason is not None:
             raise BackendUnavailable(
-                f"this compiled call has no gradient: {reason}. Use backend='gather', or do not "
-                "compile it."
+                f"this compiled call has no gradient: {reason}. Use backend='gather', or run it "
+                "without torch.compile."
             )
         found = gradients(problem, out, grad_out)
     dq, dk, dv, *terms = found
@@ -89,25 +88,25 @@ def gradient_op(grad_out: Tensor, out: Tensor, *flat: Any) -> tuple[Tensor, ...]
 def _(grad_out: Tensor, out: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     call = Call(*flat)
     inputs = (call.q, call.k, call.v, call.rel_h, call.rel_w)
-    return tuple(call.q.new_empty(0 if like is None else like.shape) for like in inputs)
+    return tuple(call.q.new_empty(0 if x is None else x.shape) for x in inputs)
 
 
-BRING_GRADIENTS = ("kernel", "cudnn", "flex")
+OWN_GRADIENTS = ("kernel", "cudnn", "flex")
 
 
 def _own_gradients(problem: Problem, backend: str, grad_out: Tensor) -> tuple[Tensor, ...] | None:
-    """Return the gradients by the backend that runs this call; None if not of `BRING_GRADIENTS`."""
+    """Return the gradients from the backend of this call; None if not in `OWN_GRADIENTS`."""
     with torch.enable_grad(), _as_outside():
         tensors = (problem.q, problem.k, problem.v, *(problem.rel_pos or ()))
         leaves = [x.detach().requires_grad_() for x in tensors]
         q, k, v, *terms = leaves
-        asked = replace(problem, q=q, k=k, v=v, rel_pos=RelPos(*terms) if terms else None)
-        if backend != "auto" and why_not(backend, asked) is not None:
-            backend = "auto"  # it ran forward and has no gradient for this call
-        name = choose(asked, backend)
-        if name not in BRING_GRADIENTS:
+        problem = replace(problem, q=q, k=k, v=v, rel_pos=RelPos(*terms) if terms else None)
+        if backend != "auto" and why_not(backend, problem) is not None:
+            backend = "auto"  # it ran the forward but has no gradient for this call
+        name = choose(problem, backend)
+        if name not in OWN_GRADIENTS:
             return None
-        return torch.autograd.grad(attend(asked, name).out, leaves, grad_out)
+        return torch.autograd.grad(attend(problem, name).out, leaves, grad_out)
 
 
 @contextmanager
@@ -139,13 +138,12 @@ def _masks(call: Call) -> HeadMasks:
 
 
 def _check_carried(call: Call, masks: HeadMasks) -> None:
-    """Raise ValueError if a saved program is run at another size than it carries masks for."""
+    """Raise ValueError if the stored masks of a saved program are for another image size."""
     try:
         check_fit(call.q, call.k, masks, None)
     except ValueError as error:
         raise ValueError(
-            f"this program carries the masks of one image size, and was given another: {error} "
-            "Export it for this size."
+            f"this program contains masks for one image size only: {error} Export it for this size."
         ) from None
 
 
@@ -153,8 +151,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     call = Call(*inputs)
     ctx.save_for_backward(*call.tensors, output[0])
     ctx.numbers = call.numbers
-    # The masks must live until backward. A compiler may make the handle symbolic; then the owner
-    # of its graph keeps them.
+    # Keep the masks until backward. If a compiler made the handle symbolic, the owner of the graph
+    # keeps them.
     alive = isinstance(call.handle, int) and call.handle
     ctx.masks = from_handle(call.handle) if alive else None
 

@@ -1,8 +1,10 @@
-"""SAM's decomposed relative position, kept factored: two small tables of products instead of an N x N bias.
+"""SAM's decomposed relative position in factored form, without the N x N bias.
 
     logit[i, j] = scale * q_i . k_j + rel_h[i, y(j)] + rel_w[i, x(j)]
 
-with rel_h[i, y] = q_i . Rh[y(i), y] and rel_w[i, x] = q_i . Rw[x(i), x] from the unscaled q, shared tables for all heads.
+where rel_h[i, y] = q_i . Rh[y(i), y] and rel_w[i, x] = q_i . Rw[x(i), x] with the unscaled q. All
+heads share the tables.
+
 Source: segment_anything, `add_decomposed_rel_pos` (after MViTv2, arXiv 2112.01526).
 """
 
@@ -16,10 +18,10 @@ from torch import Tensor
 
 
 class RelPos(NamedTuple):
-    """The factored term of every query, in model order like q.
+    """Factored relative position of every query, in model order.
 
-    rel_h  (B, H, N, h) what each key row adds
-    rel_w  (B, H, N, w) what each key column adds
+    rel_h  (B, H, N, h) term of each key row
+    rel_w  (B, H, N, w) term of each key column
     """
 
     rel_h: Tensor
@@ -27,20 +29,23 @@ class RelPos(NamedTuple):
 
 
 def decompose(q: Tensor, table_h: Tensor, table_w: Tensor, grid: tuple[int, int]) -> RelPos:
-    """The factored term of unscaled queries q (B, H, h * w, D), raster order, no special tokens.
+    """Return the factored terms of unscaled queries.
 
-    table_h  (2 * h - 1, D), table_w (2 * w - 1, D): one row per relative distance, as segment_anything stores them
+    q                 (B, H, h * w, D) in raster order, without special tokens
+    table_h, table_w  (2 * h - 1, D) and (2 * w - 1, D), one row per relative distance, as in
+                      segment_anything
     """
     height, width = grid
     if q.shape[2] != height * width:
         raise ValueError(
-            f"q has {q.shape[2]} tokens, the grid {height} x {width} = {height * width}: they must be equal."
+            f"q has {q.shape[2]} tokens, the grid {height} x {width} = {height * width}: they must "
+            "be equal."
         )
     for name, table, side in (("table_h", table_h, height), ("table_w", table_w, width)):
         if table.shape != (2 * side - 1, q.shape[-1]):
             raise ValueError(
-                f"{name} has shape {tuple(table.shape)}: expected ({2 * side - 1}, {q.shape[-1]}) for a side of {side}; "
-                "interpolate the table first."
+                f"{name} has shape {tuple(table.shape)}: expected ({2 * side - 1}, {q.shape[-1]}) "
+                f"for a side of {side}; use rel_pos.resize_table first."
             )
     by_patch = q.unflatten(2, grid)  # (B, H, h, w, D)
     rel_h = torch.einsum("bnyxd,ykd->bnyxk", by_patch, table_h[_distances(height, q.device)])
@@ -49,7 +54,10 @@ def decompose(q: Tensor, table_h: Tensor, table_w: Tensor, grid: tuple[int, int]
 
 
 def resize_table(table: Tensor, side: int) -> Tensor:
-    """(L, D) -> (2 * side - 1, D), linearly interpolated as segment_anything's `get_rel_pos` does it; itself where it fits."""
+    """Resize a table (L, D) to (2 * side - 1, D) by linear interpolation.
+
+    Source: segment_anything, `get_rel_pos`. A table of this size is returned unchanged.
+    """
     length = 2 * side - 1
     if len(table) == length:
         return table
@@ -57,6 +65,6 @@ def resize_table(table: Tensor, side: int) -> Tensor:
 
 
 def _distances(side: int, device: torch.device) -> Tensor:
-    """(side, side) table row of the distance from query position to key position."""
+    """Return the table row of each pair of query and key positions, (side, side)."""
     position = torch.arange(side, device=device)
     return position[:, None] - position[None] + side - 1

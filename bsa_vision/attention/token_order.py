@@ -1,7 +1,7 @@
-"""Apply token order: sort the tokens of a call as its masks are, run it, and put the results back.
+"""Apply token order: sort the tokens of a call like its masks, run it, restore the order.
 
-Masks in tile order describe tokens that were sorted by tile (`TokenLayout.permutation`). Every step
-has its undo beside it: `order_tokens` / `restore_tokens`, `ordered` / `restored`.
+Masks in tile order are for tokens sorted by tile (`TokenLayout.permutation`). `restore_tokens`
+undoes `order_tokens`, and `restored` undoes `ordered`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def token_index(layout: TokenLayout, device: torch.device, inverse: bool = False
 @torch.inference_mode(False)
 def key_places(layout: TokenLayout, ordered: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the patch row and column of every token, (N,) int64 each, in packed or model order."""
-    row, column = (place if ordered else place[layout.inverse] for place in layout.coordinates)
+    row, column = (x if ordered else x[layout.inverse] for x in layout.coordinates)
     return row.to(device), column.to(device)
 
 
@@ -43,7 +43,7 @@ def order_tokens(x: Tensor, layout: TokenLayout | None, dim: int = -2) -> Tensor
 
 
 def restore_tokens(x: Tensor, layout: TokenLayout | None, dim: int = -2) -> Tensor:
-    """Return `x` with axis `dim` in model order again; undoes `order_tokens`."""
+    """Return `x` with axis `dim` in model order instead of packed order."""
     if layout is None or layout.is_identity:
         return x
     return x.index_select(dim, token_index(layout, x.device, inverse=True))
@@ -52,7 +52,7 @@ def restore_tokens(x: Tensor, layout: TokenLayout | None, dim: int = -2) -> Tens
 def ordered(problem: Problem, *, rel_pos: bool = True) -> Problem:
     """Return `problem` with its tokens in packed order.
 
-    rel_pos  whether relative position is ordered too; if not, `order_q` says where its rows are
+    rel_pos  whether to order relative position too; if not, `order_q` has the order of its rows
     """
     layout, kv_layout = problem.masks.orders
     if layout is None and kv_layout is None and problem.rel_pos is None:
@@ -80,14 +80,14 @@ def restored(result: Result, problem: Problem) -> Result:
     layout = problem.masks.orders[0]
     if layout is None:
         return result
-    # Adjacent in memory token by token, as output projections read it.
+    # In memory (B, N, H, D), the layout that output projections read.
     out = restore_tokens(result.out.transpose(1, 2), layout, dim=1).transpose(1, 2)  # (B, H, N, D)
     lse = None if result.lse is None else restore_tokens(result.lse, layout, dim=-1)
     return Result(out, lse, result.probs)
 
 
 def with_order(problem: Problem) -> Problem:
-    """Return `problem` in model order, with the order for a kernel that gathers tokens itself."""
+    """Return `problem` in model order, with the orders for a kernel that gathers tokens itself."""
     layout, kv_layout = problem.masks.orders
     if layout is None and kv_layout is None and problem.rel_pos is None:
         return problem
@@ -103,7 +103,7 @@ def with_order(problem: Problem) -> Problem:
 
 
 def _key_places(problem: Problem, ordered: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Return the patch row and column of every key, which only relative position needs."""
+    """Return the patch row and column of every key, or None without relative position."""
     layout = problem.masks.kv_layout
     if problem.rel_pos is None:
         return None, None
@@ -119,17 +119,17 @@ def _key_places(problem: Problem, ordered: bool) -> tuple[Tensor | None, Tensor 
 
 
 def attend(problem: Problem, backend: str) -> Result:
-    """Run `problem`, whose tokens are in model order, on one backend, and return model order."""
+    """Run `problem` on a backend; its tokens and the result are in model order."""
     blocks = problem.masks.base_blockmask
     if blocks is not None and blocks.shape[0] not in (1, problem.num_images):
         raise ValueError(
             f"the masks are for {blocks.shape[0]} images, the batch has {problem.num_images}: "
-            "expected masks for one image, or for each; give as many prompts as images."
+            "expected masks for one image, or for each; pass one list of prompts per image."
         )
-    # Autocast has chosen the dtype of q, k and v; inside, precision is up to the backend.
+    # Autocast has set the dtype of q, k and v; the backend chooses its own precision.
     with without_autocast(problem.q.device):
         if backend == "gather" and cpu_kernel.why_not(problem) is None:
-            return cpu_kernel.run(with_order(problem))  # it gathers tokens itself
+            return cpu_kernel.run(with_order(problem))
         packed = ordered(problem, rel_pos=backend != "flex")
         return restored(BACKENDS[backend].run(packed), problem)
 
@@ -141,7 +141,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 def gradients(problem: Problem, out: Tensor, grad_out: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients of q, k, v and, if given, rel_h and rel_w, by `gather`."""
+    """Return the gradients of q, k, v and, if given, rel_h and rel_w, computed by `gather`."""
     with without_autocast(out.device):
         if cpu_kernel.why_not(problem) is None:
             return tuple(cpu_kernel.gradients(with_order(problem), out, grad_out))
@@ -149,4 +149,4 @@ def gradients(problem: Problem, out: Tensor, grad_out: Tensor) -> tuple[Tensor, 
         out, grad_out = (order_tokens(x, layout) for x in (out, grad_out))
         grads = gather.gradients(ordered(problem), out, grad_out)
         layouts = (layout, kv_layout, kv_layout, layout, layout)
-        return tuple(restore_tokens(x, to) for x, to in zip(grads, layouts) if x is not None)
+        return tuple(restore_tokens(x, order) for x, order in zip(grads, layouts) if x is not None)

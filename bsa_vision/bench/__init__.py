@@ -1,4 +1,4 @@
-"""`bsa-vision bench`: one attention call or a whole model, compared with its peers in one run.
+"""Benchmarks of one attention call or a whole model against other implementations.
 
 case -> implementations -> reference -> attention, models -> report, plot
 """

@@ -1,4 +1,4 @@
-"""One attention call with every implementation: results are checked first, then timed in turn."""
+"""Benchmark one attention call: check the results of every implementation, then time them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ OK, WRONG, FAILED, NOT_RUN = "ok", "wrong", "failed", "not run"
 
 @dataclass(frozen=True)
 class Measurement:
-    """One implementation on one case.
+    """The measurement of one implementation on one case.
 
-    status  OK, WRONG (a result is off by more than rounding), FAILED or NOT_RUN, with a reason
+    status  OK, WRONG (an error exceeds the allowed rounding), FAILED or NOT_RUN
+    reason  why the status is not OK
     errors  name of a result ("out", "dq", ...) -> its error
-    timing  ratios are to the first implementation in the same round
+    timing  with ratios to the first implementation in the same round
     """
 
     status: str = OK
@@ -35,11 +36,11 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Row:
-    """What was found for one case.
+    """The measurements of one case.
 
-    density          realised share of blocks that are computed, all heads together
-    checked          which part of the results was compared with the definition
-    implementations  name -> measurement; the first one is what the others are compared with
+    density          realised share of computed blocks over all heads
+    checked          which part of the results was compared with the reference
+    implementations  name -> measurement; the first one is the baseline
     """
 
     case: Any
@@ -50,14 +51,14 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        return all(one.status in (OK, NOT_RUN) for one in self.implementations.values())
+        return all(m.status in (OK, NOT_RUN) for m in self.implementations.values())
 
 
-OnStep = Callable[[str], Any]  # is told what comes next
+OnStep = Callable[[str], Any]  # called with the name of the next step
 
 
 def selected(case: Case, asked: Iterable[str] | None) -> list[str]:
-    """Name the implementations to run, dense SDPA first; None = all that make sense here."""
+    """Return the implementations to run, dense SDPA first; None = all that the device can run."""
     skipped = () if torch.device(case.device).type == "cuda" else FOR_GPUS
     wanted = {BASELINE, *((set(IMPLEMENTATIONS) - set(skipped)) if asked is None else asked)}
     return [name for name in IMPLEMENTATIONS if name in wanted]
@@ -66,7 +67,7 @@ def selected(case: Case, asked: Iterable[str] | None) -> list[str]:
 def run_case(
     case: Case, asked: Iterable[str] | None, rounds: int, on_step: OnStep = lambda what: None
 ) -> Row:
-    """Prepare, check and time the implementations."""
+    """Prepare, check and time the implementations of one case."""
     on_step("computing the reference")
     inputs = make_inputs(case)
     reference = Reference(inputs)
@@ -76,24 +77,25 @@ def run_case(
         on_step(f"first call of {IMPLEMENTATIONS[name].title}")
         try:
             prepared = IMPLEMENTATIONS[name].prepare(inputs)
-            results = prepared.packed_results()  # compiles where there is something to compile
+            results = prepared.packed_results()  # the first call may compile
             errors = reference.errors(results, IMPLEMENTATIONS[name].is_dense)
             found[name], runs[name] = judged(errors, prepared.backend), prepared.run
         except BackendUnavailable as error:
             found[name] = Measurement(NOT_RUN, str(error))
-        except Exception as error:  # a peer that breaks on this machine must not end the run
+        except Exception as error:  # a broken implementation must not end the run
             status = FAILED if name in (BSA, BASELINE) else NOT_RUN
             found[name] = Measurement(status, first_line(error))
     on_step("timing")
     if BASELINE in runs:
         timings, graphs = paired_graphs(runs, rounds, torch.device(case.device))
         for name, timing in timings.items():
-            how = ", ".join(filter(None, (found[name].backend, "as a graph" * (name in graphs))))
-            found[name] = replace(found[name], timing=timing, backend=how)
+            graph = "as a graph" if name in graphs else ""
+            backend = ", ".join(filter(None, (found[name].backend, graph)))
+            found[name] = replace(found[name], timing=timing, backend=backend)
     return Row(case, 1 - inputs.masks.sparsity, reference.checked, found)
 
 
 def judged(errors: dict[str, Error], backend: str = "") -> Measurement:
-    """Return a measurement, still without times, that says which results are wrong."""
-    wrong = [f"error of {name} / allowed: {one}" for name, one in errors.items() if not one.ok]
+    """Return a measurement without times; its status depends on the errors."""
+    wrong = [f"error of {name} / allowed: {e}" for name, e in errors.items() if not e.ok]
     return Measurement(WRONG if wrong else OK, "; ".join(wrong), backend, errors)

@@ -1,4 +1,4 @@
-"""One attention call to measure, as plain data, and the tensors made from it."""
+"""Describe an attention call to benchmark as plain data, and make its tensors."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from bsa_vision.attention.rel_pos import RelPos, decompose
 from bsa_vision.masks import Pattern, TokenLayout
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
-# Queries are twice as wide as keys, so that logits have a standard deviation of 2: where attention
-# is nearly uniform, a wrong mask would not show.
-QUERY_WIDTH = 2.0
+# Standard deviation of the queries, and thus of the logits. With nearly uniform attention a wrong
+# mask would go unnoticed.
+QUERY_STD = 2.0
 
 
 @dataclass(frozen=True)
 class Case:
-    """One attention call, to be measured with several implementations.
+    """One attention call to benchmark with several implementations.
 
-    grid      (h, w) patches; there are no special tokens, so N = h * w
-    pattern   block mask of every head after the first `dense_heads`; random patterns differ by head
-    dtype     a name of `DTYPES`
-    rel_pos   whether there is a factored relative position
-    backward  whether the gradients of all inputs are computed as well
-    backend   what bsa-vision is told to use
+    grid         (h, w) patches; there are no prefix tokens, so N = h * w
+    pattern      block mask of the sparse heads; random patterns differ between heads
+    dense_heads  number of leading heads to keep dense
+    dtype        a name in `DTYPES`
+    rel_pos      add factored relative position
+    backward     also compute the gradients of all inputs
+    backend      backend of bsa-vision
     """
 
     grid: tuple[int, int]
@@ -57,7 +58,10 @@ class Case:
 
 
 def make_masks(case: Case) -> HeadMasks:
-    """Build the masks; ValueError where the pattern does not fit the grid or leaves a row empty."""
+    """Build the masks.
+
+    Raises ValueError if the pattern does not fit the grid or leaves a row empty.
+    """
     if case.dense_heads > case.heads:
         raise ValueError(f"--dense-heads {case.dense_heads}: there are {case.heads} heads.")
     types, layout = [int(head >= case.dense_heads) for head in range(case.heads)], case.layout
@@ -69,11 +73,11 @@ def make_masks(case: Case) -> HeadMasks:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """The masks and tensors that every implementation is given.
+    """The masks and tensors, the same for every implementation.
 
     tensors    q, k, v (B, H, N, D), and with relative position rel_h, rel_w (B, H, N, h or w)
-    grad       gradient of the output, None without backward
-    is_packed  whether tokens are in packed order; otherwise in the model's
+    grad       gradient of the output; None without backward
+    is_packed  whether tokens are in packed order instead of model order
     """
 
     case: Case
@@ -88,7 +92,7 @@ class Inputs:
 
     @cached_property
     def packed(self) -> Inputs:
-        """The same tokens in packed order, for implementations without token order."""
+        """The same inputs in packed order, for implementations that do not order tokens."""
         if self.is_packed:
             return self
         tensors, grad = self.pack(self.tensors), self.grad
@@ -96,23 +100,26 @@ class Inputs:
         return Inputs(self.case, self.masks, tensors, grad, is_packed=True)
 
     def pack(self, tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
-        """Bring tensors that are in the order of these inputs into packed order."""
+        """Reorder tensors from the token order of these inputs to packed order."""
         if self.is_packed or self.case.layout.is_identity:
             return tuple(tensors)
         index = self.case.layout.permutation.to(self.q.device)
         return tuple(x.index_select(2, index) for x in tensors)
 
     def problem(self, tensors: Sequence[Tensor], masks: HeadMasks | None = None) -> Problem:
-        """Describe the call with other tensors, some heads' of these; masks None = all heads'."""
+        """Return the call with other tensors, such as those of some heads.
+
+        masks  None = the masks of all heads
+        """
         q, k, v, *terms = tensors
         row, column = (x.to(q.device) for x in self.case.layout.coordinates)
-        given = Problem(q, k, v, masks or self.masks, self.case.head_dim**-0.5)
+        problem = Problem(q, k, v, masks or self.masks, self.case.head_dim**-0.5)
         rel_pos = RelPos(*terms) if terms else None
-        return replace(given, rel_pos=rel_pos, key_row=row, key_column=column)
+        return replace(problem, rel_pos=rel_pos, key_row=row, key_column=column)
 
 
 def make_inputs(case: Case) -> Inputs:
-    """Draw the tensors; the same case gives the same numbers in every process."""
+    """Draw the tensors; the same case always gives the same numbers."""
     generator = torch.Generator(device="cpu").manual_seed(case.seed)
 
     def random(*shape: int) -> Tensor:
@@ -120,10 +127,10 @@ def make_inputs(case: Case) -> Inputs:
         return numbers.to(case.device, DTYPES[case.dtype])
 
     shape = (case.batch, case.heads, case.tokens, case.head_dim)
-    tensors = [random(*shape).mul_(QUERY_WIDTH), random(*shape), random(*shape)]
-    if case.rel_pos:  # terms of standard deviation 1 each
-        width = 1 / (QUERY_WIDTH * case.head_dim**0.5)
-        tables = [random(2 * side - 1, case.head_dim).mul_(width) for side in case.grid]
+    tensors = [random(*shape).mul_(QUERY_STD), random(*shape), random(*shape)]
+    if case.rel_pos:  # each term gets a standard deviation of 1
+        std = 1 / (QUERY_STD * case.head_dim**0.5)
+        tables = [random(2 * side - 1, case.head_dim).mul_(std) for side in case.grid]
         tensors += decompose(tensors[0], tables[0], tables[1], case.grid)
     grad = random(*shape) if case.backward else None
     return Inputs(case, make_masks(case), tuple(tensors), grad)

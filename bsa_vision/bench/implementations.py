@@ -1,7 +1,7 @@
-"""The implementations that are compared; each says why it cannot run a case.
+"""The implementations that `bsa-vision bench` compares.
 
-All get the same numbers and masks. bsa-vision takes tokens in model order and orders them within
-the timing; the peers have no token order, so they are handed q, k, v in packed order.
+All get the same numbers and masks. bsa-vision takes tokens in model order, so its time includes
+ordering them. The other implementations do not order tokens and get q, k, v in packed order.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from bsa_vision.bench.case import Inputs
 from bsa_vision.errors import BackendUnavailable
 from bsa_vision.storage.machine import free_memory
 
-# An implementation whose N x N tensors need more than this share of the free memory is not tried:
-# estimates are rough, and a process that is killed for memory reports nothing.
+# Share of the free memory that N x N tensors may take. The estimates are rough, and a process that
+# is killed for memory reports nothing.
 MEMORY_SHARE = 0.6
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """An implementation, ready to run one case.
+    """An implementation that is ready to run one case.
 
-    run      compute (out,), or with backward (out, dq, dk, dv), with relative position also
-             (drel_h, drel_w); in the order of tokens that `inputs` have
-    backend  which one runs, where there is a choice
+    run      returns (out,), or with backward (out, dq, dk, dv), followed by (drel_h, drel_w) with
+             relative position, all in the token order of `inputs`
+    backend  the chosen backend, "" if the implementation has only one
     """
 
     inputs: Inputs
@@ -44,22 +44,29 @@ class Prepared:
     backend: str = ""
 
     def packed_results(self) -> tuple[Tensor, ...]:
-        """Run once, and bring the results into packed order."""
+        """Run once and return the results in packed order."""
         return self.inputs.pack(self.run())
 
 
 class Implementation(NamedTuple):
-    """A title for tables, and `prepare`, which is not timed and raises BackendUnavailable."""
+    """One implementation.
+
+    prepare   not timed; raises BackendUnavailable if the implementation cannot run the case
+    is_dense  ignores masks and relative position
+    """
 
     title: str
     prepare: Callable[[Inputs], Prepared]
-    is_dense: bool = False  # without masks and relative position
+    is_dense: bool = False
 
 
 def _prepared(
     inputs: Inputs, forward: Callable[..., Tensor], biased: bool = False, backend: str = ""
 ) -> Prepared:
-    """Run `forward(q, k, v, *rel_pos)`, with its gradients where the case asks for them."""
+    """Wrap `forward(q, k, v, *rel_pos)`, with gradients if the case needs them.
+
+    biased  pass relative position
+    """
     tensors = inputs.tensors if biased else inputs.tensors[:3]
 
     @torch.no_grad()
@@ -88,7 +95,7 @@ def _bsa(inputs: Inputs) -> Prepared:
     return _prepared(inputs, forward, True, name)
 
 
-# torch's attention: dense, and with the mask spelled out
+# torch's attention: dense, and with the mask per token
 
 
 def _sdpa(inputs: Inputs) -> Prepared:
@@ -98,9 +105,9 @@ def _sdpa(inputs: Inputs) -> Prepared:
 def _sdpa_mask(inputs: Inputs) -> Prepared:
     _check_unbiased(inputs)
     blocks = _blocks(inputs)
-    if bool((blocks == blocks[:, :1]).all()):  # one mask for all heads, as any user would do
+    if bool((blocks == blocks[:, :1]).all()):  # equal masks are passed once, as a user would do
         blocks = blocks[:, :1]
-    # One byte each, of which torch makes a number in every call.
+    # The bool mask, and the float mask that torch builds from it in every call.
     _check_memory(inputs, blocks.shape[1] * (1 + inputs.q.itemsize))
     index = inputs.case.layout.block_of.to(blocks.device)
     mask = blocks.index_select(2, index).index_select(3, index)  # (1, H or 1, N, N)
@@ -115,7 +122,7 @@ def _blocks(inputs: Inputs) -> Tensor:
 
 def _check_unbiased(inputs: Inputs) -> None:
     if inputs.case.rel_pos:
-        raise BackendUnavailable("it adds no relative position")
+        raise BackendUnavailable("it does not support relative position")
 
 
 def _check_memory(inputs: Inputs, bytes_each: int) -> None:
@@ -155,18 +162,21 @@ def _flex(inputs: Inputs) -> Prepared:
 
 
 def _lists(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Number of kept blocks per row, (1, H, R) int32; columns, kept ones first, (1, H, R, C)."""
+    """Return the number of kept blocks per row, (1, H, R), and their columns, (1, H, R, C).
+
+    Both are int32; the columns list the kept blocks first.
+    """
     blocks = _blocks(inputs)
     index = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
     return blocks.sum(-1, dtype=torch.int32), index
 
 
-# On GPUs: torch's kernels one by one, and block-sparse kernels called by hand
+# GPUs only: single kernels of torch, and block-sparse kernels called directly
 
 
 def _check_gpu(inputs: Inputs) -> None:
     if not inputs.q.is_cuda:
-        raise BackendUnavailable("it runs on CUDA")
+        raise BackendUnavailable("it needs a CUDA device")
 
 
 def _sdpa_kernel(kind: SDPBackend, inputs: Inputs) -> Prepared:
@@ -192,13 +202,14 @@ def _kernel(inputs: Inputs) -> Prepared:
     function = _import("block_sparse_attn", "block_sparse_attn_func", inputs)
     case, device = inputs.case, inputs.q.device
     base = _blocks(inputs).expand(case.batch, -1, -1, -1).contiguous()
-    ends = torch.arange(case.batch + 1, dtype=torch.int32, device=device) * case.tokens
+    cu_seqlens = torch.arange(case.batch + 1, dtype=torch.int32, device=device) * case.tokens
     types = torch.ones(case.heads, dtype=torch.int32, device=device)
-    sizes = (case.tokens, case.tokens)
+    max_seqlens = (case.tokens, case.tokens)
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         tokens = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-        out: Tensor = function(*tokens, ends, ends, types, None, base, *sizes, 0.0)
+        ragged = (cu_seqlens, cu_seqlens, types, None, base, *max_seqlens)
+        out: Tensor = function(*tokens, *ragged, 0.0)
         return out.unflatten(0, (case.batch, -1)).transpose(1, 2)
 
     return _prepared(inputs.packed, forward)
@@ -208,7 +219,7 @@ def _cudnn(inputs: Inputs) -> Prepared:
     package = "cudnn.block_sparse_attention"
     function, case = _import(package, "block_sparse_attention_forward", inputs), inputs.case
     if case.backward:
-        raise BackendUnavailable("its gradient is not called by hand")
+        raise BackendUnavailable("its backward is not benchmarked")
     count, index = (x.expand(case.batch, *x.shape[1:]).contiguous() for x in _lists(inputs))
     sizes = torch.full((index.shape[-1],), 128, dtype=torch.int32, device=index.device)
     sizes[-1] = case.tokens - 128 * (len(sizes) - 1)

@@ -1,4 +1,4 @@
-"""A whole model with sparse heads, compared with the dense original in one run."""
+"""Benchmark a whole model with sparse heads against the dense original."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from bsa_vision.storage.machine import free_memory
 
 @dataclass(frozen=True)
 class ModelCase:
-    """One model under one plan.
+    """One model with the same pattern in every layer.
 
-    model       a name of `BUILT_IN`, or "package.module:factory", which is called without arguments
-    image_size  pixels (h, w); None = 64 patches a side, or what a factory's model is made for
+    model       a name in `BUILT_IN`, or "package.module:factory", called without arguments
+    image_size  pixels (h, w); None = 64 patches per side, or the size of the factory's model
     """
 
     model: str
@@ -45,7 +45,7 @@ class ModelCase:
 
 
 def build_model(case: ModelCase) -> tuple[nn.Module, ModelCase]:
-    """Build the model in eval mode, and complete the case with its image size."""
+    """Build the model in eval mode; also return the case with its image size."""
     torch.manual_seed(case.seed)
     if case.model in BUILT_IN:
         size = case.image_size or (64 * BUILT_IN[case.model][1],) * 2
@@ -62,7 +62,7 @@ def build_model(case: ModelCase) -> tuple[nn.Module, ModelCase]:
 
 
 def make_plan(model: nn.Module, case: ModelCase) -> SparsityPlan:
-    """Build the plan that gives every layer the case's pattern."""
+    """Build the plan with the case's pattern in every layer."""
     spec = adapters.inspect(model, case.image_size)
     how = {"order": case.order, "block_size": case.block_size}
     return SparsityPlan.uniform(spec, case.pattern, dense_heads=case.dense_heads, **how)  # type: ignore[arg-type]
@@ -77,7 +77,10 @@ def make_pixels(case: ModelCase) -> Tensor:
 
 
 def run_model_case(case: ModelCase, rounds: int) -> Row:
-    """Check and time one model; ValueError for a model, image size or plan that is not possible."""
+    """Check and time one model.
+
+    Raises ValueError if the model, the image size or the plan is not valid.
+    """
     model, case = build_model(case)
     plan = make_plan(model, case)
     spec = adapters.inspect(model, case.image_size)
@@ -101,9 +104,9 @@ def run_model_case(case: ModelCase, rounds: int) -> Row:
 def _measure(
     model: nn.Module, case: ModelCase, plan: SparsityPlan, rounds: int, notes: list[str]
 ) -> tuple[str, dict[str, Measurement]]:
-    """Return what was checked, and the measurements of the original and the sparse model."""
+    """Return what was checked, and the measurements of the dense and the sparse model."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    dense = copy.deepcopy(model, shared)  # another model with the same weights
+    dense = copy.deepcopy(model, shared)  # shares the weights
     pixels, exact = make_pixels(case), copy.deepcopy(model).double()
     original = features(model, pixels)
     limit = allowed(distance(original[:1], features(exact, pixels[:1].double())), original.dtype)
@@ -116,23 +119,26 @@ def _measure(
     notes.append(f"Sparse features differ from dense ones by {difference:.3f}.")
     found = {} if expected is None else {"features": distance(sparse[:1], expected)}
     errors = {name: Error(error, limit) for name, error in found.items()}
-    runs = {name: partial(features, one, pixels) for name, one in (("d", dense), ("s", model))}
+    models = {"dense": dense, "sparse": model}
+    runs = {name: partial(features, each, pixels) for name, each in models.items()}
     timings = paired(runs, rounds, device=pixels.device)
     backends = ", ".join(dict.fromkeys(layer.backend for layer in layers))
-    sparse_model = replace(judged(errors, backends), timing=timings["s"])
-    return checked, {"dense": Measurement(timing=timings["d"]), "sparse": sparse_model}
+    sparse_model = replace(judged(errors, backends), timing=timings["sparse"])
+    return checked, {"dense": Measurement(timing=timings["dense"]), "sparse": sparse_model}
 
 
 def _reference(
     exact: nn.Module, case: ModelCase, plan: SparsityPlan, pixels: Tensor
 ) -> tuple[str, Tensor | None]:
-    """Return how, and the float64 features of the first image with the plan's masks."""
+    """Compute the expected features of the first image, in float64 with the plan's masks.
+
+    Returns what is checked, and the features, or None if they do not fit into memory.
+    """
     spec = adapters.inspect(exact, case.image_size)
     logits = spec.layers[0].heads * plan.layout(spec).num_tokens ** 2
     for backend, bytes_each in (("reference", 8 * 6), ("sdpa", 8 * 2)):
         if logits * bytes_each < free_memory(case.device) / 2:
             adapters.sparsify_(exact, plan, backend)
-            return f"features of the first image, by {backend}", features(
-                exact, pixels[:1].double()
-            )
+            expected = features(exact, pixels[:1].double())
+            return f"features of the first image, by {backend}", expected
     return f"NOTHING, it needs {logits * 16 / 1e9:.1f} GB of memory", None

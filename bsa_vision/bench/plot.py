@@ -1,4 +1,4 @@
-"""Plot time against density, beside the line of ideal proportion. Needs matplotlib."""
+"""Plot relative time over density, with the ideal line. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 
 
 def plot_rows(rows: Sequence[Row], title: str) -> Figure:
-    """Plot time over dense time against density; on these axes proportion is a line."""
+    """Plot time / dense time over density; ideal scaling is a straight line."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -36,7 +36,7 @@ def plot_rows(rows: Sequence[Row], title: str) -> Figure:
     axes.plot([low_end, 1], [low_end, 1], color="black", lw=1, label="ideal: ratio = density")
     axes.axhline(1, color="black", lw=1, ls=":", label=IMPLEMENTATIONS[BASELINE].title)
     axes.set(xscale="log", yscale="log", xlabel="realised density (computed blocks / all blocks)")
-    axes.set_ylabel("time / time of dense SDPA (median, smallest to largest)")
+    axes.set_ylabel("time / time of dense SDPA (median, minimum to maximum)")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(FixedLocator(TICKS))
         axis.set_minor_locator(NullLocator())

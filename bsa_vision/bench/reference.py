@@ -1,9 +1,9 @@
-"""Compare results with the definition: the `reference` backend in float64.
+"""Compare results with the `reference` backend in float64.
 
-An error is that of the worst token: the length of the difference between its vector and the
-expected one, over the root mean square length of such vectors. How large rounding errors may be is
-measured: plain attention (matmul, mask, softmax, matmul) in the case's own dtype is compared with
-float64 as well, and an implementation may be a few times as far off.
+The error of a tensor is the largest norm of the difference between a token's vector and the
+expected one, relative to the root mean square norm of the expected vectors. The allowed error is
+measured: it is a multiple of the error of plain attention (matmul, mask, softmax, matmul) in the
+dtype of the case.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from bsa_vision.bench.case import DTYPES, Case, Inputs
 
 ALLOWANCE = 3.0
 ALLOWANCE_LOW = 1.5  # float16, bfloat16: plain attention rounds its logits, fused kernels do not
-# On top, in roundings of the accumulating dtype: fused kernels rebuild a softmax from its
-# logarithm, whose own rounding error is as large as a logit of 10 to 20 makes it.
+# Added, in units of the accumulating dtype's eps: fused kernels recompute the softmax from its
+# log-sum-exp, whose rounding error grows with the logits (10 to 20).
 ROUNDINGS = 64.0
-ONE_HEAD = 2**26  # logits of one head that fit: 8192 tokens, 0.5 GB in float64, several times
-ALL_HEADS = 2**28  # logits that are checked: all of 16 heads of 4096 tokens, then fewer heads
+ONE_HEAD = 2**26  # most logits per head: 8192 tokens, several tensors of 0.5 GB in float64
+ALL_HEADS = 2**28  # most logits to check, such as 16 heads of 4096 tokens; beyond it, fewer heads
 NAMES = ("out", "dq", "dk", "dv", "drel_h", "drel_w")
 
 
 @dataclass(frozen=True)
 class Error:
-    """How far one tensor is off, and how far it may be; see `distance`."""
+    """The error of one tensor and the allowed error; see `distance`."""
 
     found: float
     allowed: float
@@ -46,7 +46,7 @@ class Error:
 
 
 class Reference:
-    """The expected results of one case, in packed order, of the heads that are checked."""
+    """The expected results of the checked heads of one case, in packed order."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs, self.heads = inputs.packed, checked_heads(inputs.case)
@@ -54,21 +54,22 @@ class Reference:
         self.dense = self._compute(_definition, torch.float64, dense=True)
         self.sparse = self._compute(_definition, torch.float64)
         plain = zip(self._compute(_plain, dtype), self.sparse, strict=True)
-        self.allowed = [allowed(distance(one, exact), dtype) for one, exact in plain]
+        self.allowed = [allowed(distance(rounded, exact), dtype) for rounded, exact in plain]
 
     @property
     def checked(self) -> str:
-        """Which part of the results is compared, in words."""
+        """Which part of the results is compared, for reports."""
         case = self.inputs.case
         if not self.heads:
             return f"NOTHING, {case.tokens:,} tokens are too many"
-        some = f"{len(self.heads)} of {case.heads} heads"
-        return "all heads" if len(self.heads) == case.heads else some
+        if len(self.heads) == case.heads:
+            return "all heads"
+        return f"{len(self.heads)} of {case.heads} heads"
 
     def errors(self, results: Sequence[Tensor], dense: bool) -> dict[str, Error]:
-        """Return the error of each of `results`, (B, H, N, ...) in packed order.
+        """Return the errors of `results`, (B, H, N, ...) in packed order.
 
-        dense  compare with attention without masks and relative position
+        dense  compare with dense attention without relative position
         """
         expected, heads = self.dense if dense else self.sparse, list(self.heads)
         parts = zip(NAMES, results, expected, self.allowed, strict=False)
@@ -83,37 +84,37 @@ class Reference:
         blocks = torch.ones_like(blocks) if dense else blocks
         found = []
         for head in self.heads:
-            own = slice(head, head + 1)
-            leaves = [x[:, own].detach().to(dtype, copy=True) for x in inputs.tensors]
+            one = slice(head, head + 1)
+            leaves = [x[:, one].detach().to(dtype, copy=True) for x in inputs.tensors]
             leaves = leaves[:3] if dense else leaves
             for x in leaves:
                 x.requires_grad_(inputs.grad is not None)
-            masks = HeadMasks(blocks[:, own], block_size=inputs.case.block_size)
+            masks = HeadMasks(blocks[:, one], block_size=inputs.case.block_size)
             out = attend(inputs.problem(leaves, masks))
             found.append([out.detach()])
             if inputs.grad is not None:
-                found[-1] += torch.autograd.grad(out, leaves, inputs.grad[:, own].to(dtype))
+                found[-1] += torch.autograd.grad(out, leaves, inputs.grad[:, one].to(dtype))
         return [torch.cat(heads, 1) for heads in zip(*found, strict=True)]
 
 
 def checked_heads(case: Case) -> tuple[int, ...]:
-    """Choose the heads that are checked, sparse ones first: all, some, or none."""
+    """Return the heads to check, sparse ones first: all, some or none."""
     logits = case.batch * case.tokens**2
     return tuple(range(case.heads))[-max(1, ALL_HEADS // logits) :] if logits <= ONE_HEAD else ()
 
 
 def allowed(plain: float, dtype: torch.dtype) -> float:
-    """Return the allowed error where plain attention in `dtype` is off by `plain`."""
+    """Return the allowed error if plain attention in `dtype` has the error `plain`."""
     accumulating = torch.promote_types(dtype, torch.float32)
     factor = ALLOWANCE if dtype == accumulating else ALLOWANCE_LOW
     return factor * plain + ROUNDINGS * torch.finfo(accumulating).eps
 
 
 def distance(result: Tensor, expected: Tensor) -> float:
-    """Return the worst token's error over the typical length of a vector; NaN stays NaN."""
-    length = expected.double().norm(dim=-1)
+    """Return the largest error of a token, relative to the RMS norm; NaN stays NaN."""
+    norm = expected.double().norm(dim=-1)
     difference = (result.double() - expected.double()).norm(dim=-1)
-    return float(difference.max() / length.square().mean().sqrt())
+    return float(difference.max() / norm.square().mean().sqrt())
 
 
 def _definition(problem: Problem) -> Any:

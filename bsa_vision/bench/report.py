@@ -1,4 +1,4 @@
-"""Rows as JSON and as a table with notes."""
+"""Format rows as JSON, and as a table with notes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from bsa_vision.storage.machine import Machine
 def to_json(
     kind: str, rows: Sequence[Row], machine: Machine, command: str, planned: int
 ) -> dict[str, Any]:
-    """Return everything a run found; `planned` is the intended number of rows."""
+    """Return all results of a run; `planned` is the intended number of rows."""
     about = {"format": "bsa-vision/bench", "version": 2, "kind": kind, "command": command}
     ok, complete = all(row.ok for row in rows), len(rows) == planned
     return {**about, "complete": complete, "ok": ok, **to_data(dict(machine=machine, rows=rows))}
 
 
 def to_data(value: Any) -> Any:
-    """Turn dataclasses into dicts, patterns into specs, and NaN, which JSON lacks, into None."""
+    """Convert to JSON types: dataclasses to dicts, patterns to specs, NaN and infinity to None."""
     if isinstance(value, Pattern):
         return value.spec
     if isinstance(value, Timing):
@@ -34,14 +34,14 @@ def to_data(value: Any) -> Any:
     if is_dataclass(value):
         return {field.name: to_data(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
-        return {name: to_data(one) for name, one in value.items()}
+        return {name: to_data(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [to_data(one) for one in value]
+        return [to_data(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def pattern_name(pattern: Pattern) -> str:
-    """Name the pattern without its density, which has a column, and without its seed."""
+    """Name the pattern without its density, which has its own column, and without its seed."""
     spec = dict(pattern.spec)
     name: str = spec.pop("pattern")
     values = [str(value) for key, value in spec.items() if key not in ("sparsity", "seed")]
@@ -49,20 +49,20 @@ def pattern_name(pattern: Pattern) -> str:
 
 
 def describe(case: Any) -> str:
-    """Say in one line what all rows of a run share."""
+    """Return the options that all rows of a run share, in one line."""
     shared = {name: value for name, value in vars(case).items() if value and name != "pattern"}
     texts = {k: "x".join(map(str, v)) if isinstance(v, tuple) else v for k, v in shared.items()}
     return ", ".join(k if v is True else f"{k} {v}" for k, v in texts.items())
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Return one line per row: median of the first column, the others' ratios to it."""
+    """Return one line per row: the median time of the first column, ratios in the others."""
     names = list(dict.fromkeys(name for row in rows for name in row.implementations))
     titles = [IMPLEMENTATIONS[name].title if name in IMPLEMENTATIONS else name for name in names]
     lines = [("pattern", "density", *titles, "error / allowed")]
     for row in rows:
         cells = [_cell(row.implementations.get(name), name == names[0]) for name in names]
-        errors = [one for m in row.implementations.values() for one in m.errors.values()]
+        errors = [error for m in row.implementations.values() for error in m.errors.values()]
         worst = max(errors, key=lambda e: (not e.ok, e.found / e.allowed), default="")
         lines.append((pattern_name(row.case.pattern), f"{row.density:.3f}", *cells, str(worst)))
     return text_table.lines(lines)
@@ -79,16 +79,16 @@ def _cell(m: Measurement | None, is_first: bool) -> str:
 
 
 def notes(rows: Sequence[Row], rounds: int) -> list[str]:
-    """Say what the table does not, each sentence once."""
+    """Return the notes below the table, each once."""
     first, *_ = rows[0].implementations
     title = IMPLEMENTATIONS[first].title if first in IMPLEMENTATIONS else "the dense model"
-    found = [f"Ratios: time over that of {title} in the same round, median of {rounds} rounds."]
+    lines = [f"Ratios: time / time of {title} in the same round, median of {rounds} rounds."]
     for row in rows:
-        found.append(f"Compared with the definition in float64: {row.checked}.")
-        found += row.notes
+        lines.append(f"Checked against the reference in float64: {row.checked}.")
+        lines += row.notes
         for name, m in row.implementations.items():
-            found += [f"{name} ran on {m.backend}."] if m.backend else []
+            lines += [f"Backend of {name}: {m.backend}."] if m.backend else []
             if m.status != OK:
                 word = "Not run" if m.status == NOT_RUN else "ERROR"
-                found.append(f"{word}: {name}: {m.reason}")
-    return list(dict.fromkeys(found))
+                lines.append(f"{word}: {name}: {m.reason}")
+    return list(dict.fromkeys(lines))

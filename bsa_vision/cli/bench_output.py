@@ -1,4 +1,4 @@
-"""Progress, table, files and exit code of `bsa-vision bench`."""
+"""Progress, tables, files and exit codes of `bsa-vision bench`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ Case = TypeVar("Case")
 
 
 def run_all(cases: Sequence[Case], run: Callable[[Case, OnStep], Row]) -> list[Row]:
-    """Run the cases; Ctrl-C ends the run and keeps the rows so far. Progress is shown on stderr."""
+    """Run the cases and show progress on stderr.
+
+    Ctrl-C stops the run; the rows measured so far are returned.
+    """
     rows: list[Row] = []
     console = Console(stderr=True, quiet=not sys.stderr.isatty())
     with console.status("") as status:
         try:
             for number, case in enumerate(cases, 1):
-                where = f"{number}/{len(cases)}: "
-                rows.append(run(case, lambda what: status.update(where + what)))  # noqa: B023
+                prefix = f"{number}/{len(cases)}: "
+                rows.append(run(case, lambda step: status.update(prefix + step)))  # noqa: B023
         except KeyboardInterrupt:
             pass
     return rows
@@ -37,7 +40,7 @@ def run_all(cases: Sequence[Case], run: Callable[[Case, OnStep], Row]) -> list[R
 
 @dataclass(frozen=True)
 class Output:
-    """The files a run writes."""
+    """Files that a run writes, and the command line that they record."""
 
     kind: str
     command: str
@@ -45,7 +48,7 @@ class Output:
     plot: Path | None = None
 
     def check(self) -> None:
-        """Find out before the run what would keep the files from being written."""
+        """Raise OSError or ValueError before the run if a file cannot be written."""
         for path in filter(None, (self.json, self.plot)):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.open("a").close()
@@ -60,18 +63,18 @@ class Output:
                 raise ValueError(f"--plot {self.plot}: allowed endings are {endings}.")
 
     def finish(self, rows: Sequence[Row], machine: Machine, rounds: int, planned: int) -> None:
-        """Write the files, print the table, and leave with the exit code the rows call for."""
+        """Write the files, print the table, and exit with an error code if a result is wrong."""
         if self.json is not None:
-            found: Any = report.to_json(self.kind, rows, machine, self.command, planned)
-            self.json.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+            data: Any = report.to_json(self.kind, rows, machine, self.command, planned)
+            self.json.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
         if rows:
-            about = [str(machine), report.describe(rows[0].case)]
+            heading = [str(machine), report.describe(rows[0].case)]
             notes = [f"* {note}" for note in report.notes(rows, rounds)]
-            print("\n".join([*about, "", *report.table(rows), "", *notes]))
+            print("\n".join([*heading, "", *report.table(rows), "", *notes]))
             if self.plot is not None:
                 from bsa_vision.bench.plot import plot_rows
 
-                plot_rows(rows, "\n".join(about)).savefig(self.plot, dpi=130)
+                plot_rows(rows, "\n".join(heading)).savefig(self.plot, dpi=130)
         if len(rows) < planned:
             print(f"stopped: {len(rows)} of {planned} rows were measured", file=sys.stderr)
             raise typer.Exit(STOPPED)

@@ -1,4 +1,7 @@
-"""What is here, and what works: the machine, our backends, the libraries around us. Nothing is downloaded, a broken one breaks nothing."""
+"""Report the machine, the available backends, and missing or broken libraries.
+
+Nothing is downloaded. A broken library does not affect the rest of the report.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from bsa_vision.attention.backends import cpu_kernel as loop
+from bsa_vision.attention.backends import cpu_kernel
 from bsa_vision.attention.backends.problem import Problem
-from bsa_vision.attention.backends.select import BACKENDS, reasons
+from bsa_vision.attention.backends.select import BACKENDS, GPU_ONLY, reasons
 from bsa_vision.attention.head_masks import HeadMasks
 from bsa_vision.errors import first_line
 from bsa_vision.storage import machine
 
-# import name -> (distribution, what it is for)
+# import name -> (distribution, purpose)
 LIBRARIES = {
     "transformers": ("transformers", "models"),
     "timm": ("timm", "models"),
@@ -31,23 +34,13 @@ LIBRARIES = {
     "rich": ("rich", "the command line"),
     "typer": ("typer", "the command line"),
 }
-# import name -> modules, and classes of transformers, that models are made of: the top package may import without them
+# import name -> its modules and classes that models need; they can fail to import although the
+# top-level package imports
 PARTS = {
     "transformers": (
-        *(
-            "ViTModel",
-            "Dinov2Model",
-            "Dinov2WithRegistersModel",
-            "DINOv3ViTModel",
-            "CLIPVisionModel",
-        ),
-        *(
-            "SiglipVisionModel",
-            "Siglip2VisionModel",
-            "SamVisionModel",
-            "Sam2VisionModel",
-            "Sam3ViTModel",
-        ),
+        *("ViTModel", "Dinov2Model", "Dinov2WithRegistersModel", "DINOv3ViTModel"),
+        *("CLIPVisionModel", "SiglipVisionModel", "Siglip2VisionModel"),
+        *("SamVisionModel", "Sam2VisionModel", "Sam3ViTModel"),
     ),
     "timm": (
         "models.vision_transformer",
@@ -59,17 +52,21 @@ PARTS = {
     "segment_anything": ("modeling",),
     "sam2": ("modeling.backbones.hieradet", "modeling.memory_attention"),
 }
-OK, ABSENT, BROKEN, NOT_HERE, SHADOWED = "ok", "not installed", "BROKEN", "not here", "shadowed"
+OK, ABSENT, BROKEN = "ok", "not installed", "BROKEN"
+UNAVAILABLE, SHADOWED = "unavailable", "shadowed"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """One row of the report.
 
     kind    "package" (bsa-vision itself), "machine", "backend" or "library"
-    state   "ok"; "not installed"; "unavailable": cannot run on this machine; "BROKEN": installed, and fails to import;
-            "shadowed": an installation is hidden by sources that come first on the path
-    detail  version, or why not
+    state   "ok"
+            "not installed"
+            "unavailable"    cannot run on this machine
+            "BROKEN"         installed, but fails to import
+            "shadowed"       hidden by another copy that comes first on sys.path
+    detail  version, device or reason
     """
 
     kind: str
@@ -83,74 +80,73 @@ class Finding:
 
 
 def doctor() -> list[Finding]:
-    """Look at everything; takes as long as importing what is installed."""
+    """Check everything; this imports all libraries that are installed."""
     return [_package(), *_machine(), *_backends(), *(_library(name) for name in LIBRARIES)]
 
 
 def _package() -> Finding:
-    """Say which bsa-vision runs, and whether another one is installed: its compiled loop does not serve this one."""
-    here = Path(__file__).parents[PACKAGE_DEPTH]
+    """Report which copy of bsa-vision runs, and whether it hides an installed one."""
+    running = Path(__file__).parents[1]
     try:
         installed = Path(str(distribution("bsa-vision").locate_file("bsa_vision")))
         number = version("bsa-vision")
     except PackageNotFoundError:
-        return Finding("package", "bsa-vision", OK, f"not installed, runs from {here}")
-    if (installed / "__init__.py").is_file() and installed.resolve() != here.resolve():
+        return Finding("package", "bsa-vision", OK, f"not installed, runs from {running}")
+    if (installed / "__init__.py").is_file() and installed.resolve() != running.resolve():
         return Finding(
             "package",
             "bsa-vision",
             SHADOWED,
-            f"{here} hides {number}, installed in {installed}, whose compiled loop is not used: run from another folder, "
-            "or install this one with pip install -e .",
+            f"{running} hides {number}, installed in {installed}, and cannot use its compiled "
+            "loop: run from another folder, or install this copy with pip install -e .",
         )
-    return Finding("package", "bsa-vision", OK, f"{number}, {here}")
-
-
-PACKAGE_DEPTH = 0  # folders from this file to the package
+    return Finding("package", "bsa-vision", OK, f"{number}, {running}")
 
 
 def _machine() -> list[Finding]:
-    here = machine.describe()
+    about = machine.describe()
     found = [
-        Finding("machine", "python", OK, here.python),
-        Finding("machine", "torch", OK, here.torch_version),
-        Finding("machine", "CPU", OK, f"{here.hardware}, {here.cores} cores ({here.system})"),
+        Finding("machine", "python", OK, about.python),
+        Finding("machine", "torch", OK, about.torch_version),
+        Finding("machine", "CPU", OK, f"{about.hardware}, {about.cores} cores ({about.system})"),
     ]
     if not torch.cuda.is_available():
-        built = (
-            "this torch is built without CUDA"
-            if torch.version.cuda is None
-            else "torch sees no CUDA device"
-        )
-        return [*found, Finding("machine", "GPU", NOT_HERE, built)]
+        no_cuda = torch.version.cuda is None
+        reason = "torch is built without CUDA" if no_cuda else "torch finds no CUDA device"
+        return [*found, Finding("machine", "GPU", UNAVAILABLE, reason)]
     for index in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(index)
-        detail = f"{about.name}, compute capability {about.major}.{about.minor}, {about.total_memory / 2**30:.0f} GiB"
+        gpu = torch.cuda.get_device_properties(index)
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        detail = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {memory}"
         found.append(Finding("machine", f"cuda:{index}", OK, detail))
     return found
 
 
 def _backends() -> list[Finding]:
-    """Each backend on the most favourable call this machine allows: bfloat16, on a GPU where there is one."""
+    """Check each backend with a small bfloat16 call, on a GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     q = torch.zeros(1, 2, 256, 64, device=device, dtype=torch.bfloat16)
     mask = torch.eye(2, dtype=torch.bool).expand(1, 2, 2, 2)
     why = reasons(Problem(q, q, q, HeadMasks(mask), scale=1.0))
-    found = [
-        Finding("backend", name, NOT_HERE if why[name] else OK, why[name] or f"on {device}")
-        for name in BACKENDS
-    ]
-    reason = loop.why_not()
-    capability = torch.backends.cpu.get_cpu_capability()
-    found.append(
+    if device == "cpu":
+        why |= dict.fromkeys(GPU_ONLY, "needs a CUDA device")
+    loop = cpu_kernel.why_not()
+    return [
+        *(
+            Finding("backend", name, UNAVAILABLE if why[name] else OK, why[name] or f"on {device}")
+            for name in BACKENDS
+        ),
         Finding(
-            "backend", "gather's compiled loop", NOT_HERE if reason else OK, reason or capability
-        )
-    )
-    return found
+            "backend",
+            "gather's compiled loop",
+            UNAVAILABLE if loop else OK,
+            loop or torch.backends.cpu.get_cpu_capability(),
+        ),
+    ]
 
 
 def _library(name: str) -> Finding:
+    """Import a library, and those of its parts that models need."""
     distribution, purpose = LIBRARIES[name]
     try:
         number = version(distribution)
@@ -165,16 +161,15 @@ def _library(name: str) -> Finding:
         return Finding("library", name, OK, number or "version unknown")
     if isinstance(error, ModuleNotFoundError) and error.name == name:
         return Finding("library", name, ABSENT, f"for {purpose}")
-    while (
-        error.__cause__ or error.__context__
-    ):  # transformers says that something failed, its cause what
+    # transformers wraps the error of a model's module in one without details.
+    while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__ or error
     what = f"{number or 'version unknown'}{part and ', ' + part}"
     return Finding("library", name, BROKEN, f"{what}: {first_line(error)}")
 
 
 def _import_part(name: str, part: str) -> None:
-    """Import a module of a library, or a class of one that loads them when they are asked for."""
+    """Import a module of a library, or a class that the library imports lazily."""
     if part[0].isupper():
         getattr(importlib.import_module(name), part)
     else:
@@ -182,15 +177,16 @@ def _import_part(name: str, part: str) -> None:
 
 
 def advice(finding: Finding) -> str:
-    """Return what to do about a broken library."""
+    """Return how to fix a broken library."""
     if "torchvision" in finding.detail:
         return (
-            f"torchvision does not fit torch {torch.__version__}, and what uses it fails with it: install the torchvision made "
-            "for this torch, from where torch came from, or uninstall torchvision and what needs it (timm)."
+            f"torchvision does not match torch {torch.__version__}, so libraries that use it fail "
+            "to import. Install the torchvision built for this torch, from the same package index, "
+            "or uninstall torchvision and the libraries that need it (timm)."
         )
     return (
-        f"{finding.name} is installed and fails to import: reinstall it to fit your torch, or uninstall it; bsa_vision works "
-        "without."
+        f"{finding.name} is installed but fails to import. Reinstall a version that matches torch, "
+        "or uninstall it; bsa_vision works without it."
     )
 
 
@@ -199,6 +195,6 @@ def _import_error(load: Callable[[], object]) -> BaseException | None:
         load()
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # what a broken library raises is anything, SystemExit included
+    except BaseException as error:  # broken libraries raise all kinds of errors, even SystemExit
         return error
     return None

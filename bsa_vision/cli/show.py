@@ -1,9 +1,8 @@
-"""`bsa-vision doctor`, `describe`, `compare` and `masks`: what is typed, and how it is shown."""
+"""`bsa-vision doctor`, `describe`, `compare` and `masks`: options and output."""
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -13,13 +12,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from bsa_vision.adapters import dense_plan, describe, sparsify_
 from bsa_vision.cli import parse
 from bsa_vision.cli.doctor import BROKEN, OK, advice, doctor
 from bsa_vision.cli.options import (
     SOMETHING_WRONG,
-    WRONG_USAGE,
+    BlockSize,
     Checkpoint,
     DenseHeads,
     ImageSize,
@@ -28,17 +28,23 @@ from bsa_vision.cli.options import (
     PatternName,
     PlanFile,
     Random,
+    Tile,
     chosen_plan,
+    option,
     read_images,
+    wrong_usage,
 )
 from bsa_vision.compare import compare, num_steps
-from bsa_vision.masks import TokenLayout, draw
+from bsa_vision.masks import Pattern, TokenLayout, draw
 from bsa_vision.models import image_files
 from bsa_vision.models.by_name import load
 
 
 def show_doctor(as_json: JsonFlag = False) -> None:
-    """What is here and what works: machine, backends, libraries. Exit code 1 where an installed library is broken."""
+    """Report the machine, the available backends and broken libraries.
+
+    Exit code 1 if an installed library is broken.
+    """
     found = doctor()
     if as_json:
         print(json.dumps([asdict(finding) for finding in found], indent=2))
@@ -60,29 +66,37 @@ def show_doctor(as_json: JsonFlag = False) -> None:
 
 
 def show_masks(
+    ctx: typer.Context,
     pattern: Annotated[
         str,
         typer.Argument(
-            help="A name of masks.PATTERNS with parameters: local:8, window:14:shift=7."
+            help="Name in masks.PATTERNS with parameters, e.g. local:8 or window:14:shift=7."
         ),
     ],
-    grid: Annotated[str, typer.Option(help="Patches: 64x64, or 4096 for a square.")] = "64x64",
-    prefix_tokens: Annotated[int, typer.Option(help="Special tokens before the patches.")] = 0,
-    suffix_tokens: Annotated[int, typer.Option(help="Special tokens after the patches.")] = 0,
-    order: Annotated[str, typer.Option(help="tile or raster.")] = "tile",
-    tile: Annotated[str, typer.Option(help="Patches of a tile, rows x columns.")] = "8x16",
-    block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 128,
+    grid: Annotated[
+        str, option("Grid of patches, ROWSxCOLUMNS, or the number of patches of a square.")
+    ] = "64x64",
+    prefix_tokens: Annotated[
+        int, option("Number of special tokens before the patches.", min=0)
+    ] = 0,
+    suffix_tokens: Annotated[int, option("Number of special tokens after the patches.", min=0)] = 0,
+    order: Annotated[str, option("Token order: tile or raster.")] = "tile",
+    tile: Tile = "8x16",
+    block_size: BlockSize = 128,
     png: Annotated[
-        Path | None, typer.Option(help="Also a picture: what one block of queries sees.")
+        Path | None, option("PNG file for a picture of the keys that one query block attends to.")
     ] = None,
     query: Annotated[
-        str | None, typer.Option(help="Patch whose block that is, row x column. [the middle]")
+        str | None,
+        option(
+            "Patch, ROWxCOLUMN, whose query block --png shows.", default="the middle of the grid"
+        ),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Draw a pattern on a grid: which blocks of queries (rows) compute which blocks of keys (columns)."""
-    try:
-        chosen = parse.pattern(pattern)
+    """Draw the block mask of a pattern: query blocks (rows) by key blocks (columns)."""
+    with wrong_usage(ctx, "masks"):
+        read = parse.pattern(pattern, "pattern")
         layout = TokenLayout(
             parse.grid(grid, "--grid"),
             num_prefix_tokens=prefix_tokens,
@@ -91,37 +105,45 @@ def show_masks(
             tile=parse.grid(tile, "--tile"),
             block_size=block_size,
         )
-        mask = chosen(layout)
-        middle = (layout.grid[0] // 2, layout.grid[1] // 2)
-        place = middle if query is None else tuple(int(side) for side in query.split("x"))
+        mask = read(layout)
+        height, width = layout.grid
+        patch = (height // 2, width // 2) if query is None else parse.patch(query)
         if png is not None:
-            _picture(png, repr(chosen), layout, mask, place)
-    except ValueError as error:
-        print(f"bsa-vision masks: {error}", file=sys.stderr)
-        raise typer.Exit(WRONG_USAGE) from None
-    sparsity = 1 - mask.float().mean().item()
+            _picture(png, repr(read), layout, mask, patch)
     if as_json:
-        about = {
-            "pattern": chosen.spec,
-            "grid": layout.grid,
-            "order": order,
-            "blocks": list(mask.shape),
-            "sparsity": sparsity,
-        }
-        print(json.dumps({**about, "labels": chosen.labels(layout), "mask": mask.int().tolist()}))
+        print(json.dumps(_mask_data(read, layout, mask)))
         return
     print(draw(mask))
-    height, width = layout.grid
     print(
-        f"{chosen!r} on {height} x {width} patches, {prefix_tokens} + {suffix_tokens} special tokens, {order} order: {mask.shape[0]} blocks of {block_size}, {sparsity:.1%} skipped"
+        f"{read!r} on {height} x {width} patches, {prefix_tokens} prefix and {suffix_tokens} "
+        f"suffix tokens, {order} order: {mask.shape[0]} blocks of {block_size}, "
+        f"{_sparsity(mask):.1%} skipped"
     )
-    for label in chosen.labels(layout):
+    for label in read.labels(layout):
         print(label)
     if png is not None:
         print(f"picture: {png}")
 
 
+def _sparsity(mask: Tensor) -> float:
+    return 1 - mask.float().mean().item()
+
+
+def _mask_data(pattern: Pattern, layout: TokenLayout, mask: Tensor) -> dict[str, object]:
+    """Return the output of `bsa-vision masks --json`."""
+    return {
+        "pattern": pattern.spec,
+        "grid": layout.grid,
+        "order": layout.order,
+        "blocks": list(mask.shape),
+        "sparsity": _sparsity(mask),
+        "labels": pattern.labels(layout),
+        "mask": mask.int().tolist(),
+    }
+
+
 def show_model(
+    ctx: typer.Context,
     model: ModelName,
     random: Random = False,
     checkpoint: Checkpoint = None,
@@ -131,14 +153,14 @@ def show_model(
     plan: PlanFile = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """What each attention layer of a model does, what sparsity could gain, and what stays dense and why."""
-    try:
+    """Describe a model's attention layers, and how much faster sparse heads can make it.
+
+    Also lists the layers that stay dense, with reasons.
+    """
+    with wrong_usage(ctx, "describe"):
         loaded = load(model, random=random, checkpoint=checkpoint, image_size=image_size)
-        chosen = chosen_plan(loaded, pattern, dense_heads, plan) or dense_plan(loaded)
-        report = describe(sparsify_(loaded, chosen), image_size)
-    except (ValueError, OSError) as error:
-        print(f"bsa-vision describe: {error}", file=sys.stderr)
-        raise typer.Exit(WRONG_USAGE) from None
+        plan_used = chosen_plan(loaded, pattern, dense_heads, plan) or dense_plan(loaded)
+        report = describe(sparsify_(loaded, plan_used), image_size)
     if as_json:
         data = {
             **asdict(report),
@@ -152,8 +174,9 @@ def show_model(
 
 
 def show_comparison(
+    ctx: typer.Context,
     model: ModelName,
-    images: Annotated[list[str], typer.Argument(help="Photographs, or folders of them.")],
+    images: Annotated[list[str], typer.Argument(help="Image files, or folders of images.")],
     random: Random = False,
     checkpoint: Checkpoint = None,
     image_size: ImageSize = None,
@@ -161,53 +184,51 @@ def show_comparison(
     dense_heads: DenseHeads = 0,
     plan: PlanFile = None,
     rounds: Annotated[
-        int, typer.Option(min=1, help="Timed rounds, dense and sparse alternating.")
+        int, option("Number of timed rounds; each runs the dense and the sparse model.", min=1)
     ] = 3,
     as_json: JsonFlag = False,
 ) -> None:
-    """A model with sparse heads against itself without, on your images: error layer by layer, time, memory."""
-    try:
+    """Compare a model with and without sparse heads on your images.
+
+    Shows the error of every layer, time and memory. Give --pattern or --plan.
+    """
+    with wrong_usage(ctx, "compare"):
         files = image_files.find(images)
         loaded = load(model, random=random, checkpoint=checkpoint, image_size=image_size)
-        chosen = chosen_plan(loaded, pattern, dense_heads, plan)
-        if chosen is None:
-            raise ValueError(
-                "neither --plan nor --pattern: one of the two says what heads do; give one."
-            )
-        read, size, how = read_images(loaded, files, image_size)
-        sparsify_(loaded, chosen)
+        plan_used = chosen_plan(loaded, pattern, dense_heads, plan)
+        if plan_used is None:
+            raise ValueError("neither --pattern nor --plan is given: expected one of them.")
+        read, size, (mean, std) = read_images(loaded, files, image_size)
+        sparsify_(loaded, plan_used)
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("comparing", total=num_steps(list(read), rounds))
             found = compare(loaded, list(read.values()), rounds, lambda: progress.advance(task))
-    except (ValueError, OSError) as error:
-        print(f"bsa-vision compare: {error}", file=sys.stderr)
-        raise typer.Exit(WRONG_USAGE) from None
-    about = {
-        "images": [str(file) for file in read],
-        "size": size,
-        "normalisation": how,
-        "random_weights": random,
-    }
     if as_json:
+        about = {
+            "images": [str(file) for file in read],
+            "size": size,
+            "normalisation": (mean, std),
+            "random_weights": random,
+        }
         print(json.dumps({**about, **found.to_json()}, indent=2))
         return
     print(found)
     print(
-        f"images cut to {size[0]} x {size[1]} pixels, normalised with mean {how[0]} and standard deviation {how[1]}"
+        f"images cropped to {size[0]} x {size[1]} pixels, normalised with mean {mean} and "
+        f"standard deviation {std}"
     )
     if random:
         print("RANDOM WEIGHTS: these errors say nothing about a trained model.")
 
 
 def _picture(
-    path: Path, title: str, layout: TokenLayout, mask: object, place: tuple[int, ...]
+    path: Path, title: str, layout: TokenLayout, mask: Tensor, patch: tuple[int, int]
 ) -> None:
+    """Save a picture of the keys that the query block of one patch attends to."""
     import numpy as np
 
     from bsa_vision.viz import View, block_at, plot_views
 
-    if len(place) != 2:
-        raise ValueError(f"--query {place}: expected a patch, row x column; write e.g. 32x32.")
-    view = View(title, layout, mask, block_at(layout, place[0], place[1]))  # type: ignore[arg-type]
+    view = View(title, layout, mask, block_at(layout, *patch))
     path.parent.mkdir(parents=True, exist_ok=True)
     plot_views(np.full((*layout.grid, 3), 0.85), [view]).savefig(path, dpi=110)

@@ -1,10 +1,13 @@
-"""Block masks from image geometry: where the tokens of an image lie, and which blocks of them may look at which.
+"""Block masks from image geometry: token layouts, mask patterns and mask generators.
 
-A leaf package: torch and the standard library only. A block mask is a bool tensor over blocks of tokens, True = compute.
+A block mask is a bool tensor over pairs of token blocks, True = compute. This package depends only
+on torch and the standard library.
 """
 
 from bsa_vision.masks.drawing import draw
-from bsa_vision.masks.geometry import (
+from bsa_vision.masks.layout import TokenLayout
+from bsa_vision.masks.pattern import PATTERNS, Pattern, stack_heads
+from bsa_vision.masks.patterns import (
     axial,
     dense,
     local_window,
@@ -16,8 +19,6 @@ from bsa_vision.masks.geometry import (
     window,
     window_is_exact,
 )
-from bsa_vision.masks.layout import TokenLayout
-from bsa_vision.masks.patterns import PATTERNS, Pattern, stack_heads
 from bsa_vision.masks.sam_masks import (
     generate_sam_cross_attention_mask,
     generate_sam_hierarchical_mask,

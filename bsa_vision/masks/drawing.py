@@ -1,4 +1,4 @@
-"""A block mask as text."""
+"""Draw block masks as text."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ SHADES = " ░▒▓█"
 
 
 def draw(mask: Tensor, max_size: int = 32) -> str:
-    """An (R, C) bool block mask as lines of text, full = all kept; larger masks are averaged down to `max_size`."""
+    """Return an (R, C) bool block mask as lines of text, with darker cells for more kept blocks.
+
+    Masks with more than `max_size` rows or columns are averaged down to that size.
+    """
     if mask.dim() != 2:
         raise ValueError(
-            f"mask of shape {tuple(mask.shape)}: expected (R, C); pick one head of one image, mask[b, s]."
+            f"mask of shape {tuple(mask.shape)}: expected (R, C); pick one head of one image, "
+            "mask[b, s]."
         )
     rows, columns = (min(n, max_size) for n in mask.shape)
     if 0 in (rows, columns):

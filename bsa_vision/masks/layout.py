@@ -1,8 +1,9 @@
-"""Where the tokens of one image lie: grid, special tokens, order, blocks, and the distances between blocks.
+"""Token layouts: grid, special tokens, order and blocks of an image, and distances between blocks.
 
-Model order    [start specials][patches, row by row][end specials]       tokens as the model has them
-Packed order   raster: the same. tile: [full tiles][ragged tiles][start specials][end specials]
-Frames         the patches of one frame after those of another, each in its order; a patch's place is that in its own frame
+Model order    [prefix tokens][patches, row by row][suffix tokens], as in the model
+Packed order   raster: model order. tile: [full tiles][ragged tiles][prefix tokens][suffix tokens]
+Frames         the patches of all frames in sequence, each frame in its order; the position of a
+               patch is the one in its frame
 
 A block is `block_size` consecutive tokens in packed order; the last one may be shorter.
 """
@@ -23,38 +24,35 @@ METRICS = ("chebyshev", "l1", "axis")
 
 
 def whole_number(name: str, value: Any, minimum: int) -> int:
-    """`value` as an int of at least `minimum`, or a ValueError that names the argument."""
+    """Return `value` as an int; raise ValueError unless it is an integer >= `minimum`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < minimum:
-        raise ValueError(
-            f"{name}={value!r}: expected a whole number of at least {minimum}; give {name} as such an int."
-        )
+        raise ValueError(f"{name}={value!r}: expected an integer >= {minimum}.")
     return int(value)
 
 
 def whole_pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
-    """`value` as (rows, columns), or a ValueError that names the argument."""
+    """Return `value` as (rows, columns); raise ValueError unless it is a pair of integers."""
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
-        raise ValueError(
-            f"{name}={value!r}: expected a pair (rows, columns); give two ints, rows first."
-        )
-    return whole_number(f"{name}[0]", value[0], minimum), whole_number(
-        f"{name}[1]", value[1], minimum
-    )
+        raise ValueError(f"{name}={value!r}: expected a pair (rows, columns) of two ints.")
+    rows, columns = value
+    return whole_number(f"{name}[0]", rows, minimum), whole_number(f"{name}[1]", columns, minimum)
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """The tokens of one image: a grid of patches with special tokens before and after, in an order, cut into blocks.
+    """Tokens of one image: patches and special tokens, their order, and their blocks.
 
-    grid        (h, w) in patches
-    num_prefix_tokens   special tokens before the patches (class token, registers)
-    num_suffix_tokens   special tokens after the patches (prompts, memory pointers)
-    order       "raster", or "tile": patches tile by tile, ragged tiles after all full ones, special tokens last
-    tile        (rows, columns) in patches, used by order "tile"
-    block_size  tokens per block
-    frames      how many frames of `grid` patches there are: what a video model remembers. Places, and so distances, know no time
+    grid               (h, w) in patches
+    num_prefix_tokens  special tokens before the patches (class token, registers)
+    num_suffix_tokens  special tokens after the patches (prompts, memory pointers)
+    order              "raster", or "tile": full tiles first, then ragged ones, special tokens last
+    tile               (rows, columns) in patches, used by order "tile"
+    block_size         tokens per block
+    frames             number of frames of `grid` patches, for the memory of video models; positions
+                       and distances ignore time
 
-    Frozen, hashable and picklable. The tensors it hands out live on the CPU, are cached and shared: do not write to them.
+    Frozen, hashable and picklable. The returned tensors are on the CPU, cached and shared: do not
+    modify them.
 
         >>> TokenLayout((64, 64), num_prefix_tokens=5, order="tile").num_blocks
         33
@@ -75,18 +73,16 @@ class TokenLayout:
         for name, minimum in counts.items():
             object.__setattr__(self, name, whole_number(name, getattr(self, name), minimum))
         if self.order not in ORDERS:
-            raise ValueError(
-                f"order={self.order!r}: allowed are {', '.join(map(repr, ORDERS))}; choose one of them."
-            )
+            raise ValueError(f"order={self.order!r}: allowed are {', '.join(map(repr, ORDERS))}.")
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        # Pickles made before 0.1.0 name the special tokens `start` and `end`.
-        old = {"start": "num_prefix_tokens", "end": "num_suffix_tokens"}
-        self.__dict__.update({old.get(name, name): value for name, value in state.items()})
+        # Pickles made before 0.1.0 have the attributes `start` and `end`.
+        renamed = {"start": "num_prefix_tokens", "end": "num_suffix_tokens"}
+        self.__dict__.update({renamed.get(name, name): value for name, value in state.items()})
 
     @property
     def num_patches(self) -> int:
-        """Of all frames."""
+        """Number of patches in all frames."""
         return self.frames * self.grid[0] * self.grid[1]
 
     @property
@@ -99,17 +95,17 @@ class TokenLayout:
 
     @property
     def permutation(self) -> Tensor:
-        """(N,) int64: the model-order index of each packed token, so that `packed = tokens[permutation]`."""
+        """(N,) int64 model-order index of each packed token: `packed = tokens[permutation]`."""
         return _permutation(self)
 
     @property
     def inverse(self) -> Tensor:
-        """(N,) int64: the packed position of each model-order token, so that `tokens = packed[inverse]`."""
+        """(N,) int64 packed position of each model-order token: `tokens = packed[inverse]`."""
         return _inverse(self)
 
     @property
     def is_identity(self) -> bool:
-        """Whether packed order and model order are the same."""
+        """True if packed order and model order are the same."""
         return _is_identity(self)
 
     @property
@@ -119,36 +115,46 @@ class TokenLayout:
 
     @property
     def block_of(self) -> Tensor:
-        """(N,) int64: the block of each packed token."""
+        """(N,) int64 block of each packed token."""
         return torch.arange(self.num_tokens, device="cpu") // self.block_size
 
     @property
     def special_blocks(self) -> Tensor:
-        """(R,) bool: blocks that hold at least one special token."""
+        """(R,) bool, True for blocks that hold at least one special token."""
         return _special_blocks(self)
 
     def block_distance(self, metric: str = "chebyshev", keys: TokenLayout | None = None) -> Tensor:
-        """(R, C) int64: the smallest distance in patches between a token of a block and a token of another, of `keys` (None = this layout).
+        """Return the smallest distance in patches between each pair of blocks, (R, C) int64.
 
-        metric "chebyshev" = max(|rows|, |columns|), "l1" = |rows| + |columns|, "axis" = min(|rows|, |columns|).
-        Special tokens have no place: a block without patches is at distance h + w, farther than any patch.
-        Exact: blocks are cut into rectangles, whose row and column gaps are independent; nothing is N x N.
+        metric  "chebyshev" = max(|rows|, |columns|), "l1" = |rows| + |columns|,
+                "axis" = min(|rows|, |columns|)
+        keys    layout of the columns; default this layout
+
+        Special tokens have no position: blocks without patches have distance h + w, more than any
+        patch. The result is exact without an N x N tensor: blocks are split into rectangles, whose
+        row and column gaps are independent.
         """
         return _block_distance(self, check_metric(metric), self if keys is None else keys)
 
     def centroid_distance(self) -> Tensor:
-        """(R, R) float64: squared Euclidean distance between the mean patch positions of blocks; inf without patches."""
+        """Return the squared Euclidean distances between the mean patch positions of blocks.
+
+        (R, R) float64, inf for blocks without patches.
+        """
         return _centroid_distance(self)
 
     def distance_to_patch(self, row: int, column: int, metric: str = "l1") -> Tensor:
-        """(R,) int64: the smallest distance from the patch (row, column) to any patch of each block."""
+        """Return the smallest distance from a patch to each block, (R,) int64."""
         row, column = whole_number("row", row, 0), whole_number("column", column, 0)
         return self.distance_to_box(row, column, row, column, metric)
 
     def distance_to_box(
         self, top: int, left: int, bottom: int, right: int, metric: str = "l1"
     ) -> Tensor:
-        """(R,) int64: the smallest distance from any patch of rows top to bottom, columns left to right, both included, to each block."""
+        """Return the smallest distance from a box of patches to each block, (R,) int64.
+
+        The box includes the rows `top` and `bottom` and the columns `left` and `right`.
+        """
         check_metric(metric)
         names = ("top", "left", "bottom", "right")
         top, left, bottom, right = (
@@ -157,31 +163,30 @@ class TokenLayout:
         for row, column in ((top, left), (bottom, right)):
             if row >= self.grid[0] or column >= self.grid[1]:
                 raise ValueError(
-                    f"patch ({row}, {column}) lies outside the grid of {self.grid[0]} x {self.grid[1]} patches: rows are 0 to "
-                    f"{self.grid[0] - 1}, columns 0 to {self.grid[1] - 1}; divide pixels by the patch size first."
+                    f"patch ({row}, {column}) lies outside the grid of {self.grid[0]} x "
+                    f"{self.grid[1]} patches: rows are 0 to {self.grid[0] - 1}, columns 0 to "
+                    f"{self.grid[1] - 1}; divide pixels by the patch size first."
                 )
         if top > bottom or left > right:
             raise ValueError(
-                f"box of patches ({top}, {left}) to ({bottom}, {right}) is empty: top <= bottom and left <= right are needed; swap them."
+                f"box of patches ({top}, {left}) to ({bottom}, {right}) is empty: expected top <= "
+                "bottom and left <= right."
             )
-        box = Rectangles(
-            *(torch.tensor([value], device="cpu") for value in (0, top, bottom, left, right))
-        )
+        values = (0, top, bottom, left, right)
+        box = Rectangles(*(torch.tensor([value], device="cpu") for value in values))
         rectangles = _rectangles(self)
         return _smallest(_gap(box, rectangles, metric), rectangles.block, self)[0]
 
 
 def check_metric(metric: str) -> str:
-    """`metric`, or a ValueError that names the allowed ones."""
+    """Return `metric`; raise ValueError unless it is in `METRICS`."""
     if metric not in METRICS:
-        raise ValueError(
-            f"metric={metric!r}: allowed are {', '.join(map(repr, METRICS))}; choose one of them."
-        )
+        raise ValueError(f"metric={metric!r}: allowed are {', '.join(map(repr, METRICS))}.")
     return metric
 
 
 class Rectangles(NamedTuple):
-    """Rectangles of patches, each inside one block: block index, first and last row, first and last column; (M,) each."""
+    """Rectangles of patches, each inside one block; (M,) per field, first and last included."""
 
     block: Tensor
     top: Tensor
@@ -190,7 +195,7 @@ class Rectangles(NamedTuple):
     right: Tensor
 
 
-# Outside inference mode, whatever the caller's: these tensors are remembered, and later calls may need gradients.
+# The cached functions leave inference mode, because later calls may need gradients.
 
 
 @lru_cache(maxsize=64)
@@ -213,14 +218,8 @@ def _permutation(layout: TokenLayout) -> Tensor:
         (column % tile_w, tile_w),
     ):
         key = key * base + digit
-    last_patch = layout.num_prefix_tokens + layout.num_patches
-    return torch.cat(
-        [
-            layout.num_prefix_tokens + key.argsort(),
-            tokens[: layout.num_prefix_tokens],
-            tokens[last_patch:],
-        ]
-    )
+    prefix, suffix = layout.num_prefix_tokens, layout.num_prefix_tokens + layout.num_patches
+    return torch.cat([prefix + key.argsort(), tokens[:prefix], tokens[suffix:]])
 
 
 @lru_cache(maxsize=64)
@@ -241,9 +240,8 @@ def _coordinates(layout: TokenLayout) -> tuple[Tensor, Tensor]:
     patch = layout.permutation - layout.num_prefix_tokens
     special = (patch < 0) | (patch >= layout.num_patches)
     height, width = layout.grid
-    return (patch // width % height).masked_fill(special, -1), (patch % width).masked_fill(
-        special, -1
-    )
+    row, column = patch // width % height, patch % width
+    return row.masked_fill(special, -1), column.masked_fill(special, -1)
 
 
 @lru_cache(maxsize=64)
@@ -261,11 +259,11 @@ def _rectangles(layout: TokenLayout) -> Rectangles:
     row, column = layout.coordinates
     patches = row >= 0
     block, row, column = layout.block_of[patches], row[patches], column[patches]
-    # Tokens that follow each other in one row of one block form a run ...
+    # Consecutive tokens in the same row and block form a run ...
     first = _starts(block[1:] != block[:-1], row[1:] != row[:-1], column[1:] != column[:-1] + 1)
     last = torch.cat([first[1:] - 1, first.new_tensor([len(row) - 1])])
     block, top, left, right = block[first], row[first], column[first], column[last]
-    # ... and runs of the same columns in successive rows form a rectangle.
+    # ... and runs with the same columns in consecutive rows form a rectangle.
     first = _starts(
         block[1:] != block[:-1],
         top[1:] != top[:-1] + 1,
@@ -277,26 +275,26 @@ def _rectangles(layout: TokenLayout) -> Rectangles:
 
 
 def _starts(*breaks: Tensor) -> Tensor:
-    """Indices at which a new piece starts: 0, and wherever one of `breaks` (M - 1,) separates two neighbours."""
+    """Return the indices where a new piece starts: 0, and after each position set in `breaks`."""
     cut = torch.stack(breaks).any(0).nonzero().squeeze(1) + 1
     return torch.cat([cut.new_zeros(1), cut])
 
 
 def _gap(a: Rectangles, b: Rectangles, metric: str) -> Tensor:
-    """(len(a), len(b)) smallest distances between rectangles: the gap of an axis does not depend on the other axis."""
-    rows = torch.maximum(b.top[None] - a.bottom[:, None], a.top[:, None] - b.bottom[None]).clamp_(
-        min=0
-    )
-    columns = torch.maximum(
-        b.left[None] - a.right[:, None], a.left[:, None] - b.right[None]
-    ).clamp_(min=0)
+    """Return the smallest distances between rectangles, (len(a), len(b))."""
+    rows = torch.maximum(b.top[None] - a.bottom[:, None], a.top[:, None] - b.bottom[None])
+    columns = torch.maximum(b.left[None] - a.right[:, None], a.left[:, None] - b.right[None])
+    rows, columns = rows.clamp_(min=0), columns.clamp_(min=0)
     if metric == "l1":
         return rows + columns
     return torch.maximum(rows, columns) if metric == "chebyshev" else torch.minimum(rows, columns)
 
 
 def _smallest(values: Tensor, block: Tensor, layout: TokenLayout) -> Tensor:
-    """Column minima by block: (A, M) values whose columns belong to `block` (M,) of `layout` -> (A, its blocks)."""
+    """Return the minimum over the columns of each block: (A, M) values -> (A, blocks).
+
+    block  (M,) block in `layout` of each column
+    """
     far = values.new_full((values.shape[0], layout.num_blocks), sum(layout.grid))
     return far.scatter_reduce_(1, block.expand_as(values), values, "amin")
 
@@ -305,25 +303,20 @@ def _smallest(values: Tensor, block: Tensor, layout: TokenLayout) -> Tensor:
 @torch.inference_mode(False)
 def _block_distance(layout: TokenLayout, metric: str, keys: TokenLayout) -> Tensor:
     queries, rectangles = _rectangles(layout), _rectangles(keys)
-    # Query rectangles are taken some at a time, so that odd tiles with very many of them stay within a few MB.
+    # In chunks of query rectangles, to limit memory to a few MB for layouts with very many of them.
     step = max(1, 500_000 // len(rectangles.block))
-    to_blocks = torch.cat(
-        [
-            _smallest(
-                _gap(Rectangles(*(x[i : i + step] for x in queries)), rectangles, metric),
-                rectangles.block,
-                keys,
-            )
-            for i in range(0, len(queries.block), step)
-        ]
-    )  # (M, C)
+    chunks = []
+    for i in range(0, len(queries.block), step):
+        chunk = Rectangles(*(x[i : i + step] for x in queries))
+        chunks.append(_smallest(_gap(chunk, rectangles, metric), rectangles.block, keys))
+    to_blocks = torch.cat(chunks)  # (M, C)
     return _smallest(to_blocks.T.contiguous(), queries.block, layout).T.contiguous()
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _centroid_distance(layout: TokenLayout) -> Tensor:
-    # Sums and counts are whole numbers below 2**53, so equal distances come out as equal floats and ties stay ties.
+    # Sums and counts are integers below 2**53, so equal distances are equal floats: ties stay ties.
     row, column = layout.coordinates
     patches = row >= 0
     zeros = torch.zeros(layout.num_blocks, dtype=torch.float64, device="cpu")

@@ -1,4 +1,4 @@
-"""Which layout a block mask was made for, as long as that can be told: the tensor itself does not say."""
+"""Track which token layouts a block mask was made for."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from bsa_vision.masks.layout import TokenLayout
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 Layouts = tuple[TokenLayout, TokenLayout]  # of the rows, of the columns
 
-# By identity and beside the tensors: an attribute would be written into files by torch.save.
+# Keyed by tensor identity. An attribute of the tensor would be written to files by torch.save.
 _layouts = WeakTensorKeyDictionary()
 
 
 def layouts_of(mask: Tensor) -> Layouts | None:
-    """The layouts of rows and columns that `mask` was made for; None where that is not known.
+    """Return the layouts of rows and columns that `mask` was made for; None if unknown.
 
-    Known of what patterns, generators and `stack_heads` return; not of what torch makes of it.
+    Known for the results of patterns, generators and `stack_heads`, but not for tensors that torch
+    operations derive from them.
     """
     found: Layouts | None = _layouts.get(mask)
     return found
 
 
 def remember(mask: Tensor, layouts: Layouts | None) -> Tensor:
-    """`mask`, of which `layouts_of` now knows what it was made for."""
+    """Return `mask` after recording its layouts for `layouts_of`."""
     if layouts is not None:
         _layouts[mask] = layouts
     return mask
@@ -38,21 +39,21 @@ def check_layout(name: str, layout: object) -> None:
     """Raise TypeError unless `layout` is a TokenLayout."""
     if not isinstance(layout, TokenLayout):
         raise TypeError(
-            f"{name} is a {type(layout).__name__}: expected a TokenLayout; use masks.TokenLayout(grid)."
+            f"{name} is a {type(layout).__name__}: expected a TokenLayout; use "
+            "masks.TokenLayout(grid)."
         )
 
 
 def laid_out(function: Function) -> Function:
-    """Let a function from a layout to a block mask refuse what is none, and remember its masks."""
+    """Decorate a function from layout to block mask: check its layouts and record them."""
 
     @wraps(function)
     def checked(*args: Any, **params: Any) -> Tensor:
         if not args and "layout" not in params:
-            return function(**params)  # Python says what is missing
+            return function(**params)  # raises Python's error for the missing argument
         layout = args[0] if args else params["layout"]
-        keys = params.get(
-            "keys", next((one for one in args[1:] if isinstance(one, TokenLayout)), None)
-        )
+        positional = next((arg for arg in args[1:] if isinstance(arg, TokenLayout)), None)
+        keys = params.get("keys", positional)
         check_layout("layout", layout)
         if keys is not None:
             check_layout("keys", keys)

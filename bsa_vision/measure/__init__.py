@@ -1,1 +1,1 @@
-"""Time, memory, and what attention costs on this machine."""
+"""Time, memory, and the latency of attention on this machine."""

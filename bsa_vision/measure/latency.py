@@ -1,16 +1,17 @@
-"""What attention costs on this machine: a model of five constants, measured once and remembered.
+"""Model the latency of attention on this machine by five constants, measured once and cached.
 
     dense call    dense_call + dense_pair * pairs
-    sparse call   sparse_call + sparse_row * rows + sparse_pair * pairs        pairs: query-key pairs, over images and heads
+    sparse call   sparse_call + sparse_row * rows + sparse_pair * pairs
 
-A plan is pruned and described with it; no forward ever looks at it, because speed must not change results.
+`pairs` are query-key pairs, `rows` rows of blocks, both over all images and heads. Plans are pruned
+and described with it. No forward pass uses it, because speed must not change results.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 
 import torch
@@ -30,18 +31,18 @@ from bsa_vision.masks import TokenLayout, random_blocks, stack_heads
 from bsa_vision.measure.timing import paired
 from bsa_vision.storage import machine, machine_cache
 
-HEADS, FEW, MANY, DENSITY = 8, 128, 2048, 0.25  # what the constants are measured with
-MOST_TOKENS = 2**20  # where the search for a break-even ends
+HEADS, FEW, MANY, DENSITY = 8, 128, 2048, 0.25  # of the measured calls
+MOST_TOKENS = 2**20  # the end of the search for a break-even
 
 
 @dataclass(frozen=True)
 class Latency:
     """Seconds of one attention call on one machine, for one dtype and head dim.
 
-    what           the machine, and everything else the constants hold for
+    what           the machine, and everything else that the constants hold for
     dense_*        torch's dense attention: per call, and per query-key pair of one head
-    sparse_*       `sparse_attention`: per call, per row of blocks of one head, per pair that is kept
-    dense_in_loop  whether dense heads beside sparse ones cost like kept pairs, not like dense attention
+    sparse_*       `sparse_attention`: per call, per row of blocks of one head, per kept pair
+    dense_in_loop  True if dense heads beside sparse ones cost `sparse_pair` per pair
     """
 
     what: str
@@ -53,22 +54,24 @@ class Latency:
     dense_in_loop: bool
 
     def dense(self, heads: int, tokens: int, images: int = 1, keys: int = 0) -> float:
-        """Seconds of a dense call; `keys` 0 = as many as tokens."""
+        """Return the seconds of a dense call; `keys` 0 = as many as tokens."""
         return self.dense_call + self.dense_pair * images * heads * tokens * (keys or tokens)
 
     def of_heads(self, masks: HeadMasks, tokens: int, keys: int = 0) -> tuple[float, ...]:
-        """Seconds that each head adds to a call for one image."""
+        """Return the seconds that each head adds to a call, per image."""
         rows = -(-tokens // masks.block_size)
-        beside = self.sparse_pair if self.dense_in_loop else self.dense_pair
+        dense_pair = self.sparse_pair if self.dense_in_loop else self.dense_pair
         return tuple(
-            beside * pairs if kind == DENSE else self.sparse_row * rows + self.sparse_pair * pairs
+            dense_pair * pairs
+            if kind == DENSE
+            else self.sparse_row * rows + self.sparse_pair * pairs
             for kind, pairs in zip(
                 masks.slices, masks.kept_pairs(tokens, keys or tokens), strict=True
             )
         )
 
     def of_masks(self, masks: HeadMasks, tokens: int, images: int = 1, keys: int = 0) -> float:
-        """Seconds of one call with these masks; of a dense call where no head is sparse."""
+        """Return the seconds of one call with these masks, dense if no head is sparse."""
         if masks.all_dense:
             return self.dense(masks.num_heads, tokens, images, keys)
         return self.sparse_call + images * sum(self.of_heads(masks, tokens, keys))
@@ -86,12 +89,12 @@ class Latency:
         All of them if the whole call saves less than that.
         """
         dense_heads = HeadMasks(None, [DENSE] * masks.num_heads, block_size=masks.block_size)
-        alone = self.of_heads(dense_heads, tokens, keys)
+        dense = self.of_heads(dense_heads, tokens, keys)
         seconds = self.of_heads(masks, tokens, keys)
         sparse = [head for head, kind in enumerate(masks.slices) if kind != DENSE]
-        slow = [head for head in sparse if seconds[head] >= (1 - min_gain) * alone[head]]
+        slow = [head for head in sparse if seconds[head] >= (1 - min_gain) * dense[head]]
         rest = self.sparse_call + images * sum(
-            alone[h] if h in slow else seconds[h] for h in range(masks.num_heads)
+            dense[h] if h in slow else seconds[h] for h in range(masks.num_heads)
         )
         pays = len(slow) < len(sparse) and rest < (1 - min_gain) * self.dense(
             masks.num_heads, tokens, images, keys
@@ -101,14 +104,18 @@ class Latency:
     def break_even(
         self, heads: int, density: float, block_size: int = 128, images: int = 1, keys: float = 1.0
     ) -> int | None:
-        """Tokens from which heads of this realised density are faster than dense ones, with so many keys per token; None = never."""
+        """Return the number of tokens from which heads of this density are faster than dense.
+
+        density  realised, 0 to 1
+        keys     keys per token
+
+        None if sparse heads are never faster.
+        """
 
         def pays(tokens: int) -> bool:
-            head = (
-                self.sparse_row * -(-tokens // block_size)
-                + self.sparse_pair * density * keys * tokens**2
-            )
-            dense = self.dense_call + self.dense_pair * images * heads * keys * tokens**2
+            rows, pairs = -(-tokens // block_size), keys * tokens**2
+            head = self.sparse_row * rows + self.sparse_pair * density * pairs
+            dense = self.dense_call + self.dense_pair * images * heads * pairs
             return self.sparse_call + images * heads * head < dense
 
         if not pays(MOST_TOKENS):
@@ -125,10 +132,11 @@ def measure(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Latency:
-    """Measure the constants here and now. `latency` remembers them."""
+    """Measure the constants now; `latency` caches them."""
     device = torch.device(device)
     seconds = _seconds(head_dim, dtype, device)
     sparse = _cost(seconds["few, sparse"], seconds["kept"], seconds["all"], _masks())
+    compiled = device.type == "cpu" and dtype != torch.float64 and cpu_kernel.why_not() is None
     return Latency(
         what=describe(head_dim, dtype, device),
         dense_call=seconds["few, dense"],
@@ -136,9 +144,7 @@ def measure(
         sparse_call=sparse.call,
         sparse_row=sparse.row,
         sparse_pair=sparse.pair,
-        dense_in_loop=device.type == "cpu"
-        and dtype != torch.float64
-        and cpu_kernel.why_not() is None,
+        dense_in_loop=compiled,
     )
 
 
@@ -149,17 +155,12 @@ def _masks() -> HeadMasks:
 
 
 def _seconds(head_dim: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Medians of the calls the constants are read from, measured in alternation."""
-    generator = torch.Generator(device).manual_seed(
-        0
-    )  # of its own: a caller's random numbers stay what they are
+    """Return the median seconds of the calls that give the constants, measured in alternation."""
+    generator = torch.Generator(device).manual_seed(0)  # leaves the caller's generator alone
     shape = (1, HEADS, MANY, head_dim)
     many = tuple(torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(3))
     few = tuple(x[:, :, :FEW].contiguous() for x in many)
-    some, every = (
-        _masks(),
-        HeadMasks(torch.ones(1, HEADS, MANY // 128, MANY // 128, dtype=torch.bool)),
-    )
+    every = HeadMasks(torch.ones(1, HEADS, MANY // 128, MANY // 128, dtype=torch.bool))
     one_block = HeadMasks(torch.ones(1, HEADS, 1, 1, dtype=torch.bool))
 
     def dense(tensors: tuple[Tensor, ...]) -> Callable[[], object]:
@@ -173,24 +174,26 @@ def _seconds(head_dim: int, dtype: torch.dtype, device: torch.device) -> dict[st
     calls = {
         "dense": dense(many),
         "all": sparse(many, every),
-        "kept": sparse(many, some),
+        "kept": sparse(many, _masks()),
         "few, dense": dense(few),
         "few, sparse": sparse(few, one_block),
     }
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         calls |= _other_dense(many, device)
-        found = {
-            name: timing.median
-            for name, timing in paired(calls, rounds=7, warmup=2, device=device).items()
-        }
-    found["dense"] = min(seconds for name, seconds in found.items() if name.startswith("dense"))
-    return found
+        seconds = _medians(calls, device)
+    seconds["dense"] = min(x for name, x in seconds.items() if name.startswith("dense"))
+    return seconds
+
+
+def _medians(calls: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    times = paired(calls, rounds=7, warmup=2, device=device)
+    return {name: timing.median for name, timing in times.items()}
 
 
 def _other_dense(
     tensors: tuple[Tensor, ...], device: torch.device
 ) -> dict[str, Callable[[], object]]:
-    """On a GPU: each of torch's kernels by itself, those that take these tensors. What torch prefers is not always the fastest."""
+    """Return calls of each of torch's GPU kernels; the one torch prefers may not be the fastest."""
     q, k, v = tensors
 
     def run(kind: SDPBackend) -> Tensor:
@@ -198,28 +201,26 @@ def _other_dense(
             return F.scaled_dot_product_attention(q, k, v)
 
     found: dict[str, Callable[[], object]] = {}
-    for kind in (
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-    ):
-        if device.type == "cuda":
-            try:
-                run(kind)
-            except RuntimeError:
-                continue
-            found[f"dense, {kind.name}"] = partial(run, kind)
+    if device.type != "cuda":
+        return found
+    for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
+        kind = getattr(SDPBackend, name)
+        try:
+            run(kind)
+        except RuntimeError:
+            continue
+        found[f"dense, {name}"] = partial(run, kind)
     return found
 
 
 def describe(head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Name the calls that constants hold for; any other kind of call is measured anew."""
+    """Name the calls that the constants hold for; other kinds are measured separately."""
     without_loop = device.type == "cpu" and cpu_kernel.why_not() is not None
     loop = ", without the compiled loop" if without_loop else ""
     return machine.describe(device).key(dtype, head_dim) + loop
 
 
-# Remembered in a file
+# Cached in a file
 
 FILE = "latency.json"
 
@@ -231,30 +232,32 @@ def latency(
     *,
     anew: bool = False,
 ) -> Latency:
-    """What attention costs on this machine: as remembered, or (`anew`: in any case) measured now and remembered.
+    """Return the latency of attention on this machine: cached, or measured now and cached.
 
-    Measuring takes a second or two and wants the machine for itself. On a GPU every backend that can is measured first (`measure_backends`),
-    which compiles kernels and takes longer; from then on `backend="auto"` takes the one that costs least. After installing another backend: `anew`.
+    anew  measure even if it is cached, for example after installing another backend
+
+    Measuring takes a second or two and needs an idle machine. On a GPU every backend is measured
+    first (`measure_backends`), which compiles kernels and takes longer; `backend="auto"` then uses
+    the fastest.
     """
     device = torch.device(device)
     if device.type == "meta":
         raise ValueError(
-            "device='meta': nothing is computed there; give a device that computes, 'cpu' or 'cuda'."
+            "device='meta' computes nothing: expected a device that does, 'cpu' or 'cuda'."
         )
     what = describe(head_dim, dtype, device)
     known = _known.get(what) or _read().get(what)
-    if device.type == "cuda" and (
-        anew or not measured_costs.known(measured_costs.describe(device, dtype, head_dim, False))
-    ):
-        measure_backends(head_dim, dtype, device)
-        anew = True
+    if device.type == "cuda":
+        key = measured_costs.describe(device, dtype, head_dim, False)
+        if anew or not measured_costs.known(key):
+            measure_backends(head_dim, dtype, device)
+            anew = True
     if known is None or anew:
         known = measure(head_dim, dtype, device)
-        kept = {one.what: asdict(one) for one in (*_read().values(), replace(known, what=what))}
-        machine_cache.write(
-            FILE,
-            {name: {k: x for k, x in entry.items() if k != "what"} for name, entry in kept.items()},
-        )
+        entries = {name: asdict(entry) for name, entry in {**_read(), what: known}.items()}
+        for entry in entries.values():
+            del entry["what"]
+        machine_cache.write(FILE, entries)
     _known[what] = known
     return known
 
@@ -263,7 +266,7 @@ _known: dict[str, Latency] = {}
 
 
 def _read() -> dict[str, Latency]:
-    """What the file holds; without entries that are not ours or of another version."""
+    """Return the entries of the file, without those of another version or program."""
     return {
         what: Latency(what=what, **entry)
         for what, entry in machine_cache.read(FILE).items()
@@ -272,29 +275,26 @@ def _read() -> dict[str, Latency]:
 
 
 def _is_latency(entry: object) -> bool:
-    """Whether these are numbers that `measure` could have found."""
+    """Return whether these are numbers that `measure` can return."""
     numbers = {field.name for field in fields(Latency)} - {"what", "dense_in_loop"}
     if not isinstance(entry, dict) or set(entry) != {*numbers, "dense_in_loop"}:
         return False
     seconds = [entry[name] for name in numbers]
-    possible = all(type(x) is float and 0 <= x < 1e6 for x in seconds)  # NaN is in no range
-    return (
-        possible
-        and entry["dense_pair"] > 0
-        and entry["sparse_pair"] > 0
-        and type(entry["dense_in_loop"]) is bool
-    )
+    if not all(type(x) is float and 0 <= x < 1e6 for x in seconds):  # also rejects NaN
+        return False
+    positive = entry["dense_pair"] > 0 and entry["sparse_pair"] > 0
+    return positive and type(entry["dense_in_loop"]) is bool
 
 
-# Backend by backend
+# Each backend
 
 
 def measure_backends(
     head_dim: int = 64, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> dict[str, dict[str, Cost]]:
-    """What a call costs with each backend that can, with and without relative position; `backend="auto"` goes by it on GPUs.
+    """Measure each backend with and without relative position; return {situation: {name: cost}}.
 
-    Returns {situation: {backend: cost}}, and remembers it.
+    The costs are cached. On GPUs `backend="auto"` chooses by them.
     """
     found = {}
     for with_rel_pos in (False, True):
@@ -308,7 +308,7 @@ def measure_backends(
 def _costs(
     head_dim: int, dtype: torch.dtype, device: torch.device, with_rel_pos: bool
 ) -> dict[str, Cost]:
-    """Three calls of each backend, all in alternation: one block, many blocks of which some are kept, and all of them."""
+    """Time three calls of each backend in alternation: one block, some of many blocks, and all."""
     few, some, every = (
         _square(side, density) for side, density in ((SMALL, 1.0), (LARGE, DENSITY), (LARGE, 1.0))
     )
@@ -324,48 +324,38 @@ def _costs(
                 call()
             except BackendUnavailable:
                 continue
-            except (
-                Exception
-            ) as error:  # of a package or a compiler: the others are measured all the same
-                warnings.warn(
-                    f"backend {name!r} failed while it was measured, and is left out: {type(error).__name__}: {str(error).strip()[:200]}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+            except Exception as error:  # of a package or compiler; measure the other backends
+                reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
+                text = f"backend {name!r} failed while it was measured and is left out: {reason}"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
                 continue
             calls[f"{name} {size}"] = call
     sizes = ("few", "some", "every")
     names = [name for name in BACKENDS if all(f"{name} {size}" in calls for size in sizes)]
     wanted = {f"{name} {size}": calls[f"{name} {size}"] for name in names for size in sizes}
     with torch.autocast(device.type, enabled=False):
-        times = {
-            name: timing.median
-            for name, timing in paired(wanted, rounds=7, warmup=2, device=device).items()
-        }
+        seconds = _medians(wanted, device)
     return {
-        name: _cost(times[f"{name} few"], times[f"{name} some"], times[f"{name} every"], some)
+        name: _cost(seconds[f"{name} few"], seconds[f"{name} some"], seconds[f"{name} every"], some)
         for name in names
     }
 
 
 def _cost(few: float, some: float, every: float, masks: HeadMasks) -> Cost:
-    """From seconds of calls of one block, of `masks`, and of all blocks."""
+    """Return the cost from the seconds of calls with one block, with `masks`, and with all."""
     assert masks.layout is not None
     tokens = masks.layout.num_tokens
-    rows, kept, pairs = (
-        HEADS * tokens // 128,
-        sum(masks.kept_pairs(tokens, tokens)),
-        HEADS * tokens**2,
-    )
+    rows, pairs = HEADS * tokens // 128, HEADS * tokens**2
+    kept = sum(masks.kept_pairs(tokens, tokens))
     pair = max((every - some) / (pairs - kept), 0.0)
     return Cost(few, max(some - few - pair * kept, 0.0) / rows, pair)
 
 
-SMALL, LARGE = (8, 16), (32, 64)  # patches: one block, and 16
+SMALL, LARGE = (8, 16), (32, 64)  # grids of 1 block and of 16 blocks
 
 
 def _square(grid: tuple[int, int], density: float) -> HeadMasks:
-    """Nothing dense: what a backend does with masks is measured, even where they keep everything."""
+    """Return masks without dense heads, so that even full masks are computed as masks."""
     layout = TokenLayout(grid, order="tile")
     heads = [random_blocks(layout, 1 - density, seed=0, stream=head) for head in range(HEADS)]
     return HeadMasks(stack_heads(heads, 1), layout=layout)
@@ -377,9 +367,8 @@ def _tensors(
     generator = torch.Generator(device).manual_seed(0)
 
     def random(width: int) -> Tensor:
-        return torch.randn(
-            1, HEADS, layout.num_tokens, width, generator=generator, device=device
-        ).to(dtype)
+        shape = (1, HEADS, layout.num_tokens, width)
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     tensors = (random(head_dim), random(head_dim), random(head_dim))
     return tensors, RelPos(random(layout.grid[0]), random(layout.grid[1])) if with_rel_pos else None

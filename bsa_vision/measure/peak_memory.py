@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of work in this process."""
+"""Measure the peak memory of a part of this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STATUS = Path("/proc/self/status")
 
 
 class Meter:
-    """The peak of this process's memory since the meter was made, over what was in use then."""
+    """Peak memory of this process since the meter was made, minus what was in use then."""
 
     def __init__(self, device: str | torch.device) -> None:
         self.device = torch.device(device)
@@ -24,32 +24,28 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(device)
             self.baseline = torch.cuda.memory_allocated(device)
             return
-        _give_back()
+        _release_freed()
         try:
-            Path("/proc/self/clear_refs").write_text(
-                "5"
-            )  # the kernel's high-water mark starts anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's high-water mark
             self.method, self.baseline = "VmHWM, reset", _status("VmRSS")
         except OSError:
-            # Without that the mark of before counts as the baseline, and a peak below it cannot be seen.
+            # The mark cannot be reset: it is the baseline, and lower peaks cannot be seen.
             self.method, self.baseline = "ru_maxrss", _max_rss()
 
     def peak(self) -> int:
-        """Bytes over the baseline."""
+        """Return the bytes over the baseline."""
         if self.cuda:
             torch.cuda.synchronize(self.device)
             return torch.cuda.max_memory_allocated(self.device) - self.baseline
-        return max(
-            0, (_status("VmHWM") if self.method.startswith("VmHWM") else _max_rss()) - self.baseline
-        )
+        highest = _status("VmHWM") if self.method.startswith("VmHWM") else _max_rss()
+        return max(0, highest - self.baseline)
 
 
-def _give_back() -> None:
-    """Freed memory back to the system: the C library keeps it otherwise, and what the work then takes of it would not show."""
+def _release_freed() -> None:
+    """Return freed memory to the system; reusing what the C library keeps would not be seen."""
     gc.collect()
-    trim = (
-        getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    )  # glibc's
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    trim = getattr(library, "malloc_trim", None)  # glibc only
     if trim is not None:
         trim(0)
 

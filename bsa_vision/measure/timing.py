@@ -1,4 +1,7 @@
-"""Paired measurement: machines are shared and noisy, so candidates alternate within one run and are compared as ratios."""
+"""Time candidates in alternation within one run, and compare them as ratios.
+
+Machines are shared and noisy, so times of different runs cannot be compared.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each round of one candidate, and its time over that of the first candidate in the same round."""
+    """Seconds of each round of one candidate, and ratios to the first candidate of the round."""
 
     seconds: tuple[float, ...]
     ratios: tuple[float, ...]
@@ -25,12 +28,12 @@ class Timing:
 
     @property
     def ratio(self) -> float:
-        """Median over the rounds of (this candidate / first candidate)."""
+        """The median over rounds of this candidate's time over the first candidate's."""
         return statistics.median(self.ratios)
 
     @property
     def spread(self) -> tuple[float, float]:
-        """Smallest and largest ratio."""
+        """The smallest and the largest ratio."""
         return min(self.ratios), max(self.ratios)
 
 
@@ -41,10 +44,10 @@ def paired(
     on_round: Callable[[], None] = lambda: None,
     device: torch.device | None = None,
 ) -> dict[str, Timing]:
-    """Time the candidates in alternation: every round runs each of them once; the first is what the others compare to.
+    """Time the candidates in alternation: every round runs each once; ratios are to the first.
 
     on_round  called after each round, warm-up included, for a progress bar
-    device    a GPU: its own time counts, by events, from a cache in which nothing is left of the round before; otherwise the clock on the wall
+    device    a GPU is timed with events and a cold cache; otherwise the wall clock is used
     """
     if not candidates or rounds < 1:
         raise ValueError(
@@ -63,19 +66,19 @@ def paired(
         on_round()
     first = next(iter(seconds.values()))
     return {
-        name: Timing(tuple(own), tuple(a / b for a, b in zip(own, first, strict=True)))
-        for name, own in seconds.items()
+        name: Timing(tuple(times), tuple(a / b for a, b in zip(times, first, strict=True)))
+        for name, times in seconds.items()
     }
 
 
-# On a GPU, where the first candidate takes less time than this, much of it is spent on launching.
+# Seconds. Below this, much of the time of a call on a GPU is spent on launching kernels.
 SHORT = 1e-3
 
 
 def paired_graphs(
     candidates: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device
 ) -> tuple[dict[str, Timing], set[str]]:
-    """Time as `paired` does, short calls as CUDA graphs; also return which ran as graphs."""
+    """Time as `paired` does, short calls as CUDA graphs; return also which ran as graphs."""
     graphs: dict[str, Callable[[], Any]] = {}
     if device.type == "cuda":
         (first,) = paired(dict([next(iter(candidates.items()))]), 2, device=device).values()
@@ -108,24 +111,24 @@ def _seconds_on(device: torch.device, run: Callable[[], Any]) -> float:
 
 @lru_cache(maxsize=1)
 def _larger_than_cache(device: torch.device) -> torch.Tensor:
-    """Bytes that push everything else out of the GPU's cache when they are written."""
+    """Return a tensor larger than the GPU's cache; writing it evicts everything else."""
     cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
     return torch.empty(max(2 * cache, 2**28), dtype=torch.int8, device=device)
 
 
 def graphed(run: Callable[[], Any], device: torch.device) -> Callable[[], Any] | None:
-    """`run` as a CUDA graph, in which nothing waits for Python to launch it; None where it cannot be captured.
+    """Return `run` as a CUDA graph, launched without Python; None if it cannot be captured.
 
-    A replay writes where the captured run wrote, and returns nothing.
+    A replay writes to the tensors of the captured run and returns nothing.
     """
     with torch.cuda.device(device):
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(beside):  # what is made at a first call must not be in the graph
+            with torch.cuda.stream(stream):  # first calls allocate: keep that out of the graph
                 for _ in range(2):
                     run()
-            torch.cuda.current_stream().wait_stream(beside)
+            torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 run()

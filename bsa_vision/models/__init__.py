@@ -1,1 +1,1 @@
-"""Models: our own encoder, models by name, their features and images."""
+"""Image encoder to train, models by name, feature extraction and image loading."""

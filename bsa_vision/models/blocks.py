@@ -1,8 +1,8 @@
-"""The blocks of ViT and of Segment Anything's image encoder, to read: patches, windows, attention with decomposed relative position or
-rotary positions, neck.
+"""Building blocks of ViT and of Segment Anything's image encoder.
 
-Attention is exact without N x N: relative position stays factored (`bsa_vision.rel_pos`). Names and shapes of parameters are
-segment_anything's.
+Patch embedding, windows, attention with decomposed relative position or rotary positions, and neck.
+Attention needs no N x N tensor: relative position stays factored (`bsa_vision.attention.rel_pos`).
+Parameters have segment_anything's names and shapes.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ from bsa_vision.attention.rel_pos import RelPos, decompose, resize_table
 from bsa_vision.masks import TokenLayout
 
 Grid = tuple[int, int]
-Rotation = tuple[
-    Tensor, Tensor
-]  # cosines and sines, (N, D) float32 each, of the angles that queries and keys are turned by
+# Cosines and sines of the angles by which queries and keys are rotated, (N, D) float32 each.
+Rotation = tuple[Tensor, Tensor]
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class PatchEmbed(nn.Module):
-    """Pixels to patches: (B, channels, H, W) -> (B, h, w, C)."""
+    """Embed pixels as patches: (B, channels, H, W) -> (B, h, w, C)."""
 
     def __init__(self, in_channels: int, dim: int, patch_size: int) -> None:
         super().__init__()
@@ -42,7 +41,7 @@ class PatchEmbed(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block: attention, within windows or across the image, and an MLP, each with a norm before and a shortcut."""
+    """Pre-norm transformer block: windowed or global attention, then an MLP."""
 
     def __init__(
         self, dim: int, heads: int, mlp_ratio: float, window_size: int, grid: Grid, rel_pos: bool
@@ -57,7 +56,11 @@ class Block(nn.Module):
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor, grid: Grid, rotation: Rotation | None = None) -> Tensor:
-        """(B, N, C) -> (B, N, C); `grid` is that of the patches among the N tokens, `rotation` that of their positions."""
+        """Apply the block: (B, N, C) -> (B, N, C).
+
+        grid      (h, w) of the patches; the rest of the N tokens are special tokens
+        rotation  of all N tokens, see `rotary_angles`
+        """
         x = x + self._attend(self.norm1(x), grid, rotation)
         return x + self.mlp(self.norm2(x))
 
@@ -66,19 +69,17 @@ class Block(nn.Module):
         if not size:
             return self.attn(x, grid, rotation)
         down, right = -grid[0] % size, -grid[1] % size
-        x = F.pad(
-            x.unflatten(1, grid), (0, 0, 0, right, 0, down)
-        )  # zeros after the norm, as in SAM: keys that take part
-        across = x.shape[2] // size
-        windows = rearrange(x, "b (i h) (j w) c -> (b i j) (h w) c", h=size, w=size)
+        # Padded with zeros after the norm and not masked, so padding takes part as keys, as in SAM.
+        x = F.pad(x.unflatten(1, grid), (0, 0, 0, right, 0, down))
+        sizes = {"i": x.shape[1] // size, "j": x.shape[2] // size, "h": size, "w": size}
+        windows = rearrange(x, "b (i h) (j w) c -> (b i j) (h w) c", **sizes)
         windows = self.attn(windows, (size, size))
-        down_and_across = dict(i=x.shape[1] // size, j=across, h=size, w=size)
-        x = rearrange(windows, "(b i j) (h w) c -> b (i h) (j w) c", **down_and_across)
+        x = rearrange(windows, "(b i j) (h w) c -> b (i h) (j w) c", **sizes)
         return x[:, : grid[0], : grid[1]].flatten(1, 2)
 
 
 class Attention(nn.Module):
-    """Multi-head attention, dense and exact; `sparsify_` gives its heads block masks through `attend`."""
+    """Exact dense multi-head attention. `sparsify_` replaces `attend` to apply block masks."""
 
     def __init__(self, dim: int, heads: int, grid: Grid, rel_pos: bool) -> None:
         super().__init__()
@@ -93,7 +94,7 @@ class Attention(nn.Module):
         self._dense: MaskSource = DenseHeads(heads) if rel_pos else HeadMasks(None, [DENSE] * heads)
 
     def forward(self, x: Tensor, grid: Grid, rotation: Rotation | None = None) -> Tensor:
-        """(B, N, C) -> (B, N, C)."""
+        """Apply attention: (B, N, C) -> (B, N, C)."""
         q, k, v = rearrange(
             self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
         )
@@ -107,12 +108,15 @@ class Attention(nn.Module):
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rel_pos: RelPos | None, grid: Grid) -> Tensor:
-        """(B, H, N, D) -> (B, H, N, D), every head dense."""
+        """Attend densely in every head: (B, H, N, D) -> (B, H, N, D)."""
         return attend_masks(self._dense, q, k, v, grid=grid, rel_pos=rel_pos)
 
 
 class DenseHeads(MaskSource):
-    """The masks of a layer whose heads are all dense, for whatever grid; relative position asks them where keys are."""
+    """Masks of a layer with dense heads only, for any grid.
+
+    Relative position needs the layout of the keys, even in dense heads.
+    """
 
     def __init__(self, heads: int) -> None:
         self.heads = heads
@@ -136,7 +140,7 @@ def _dense_heads(heads: int, grid: Grid) -> HeadMasks:
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between."""
+    """Two linear layers with a GELU in between."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -151,10 +155,8 @@ class LayerNorm2d(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.weight, self.bias = (
-            nn.Parameter(torch.ones(channels)),
-            nn.Parameter(torch.zeros(channels)),
-        )
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, eps=1e-6)
@@ -162,7 +164,7 @@ class LayerNorm2d(nn.Module):
 
 
 def neck(dim: int, channels: int) -> nn.Sequential:
-    """SAM's way out: (B, C, h, w) -> (B, channels, h, w)."""
+    """Build SAM's neck: (B, C, h, w) -> (B, channels, h, w)."""
     return nn.Sequential(
         nn.Conv2d(dim, channels, 1, bias=False),
         LayerNorm2d(channels),
@@ -172,40 +174,47 @@ def neck(dim: int, channels: int) -> nn.Sequential:
 
 
 def resize_positions(positions: Tensor, grid: Grid) -> Tensor:
-    """(1, h, w, C) -> (1, *grid, C), bicubic and antialiased as timm and DeepSeek-OCR do it; itself where it fits."""
+    """Interpolate position embeddings: (1, h, w, C) -> (1, *grid, C), unchanged if they fit.
+
+    Bicubic and antialiased, as in timm and DeepSeek-OCR.
+    """
     if tuple(positions.shape[1:3]) == grid:
         return positions
-    resized = F.interpolate(
-        positions.permute(0, 3, 1, 2).float(), grid, mode="bicubic", antialias=True
-    )
+    channels_first = positions.permute(0, 3, 1, 2).float()
+    resized = F.interpolate(channels_first, grid, mode="bicubic", antialias=True)
     return resized.permute(0, 2, 3, 1).to(positions.dtype)
 
 
 def rotary_angles(
-    grid: Grid, head_dim: int, periods: tuple[float, float], start: int, device: torch.device
+    grid: Grid,
+    head_dim: int,
+    periods: tuple[float, float],
+    num_prefix_tokens: int,
+    device: torch.device,
 ) -> Rotation:
-    """Cosines and sines of 2-D rotary positions, (start + h * w, D) each; the `start` tokens before the patches are not turned.
+    """Return cosines and sines of 2-D rotary positions, (num_prefix_tokens + h * w, D) each.
 
-    Patch centres lie in [-1, 1] whatever the grid, so that resolution can grow. A quarter of the channels turns with the row and a quarter
-    with the column, at periods from the first of `periods` on, spaced evenly in the logarithm, the second excluded; the other half of the
-    channels are their partners. With periods (1, 100) as in DINOv3, arXiv 2508.10104.
+    Prefix tokens are not rotated. Patch centres lie in [-1, 1] for every grid, so resolution can
+    grow. A quarter of the channels rotates with the row and a quarter with the column; the other
+    half are their partners. Periods are spaced logarithmically from the first of `periods` to the
+    second, excluding it. With (1, 100) they are DINOv3's, arXiv 2508.10104.
     """
     quarter = head_dim // 4
     shortest, longest = periods
     share = torch.arange(quarter, device=device, dtype=torch.float32) / quarter
     period = shortest * (longest / shortest) ** share  # (D/4,)
     rows, columns = (
-        ((torch.arange(n, device=device, dtype=torch.float32) + 0.5) / n * 2 - 1) for n in grid
+        (torch.arange(n, device=device, dtype=torch.float32) + 0.5) / n * 2 - 1 for n in grid
     )
     down = (2 * math.pi * rows[:, None] / period)[:, None].expand(*grid, quarter)
     across = (2 * math.pi * columns[:, None] / period)[None].expand(*grid, quarter)
     angles = torch.cat([down, across], dim=-1).flatten(0, 1).repeat(1, 2)  # (h * w, D)
-    angles = F.pad(angles, (0, 0, start, 0))
+    angles = F.pad(angles, (0, 0, num_prefix_tokens, 0))
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """(B, H, N, D) -> (B, H, N, D): channel i and its partner i + D / 2 turned together by the angle of their token."""
+    """Rotate channels i and i + D / 2 by the angles of each token: (B, H, N, D), same shape."""
     cos, sin = rotation
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Read checkpoints of image encoders, and fit them to an encoder of another image size."""
+"""Read checkpoints of image encoders and resize them to another image size."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from bsa_vision.models.blocks import resize_positions
 
 
 def fitting_state(
-    source: str | Path | Mapping[str, Tensor], own: Mapping[str, Tensor], resize: bool
+    source: str | Path | Mapping[str, Tensor], expected: Mapping[str, Tensor], resize: bool
 ) -> dict[str, Tensor]:
-    """Return the state dict in `source` for an encoder whose state dict is `own`.
+    """Return the state dict in `source` with the names and shapes of `expected`.
 
     See `ImageEncoder.load_checkpoint`. Raises ValueError unless all names and shapes agree.
     """
@@ -27,39 +27,41 @@ def fitting_state(
         state = {
             key.removeprefix(prefix): x for key, x in state.items() if str(key).startswith(prefix)
         }
-    strange = [str(key) for key, value in state.items() if not _is_plain(value)]
-    if strange:
+    invalid = [str(key) for key, value in state.items() if not _is_plain(value)]
+    if invalid:
         raise ValueError(
-            f"this checkpoint holds {_some(strange)}: every value must be a dense tensor of floating-point numbers, with its data; "
-            "convert them, or pass the state dict of the model."
+            f"this checkpoint holds {_shorten(invalid)}: every value must be a dense tensor of "
+            "floating-point numbers, with its data; convert them, or pass the state dict of the "
+            "model."
         )
     if resize:
-        state = _resized(state, own)
+        state = _resized(state, expected)
     wrong = {
-        "missing": [key for key in own if key not in state],
-        "unexpected": [key for key in state if key not in own],
+        "missing": [key for key in expected if key not in state],
+        "unexpected": [key for key in state if key not in expected],
         "of another shape": [
-            f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
-            for key in own
-            if key in state and state[key].shape != own[key].shape
+            f"{key} {tuple(state[key].shape)} for {tuple(x.shape)}"
+            for key, x in expected.items()
+            if key in state and state[key].shape != x.shape
         ],
     }
     if any(wrong.values()):
-        said = "; ".join(
-            f"{len(keys)} {what}: {_some(keys)}" for what, keys in wrong.items() if keys
+        text = "; ".join(
+            f"{len(keys)} {kind}: {_shorten(keys)}" for kind, keys in wrong.items() if keys
         )
         raise ValueError(
-            f"this checkpoint does not fit the encoder ({said}): every parameter must be there in its shape, and no other; create the "
-            "encoder with the sizes the checkpoint was trained with (`SAM` has the published ones; other image sizes work at call "
-            "time), or, where only the image size differs, pass resize=True."
+            f"this checkpoint does not fit the encoder ({text}): names and shapes of all "
+            "parameters must agree; create the encoder with the sizes of the checkpoint (`SAM` has "
+            "the published ones; the image size may differ at call time), or, if only the image "
+            "size differs, pass resize=True."
         )
     return state
 
 
-def _resized(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return `state` with position embedding and relative tables interpolated to the sizes they have in `own`."""
-    found, said = dict(state), []
-    for key, wanted in own.items():
+def _resized(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Interpolate position embedding and relative tables to their sizes in `expected`."""
+    found, changes = dict(state), []
+    for key, wanted in expected.items():
         given = state.get(key)
         kind = key.rpartition(".")[2]
         if given is None or given.dim() != wanted.dim() or given.shape[-1] != wanted.shape[-1]:
@@ -70,9 +72,10 @@ def _resized(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str
             found[key] = resize_positions(given, (wanted.shape[1], wanted.shape[2]))
         else:
             found[key] = resize_table(given, (len(wanted) + 1) // 2)
-        said.append(f"{key} {tuple(given.shape)} to {tuple(wanted.shape)}")
-    if said:
-        warnings.warn(f"bsa_vision: resized for another image size: {_some(said)}", stacklevel=4)
+        changes.append(f"{key} {tuple(given.shape)} to {tuple(wanted.shape)}")
+    if changes:
+        text = f"bsa_vision: resized for another image size: {_shorten(changes)}"
+        warnings.warn(text, stacklevel=4)
     return found
 
 
@@ -89,11 +92,12 @@ def _read(path: Path) -> dict[str, Tensor]:
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, Mapping):
         raise ValueError(
-            f"{path} holds {type(state).__name__}, not a state dict: expected {{name: tensor}}; pass the state dict itself."
+            f"{path} holds {type(state).__name__}, not a state dict: expected {{name: tensor}}; "
+            "pass the state dict itself."
         )
     return dict(state)
 
 
-def _some(keys: Sequence[str], most: int = 3) -> str:
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more
+def _shorten(keys: Sequence[str], limit: int = 3) -> str:
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return ", ".join(keys[:limit]) + more

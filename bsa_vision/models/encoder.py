@@ -1,11 +1,13 @@
-"""Image encoders of our own, to train and to read: ViT and Segment Anything, sparse where they are asked to be.
+"""Image encoders to train and to read: ViT and Segment Anything, optionally with sparse heads.
 
-    encoder = create_encoder(depth=12, dim=768, heads=12, global_attn_indexes=(2, 5, 8, 11), patterns="local_window")
-    features = encoder(pixels)                                   # (B, 256, h, w)
+    encoder = create_encoder(**SAM["vit_b"], patterns="local_window")
+    features = encoder(pixels)  # (B, 256, h, w)
 
-Parameters have segment_anything's names and shapes, so `encoder.load_checkpoint("sam_vit_b_01ec64.pth")` takes its weights. The blocks are in
-`bsa_vision.models.blocks`. Architecture: ViT, arXiv 2010.11929; windows, global layers and decomposed relative position, arXiv 2203.16527 and
-2304.02643.
+Parameters have segment_anything's names and shapes, so `load_checkpoint("sam_vit_b_01ec64.pth")`
+loads its weights. The blocks are in `bsa_vision.models.blocks`.
+
+Architecture: ViT, arXiv 2010.11929; windows, global layers and decomposed relative position,
+arXiv 2203.16527 and 2304.02643.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from bsa_vision.models.checkpoint import fitting_state
 from bsa_vision.models.encoder_config import EncoderConfig
 from bsa_vision.plans.plan import PatternLike, SparsityPlan
 
-# The three published sizes of Segment Anything: `create_encoder(**SAM["vit_b"])`.
+# The published sizes of Segment Anything: `create_encoder(**SAM["vit_b"])`.
 SAM: dict[str, dict[str, Any]] = {
     "vit_b": {"depth": 12, "dim": 768, "heads": 12, "global_attn_indexes": (2, 5, 8, 11)},
     "vit_l": {"depth": 24, "dim": 1024, "heads": 16, "global_attn_indexes": (5, 11, 17, 23)},
@@ -60,22 +62,33 @@ def create_encoder(
     num_special: int = 0,
     gradient_checkpointing: bool = False,
 ) -> ImageEncoder:
-    """An image encoder with fresh weights.
+    """Create an image encoder with random weights.
 
-    global_attn_indexes  layers that attend to the whole image, the others within windows; None = all of them
-    window_size          patches per side of those windows; the last ones are padded, and padding takes part, as in SAM
-    rel_pos              decomposed relative position in every layer
-    rope                 rotary positions of the patches in every layer instead of `pos_embed`, in coordinates from -1 to 1, so that
-                         resolution can grow: True = DINOv3's, or the (shortest, longest) period in these units; not with windows or rel_pos
-    patterns             what heads look at, None = all dense: a pattern for every head of every global layer (a name of `masks.PATTERNS`, a
-                         `masks.Pattern`, a function layout -> (R, C) bool), {layer: pattern or one pattern per head}, or a SparsityPlan.
-                         The encoder then has sparse heads as `sparsify_` gives them: `describe`, `dense` and `restore_` work on it
-    image_size           pixels, an int or (height, width): the size of `pos_embed`; others are interpolated
-    out_channels         of SAM's neck; None = no neck
-    num_special          learned tokens before the patches (CLS, registers); not with windows or relative position
-    gradient_checkpointing   recompute each block in backward: less memory, more time; `encoder.gradient_checkpointing` sets it later
+    global_attn_indexes  layers that attend to the whole image; the others attend within
+                         windows; None = all layers
+    window_size          patches per side of a window; padding of the last windows takes
+                         part in attention, as in SAM
+    rel_pos              use decomposed relative position in every layer
+    rope                 use rotary positions of the patches in every layer instead of
+                         `pos_embed`; True = DINOv3's periods, or (shortest, longest)
+                         period in coordinates from -1 to 1; not with windows or rel_pos
+    patterns             patterns of the heads, see below; None = all heads dense
+    image_size           int or (height, width) in pixels, for `pos_embed`, which is
+                         interpolated for other sizes
+    out_channels         channels of SAM's neck; None = no neck
+    num_special          learned tokens before the patches (class token, registers); not
+                         with windows or rel_pos
+    gradient_checkpointing
+                         recompute each block in backward: less memory, more time; can be
+                         changed later by `encoder.gradient_checkpointing`
 
-    Raises ValueError for sizes that do not fit together, PlanError for patterns that do not fit the encoder.
+    `patterns` is a SparsityPlan, one pattern for all heads of all global layers, or {layer: pattern
+    or list of one pattern per head}. A pattern is a name in `masks.PATTERNS`, a `masks.Pattern`, or
+    a function layout -> (R, C) bool. The heads are made sparse by `sparsify_`, so `describe`,
+    `dense` and `restore_` work on the encoder.
+
+    Raises ValueError for sizes that do not fit together, and PlanError for patterns that do not
+    fit the encoder.
     """
     config = EncoderConfig(
         depth,
@@ -94,9 +107,9 @@ def create_encoder(
         gradient_checkpointing,
     )
     encoder = ImageEncoder(config)
-    return (
-        encoder if patterns is None else sparsify_(encoder, _plan(encoder, patterns, config.heads))
-    )
+    if patterns is None:
+        return encoder
+    return sparsify_(encoder, _plan(encoder, patterns, config.heads))
 
 
 def _plan(encoder: ImageEncoder, patterns: Any, heads: int) -> SparsityPlan:
@@ -109,7 +122,8 @@ def _plan(encoder: ImageEncoder, patterns: Any, heads: int) -> SparsityPlan:
         per_head = chosen if isinstance(chosen, (list, tuple)) else [chosen] * heads
         if len(per_head) != heads:
             raise PlanError(
-                f"patterns[{layer}] has {len(per_head)} entries, the encoder {heads} heads: give one pattern per head, or one for all."
+                f"patterns[{layer}] has {len(per_head)} entries, the encoder {heads} heads: give "
+                "one pattern per head, or one for all."
             )
         for head, pattern in enumerate(per_head):
             plan = plan.replace(layers=layer, heads=head, pattern=pattern)
@@ -117,7 +131,7 @@ def _plan(encoder: ImageEncoder, patterns: Any, heads: int) -> SparsityPlan:
 
 
 class ImageEncoder(nn.Module):
-    """Patches, positions, blocks, neck. Made by `create_encoder`."""
+    """Patch embedding, positions, blocks and neck; see `create_encoder`."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -125,7 +139,7 @@ class ImageEncoder(nn.Module):
         self.img_size, self.patch_size = config.pixels, config.patch_size
         self.rope, self.num_special = config.periods, num_special
         self.gradient_checkpointing = config.gradient_checkpointing
-        self.family = "sam" if config.rel_pos else "vit"  # what plans call it
+        self.family = "sam" if config.rel_pos else "vit"  # its name in plans
         self.patch_embed = PatchEmbed(config.in_channels, dim, config.patch_size)
         positions = nn.Parameter(torch.zeros(1, *config.grid, dim))
         self.pos_embed = None if self.rope else positions
@@ -146,18 +160,19 @@ class ImageEncoder(nn.Module):
                 nn.init.trunc_normal_(parameter, std=0.02)
 
     def forward(self, pixels: Tensor, special: Tensor | None = None) -> Tensor:
-        """(B, 3, H, W) -> (B, out_channels, h, w); without a neck (B, num_special + h * w, dim), special tokens first.
+        """Encode images: (B, channels, H, W) -> (B, out_channels, h, w).
 
-        special  (B, num_special, dim), added to the learned special tokens: what differs from image to image, such as an encoded click
+        special  (B, num_special, dim), added to the learned special tokens, for
+                 inputs such as an encoded click
 
-        H and W may be any multiples of the patch size: position embeddings and tables are interpolated where they differ.
+        Without a neck, the result is (B, num_special + h * w, dim), special tokens first. H and W
+        may be any multiples of the patch size: position embeddings and tables are interpolated.
         """
-        if pixels.dim() != 4 or any(
-            side < 1 or side % self.patch_size for side in pixels.shape[-2:]
-        ):
+        sides = pixels.shape[-2:]
+        if pixels.dim() != 4 or any(side < 1 or side % self.patch_size for side in sides):
             raise ValueError(
-                f"pixels have shape {tuple(pixels.shape)}: expected (B, channels, H, W) with H and W whole numbers of "
-                f"{self.patch_size} pixel patches; resize or pad the images."
+                f"pixels have shape {tuple(pixels.shape)}: expected (B, channels, H, W) with H and "
+                f"W multiples of the patch size, {self.patch_size} pixels; resize or pad them."
             )
         x = self.patch_embed(pixels)  # (B, h, w, C)
         height, width = plain_sizes(x.shape[1], x.shape[2])
@@ -176,12 +191,12 @@ class ImageEncoder(nn.Module):
         return self.neck(x[:, self.num_special :].transpose(1, 2).unflatten(2, grid))
 
     def _with_special(self, patches: Tensor, special: Tensor | None) -> Tensor:
-        """(B, h * w, C) -> (B, num_special + h * w, C)."""
+        """Prepend the special tokens: (B, h * w, C) -> (B, num_special + h * w, C)."""
         wanted = (len(patches), self.num_special, patches.shape[-1])
         if special is not None and (self.special_tokens is None or tuple(special.shape) != wanted):
             raise ValueError(
-                f"special has shape {tuple(special.shape)}: expected {wanted}, (images, num_special, dim), of an encoder with num_special of "
-                "at least 1; create it with as many special tokens as you pass."
+                f"special has shape {tuple(special.shape)}: expected {wanted}, (images, "
+                "num_special, dim), and an encoder created with num_special >= 1."
             )
         if self.special_tokens is None:
             return patches
@@ -189,30 +204,28 @@ class ImageEncoder(nn.Module):
         return torch.cat([tokens if special is None else tokens + special, patches], dim=1)
 
     def _rotation(self, grid: Grid, device: torch.device) -> Rotation | None:
-        """Made once per forward and shared by the layers; too cheap to keep."""
+        """Compute the rotation that all layers share; too cheap to be cached."""
         if self.rope is None:
             return None
         attention: Any = self.blocks[0].attn
-        return rotary_angles(
-            grid,
-            attention.qkv.in_features // attention.num_heads,
-            self.rope,
-            self.num_special,
-            device,
-        )
+        head_dim = attention.qkv.in_features // attention.num_heads
+        return rotary_angles(grid, head_dim, self.rope, self.num_special, device)
 
     def load_checkpoint(
         self, source: str | Path | Mapping[str, Tensor], resize: bool = False
     ) -> ImageEncoder:
-        """Take the encoder's weights from a checkpoint of segment_anything (or of this encoder); returns the encoder.
+        """Load weights of segment_anything or of this encoder, and return the encoder.
 
-        source  a file (.pth read with weights_only=True, .safetensors), or its state dict. Of a whole SAM, the `image_encoder.` part is taken
-        resize  interpolate what depends on the image size, where the checkpoint is for another, and warn of it: the
-                position embedding bicubically, antialiased, as timm's `resample_abs_pos_embed` does; relative tables
-                linearly, as segment_anything's `get_rel_pos` does
+        source  .pth file (read with weights_only=True), .safetensors file, or state
+                dict; of a whole SAM, only the `image_encoder.` part is used
+        resize  if the checkpoint is for another image size, interpolate what depends
+                on it, and warn: the position embedding bicubically and antialiased, as
+                timm's `resample_abs_pos_embed`, relative tables linearly, as
+                segment_anything's `get_rel_pos`
 
-        Raises ValueError unless every parameter is there, in its shape, and no other; the encoder is then untouched. Rotary periods are not
-        in checkpoints: create the encoder with those it was trained with.
+        Raises ValueError unless names and shapes of all parameters agree; the encoder is then
+        unchanged. Checkpoints do not hold rotary periods: create the encoder with those it was
+        trained with.
         """
         self.load_state_dict(fitting_state(source, self.state_dict(), resize))
         return self

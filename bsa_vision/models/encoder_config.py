@@ -1,4 +1,4 @@
-"""Check the sizes of an image encoder before anything is built."""
+"""Configuration of an image encoder, checked before anything is built."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bsa_vision.models.blocks import Grid
 
 @dataclass
 class EncoderConfig:
-    """The arguments of `create_encoder` but `patterns`, checked and converted.
+    """Arguments of `create_encoder` except `patterns`, checked and converted.
 
     Raises ValueError for sizes that do not fit together.
     """
@@ -40,77 +40,72 @@ class EncoderConfig:
             self.out_channels = whole_number("out_channels", self.out_channels, 1)
         if int(self.dim * self.mlp_ratio) < 1:
             raise ValueError(
-                f"mlp_ratio={self.mlp_ratio} with dim={self.dim}: the MLP needs at least 1 "
-                "channel; give e.g. 4."
+                f"mlp_ratio={self.mlp_ratio} with dim={self.dim}: the MLP needs at least 1 channel."
             )
         self.global_layers = _indexes(self.global_attn_indexes, self.depth)
         self.periods = None if self.rope is None else _periods(self.rope)
         size = self.image_size
-        self.pixels = whole_pair(
-            "image_size", size if isinstance(size, Sequence) else (size, size), 1
-        )
+        pair = size if isinstance(size, Sequence) else (size, size)
+        self.pixels = whole_pair("image_size", pair, 1)
         self._check_sizes()
         self._check_positions()
 
     @property
     def grid(self) -> Grid:
-        """Patches of an image, (h, w)."""
+        """Size of an image in patches, (h, w)."""
         return self.pixels[0] // self.patch_size, self.pixels[1] // self.patch_size
 
     @property
     def is_windowed(self) -> bool:
-        """Whether some layers attend within windows."""
+        """True if some layers attend within windows."""
         return len(set(self.global_layers)) < self.depth
 
     def _check_sizes(self) -> None:
         if self.dim % self.heads:
             fits = max(n for n in range(1, self.heads + 1) if self.dim % n == 0)
             raise ValueError(
-                f"dim={self.dim} with heads={self.heads}: dim must be a multiple of heads; "
-                f"choose e.g. heads={fits}."
+                f"dim={self.dim} with heads={self.heads}: dim must be a multiple of heads, e.g. "
+                f"heads={fits}."
             )
         if self.is_windowed and self.window_size < 1:
             raise ValueError(
-                f"window_size={self.window_size} with windowed layers: expected at least 1 patch; "
-                "give one, or make all layers global."
+                f"window_size={self.window_size} with windowed layers: expected at least 1 patch, "
+                "or only global layers."
             )
         if any(side % self.patch_size for side in self.pixels):
             raise ValueError(
                 f"image_size={self.pixels}: both sides must be multiples of the patch size, "
-                f"{self.patch_size} pixels; choose others."
+                f"{self.patch_size} pixels."
             )
 
     def _check_positions(self) -> None:
-        given = (
-            f"with rel_pos={self.rel_pos}, {'some' if self.is_windowed else 'no'} windowed layers"
-        )
+        windowed = "some" if self.is_windowed else "no"
+        given = f"with rel_pos={self.rel_pos} and {windowed} windowed layers"
         if self.num_special and (self.rel_pos or self.is_windowed):
             raise ValueError(
-                f"num_special={self.num_special} {given}: special tokens have no place in windows "
-                "and relative positions; set rel_pos=False and leave global_attn_indexes out, or "
+                f"num_special={self.num_special} {given}: special tokens need global layers "
+                "without relative position; set rel_pos=False and omit global_attn_indexes, or set "
                 "num_special=0."
             )
         head_dim = self.dim // self.heads
         if self.periods and (self.rel_pos or self.is_windowed or head_dim % 4):
             raise ValueError(
-                f"rope={self.periods} {given} and a head dim of {head_dim}: rotary positions need "
-                "global layers without relative position and a head dim that is a multiple of 4; "
-                "set rel_pos=False, leave global_attn_indexes out, and choose dim and heads to "
-                "fit, or rope=False."
+                f"rope={self.periods} {given}, head dim {head_dim}: rotary positions need global "
+                "layers without relative position, and a head dim that is a multiple of 4; set "
+                "rel_pos=False, omit global_attn_indexes and choose dim and heads accordingly, or "
+                "set rope=False."
             )
 
 
 def _periods(rope: bool | tuple[float, float]) -> tuple[float, float] | None:
     if isinstance(rope, bool):
         return (1.0, 100.0) if rope else None
-    numbers = (
-        isinstance(rope, Sequence)
-        and len(rope) == 2
-        and all(isinstance(x, (int, float)) for x in rope)
-    )
+    is_pair = isinstance(rope, Sequence) and len(rope) == 2
+    numbers = is_pair and all(isinstance(x, (int, float)) for x in rope)
     if not numbers or not 0 < rope[0] < rope[1]:
         raise ValueError(
-            f"rope={rope!r}: expected True, False or (shortest, longest) period, above 0 and growing; the image is 2 wide, give e.g. (1, 100)."
+            f"rope={rope!r}: expected True, False or periods (shortest, longest) with "
+            "0 < shortest < longest, in coordinates from -1 to 1, e.g. (1, 100)."
         )
     return float(rope[0]), float(rope[1])
 
@@ -120,11 +115,9 @@ def _indexes(given: Iterable[int] | None, depth: int) -> tuple[int, ...]:
         return tuple(range(depth))
     if not isinstance(given, Iterable) or isinstance(given, str):
         raise ValueError(
-            f"global_attn_indexes={given!r}: expected layer indices; give a list, [{given}] for one."
+            f"global_attn_indexes={given!r}: expected layer indices; give a list, e.g. [{given}]."
         )
     indexes = tuple(whole_number("global_attn_indexes", index, 0) for index in given)
     if any(index >= depth for index in indexes):
-        raise ValueError(
-            f"global_attn_indexes={indexes}: the encoder has layers 0 to {depth - 1}; choose among them."
-        )
+        raise ValueError(f"global_attn_indexes={indexes}: the encoder has layers 0 to {depth - 1}.")
     return indexes

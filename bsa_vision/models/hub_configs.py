@@ -1,6 +1,7 @@
-"""Configurations of well-known models of transformers, so that random weights need no network: name -> (model type, config).
+"""Configurations of well-known models of transformers, to build them without a network.
 
-Only what differs from the defaults of transformers' config classes, and what these classes may change.
+`CONFIGS` maps names to (model type, config). A config holds the values that differ from the
+defaults of transformers' classes, and those whose defaults may change between versions.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _DINOV2: dict[str, dict[str, Any]] = {
     "giant": _vit(*GIANT, image_size=518, patch_size=14, use_swiglu_ffn=True),
 }
 _GATED: dict[str, Any] = {"use_gated_mlp": True, "hidden_act": "silu"}
+_GATED_NO_BIAS = {**_GATED, "query_bias": False, "value_bias": False}
 _DINOV3: dict[str, dict[str, Any]] = {
     "vits16-pretrain-lvd1689m": _mlp(*SMALL),
     "vits16plus-pretrain-lvd1689m": _mlp(*SMALL, **_GATED),
@@ -33,12 +35,8 @@ _DINOV3: dict[str, dict[str, Any]] = {
     "vitl16-pretrain-lvd1689m": _mlp(*LARGE),
     "vitl16-pretrain-sat493m": _mlp(*LARGE),
     "vith16plus-pretrain-lvd1689m": _mlp(1280, 32, 20, **_GATED),
-    "vit7b16-pretrain-lvd1689m": _mlp(
-        4096, 40, 32, 8192, query_bias=False, value_bias=False, **_GATED
-    ),
-    "vit7b16-pretrain-sat493m": _mlp(
-        4096, 40, 32, 8192, query_bias=False, value_bias=False, **_GATED
-    ),
+    "vit7b16-pretrain-lvd1689m": _mlp(4096, 40, 32, 8192, **_GATED_NO_BIAS),
+    "vit7b16-pretrain-sat493m": _mlp(4096, 40, 32, 8192, **_GATED_NO_BIAS),
 }
 _VIT: dict[str, dict[str, Any]] = {
     "base-patch16-224": _mlp(*BASE, image_size=224, patch_size=16),

@@ -1,4 +1,4 @@
-"""Image files as a model wants them: cut to its size, normalised. Needs Pillow."""
+"""Read image files as model inputs: resized, cropped and normalised. Needs Pillow."""
 
 from __future__ import annotations
 
@@ -10,25 +10,29 @@ import torch
 from torch import Tensor, nn
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
-IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # SAM's and DINO's as well
+IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # also of SAM and DINO
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def normalisation(model: nn.Module) -> Normalisation:
-    """Mean and standard deviation per channel, of values from 0 to 1: timm's models say theirs; ImageNet's for others."""
+    """Return mean and standard deviation per channel, for pixel values from 0 to 1.
+
+    They come from the configuration of timm's models; ImageNet's are used for others.
+    """
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     return tuple(config.get("mean", IMAGENET[0])), tuple(config.get("std", IMAGENET[1]))
 
 
 def find(paths: Iterable[str | Path]) -> list[Path]:
-    """Return the image files among `paths`: files as given, folders with all below them, sorted, without hidden files.
+    """Return the image files among `paths`.
 
-    ValueError where there is none, and for an empty path.
+    Files are returned as given. Folders are searched recursively, sorted, and without hidden
+    files. Raises ValueError if there are no images, and for an empty path.
     """
     paths = list(paths)
     if not all(map(str, paths)):
         raise ValueError(
-            "an image path is empty: expected image files, or a folder of them; give '.' for this folder."
+            "an image path is empty: expected image files or folders; '.' is the current folder."
         )
     found: list[Path] = []
     for path in map(Path, paths):
@@ -38,17 +42,16 @@ def find(paths: Iterable[str | Path]) -> list[Path]:
             found.append(path)
         else:
             raise ValueError(
-                f"image {str(path)!r}: no such file or folder; give image files, or a folder of them."
+                f"image {str(path)!r}: no such file or folder; give image files or folders."
             )
     if not found:
-        raise ValueError(
-            f"no images in {', '.join(map(str, paths)) or 'nothing'}: files that end with {', '.join(SUFFIXES)} are looked for; give others."
-        )
+        places = ", ".join(map(str, paths)) or "nothing"
+        raise ValueError(f"no images in {places}: allowed suffixes are {', '.join(SUFFIXES)}.")
     return found
 
 
 def _is_image(path: Path, folder: Path) -> bool:
-    """Whether a file below `folder` is meant: macOS puts a hidden `._x.jpg` beside `x.jpg` on other file systems."""
+    """Return whether a file is an image and not hidden; macOS may add `._x.jpg` to `x.jpg`."""
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
     return not hidden and path.suffix.lower() in SUFFIXES and path.is_file()
 
@@ -56,7 +59,7 @@ def _is_image(path: Path, folder: Path) -> bool:
 def read_all(
     paths: Iterable[Path], size: tuple[int, int], how: Normalisation = IMAGENET
 ) -> tuple[dict[Path, Tensor], list[str]]:
-    """Return the images that can be read, and why each of the others cannot; ValueError where none can."""
+    """Return the readable images, and the errors of the others; raise ValueError if none is."""
     images: dict[Path, Tensor] = {}
     unreadable = []
     for path in paths:
@@ -72,7 +75,10 @@ def read_all(
 
 
 def read(path: Path, size: tuple[int, int], how: Normalisation = IMAGENET) -> Tensor:
-    """(1, 3, h, w) float32 of `size` (h, w) pixels: scaled so that it covers that, bicubic, and the middle cut out; normalised."""
+    """Read an image as a normalised (1, 3, h, w) float32 tensor of `size` (h, w) pixels.
+
+    The image is scaled bicubically until it covers `size`, and its centre is cropped.
+    """
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
@@ -83,25 +89,16 @@ def read(path: Path, size: tuple[int, int], how: Normalisation = IMAGENET) -> Te
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(
-                    f"image {str(path)!r} has mode {image.mode}, more than 8 bits per channel: what is white in it is not known; save it as an "
-                    "8-bit image."
+                    f"image {str(path)!r} has mode {image.mode}, more than 8 bits per channel: its "
+                    "white level is unknown; save it as an 8-bit image."
                 )
-            fitted = ImageOps.fit(
-                ImageOps.exif_transpose(image).convert("RGB"), size[::-1], Image.Resampling.BICUBIC
-            )
-    except (
-        OSError,
-        SyntaxError,
-        EOFError,
-        Image.DecompressionBombError,
-    ) as error:  # broken PNGs are SyntaxErrors
+            rgb = ImageOps.exif_transpose(image).convert("RGB")
+            fitted = ImageOps.fit(rgb, size[::-1], Image.Resampling.BICUBIC)
+    # Broken PNGs raise SyntaxError.
+    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"image {str(path)!r} cannot be read ({error}): give a photograph in a common format."
+            f"image {str(path)!r} cannot be read ({error}): give an image in a common format."
         ) from None
-    values = (
-        torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
-        .reshape(*size, 3)
-        .permute(2, 0, 1)
-    )
-    mean, std = (torch.tensor(channel)[:, None, None] for channel in how)
-    return ((values.float() / 255 - mean) / std)[None]
+    values = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
+    mean, std = (torch.tensor(channel) for channel in how)
+    return ((values.reshape(*size, 3).float() / 255 - mean) / std).permute(2, 0, 1)[None]

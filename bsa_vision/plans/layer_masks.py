@@ -1,4 +1,4 @@
-"""What an attention call asks for its masks: those of one layer of one model under a plan, for the image at hand."""
+"""Masks of one layer of a model under a plan, compiled for the grid and prompts of each call."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ from bsa_vision.storage.memory_cache import Cache
 
 
 class Context:
-    """What the dynamic patterns of one encoder follow. Prompts are entered and left by whoever calls the model, and nobody else sees them."""
+    """Identity of one encoder, under which its dynamic patterns find their prompts.
+
+    The caller of the model enters and leaves prompts; other threads and tasks do not see them.
+    """
 
     @property
     def entry(self) -> Entry | None:
-        """What was entered last in this thread (or task), and not left yet."""
+        """The entry that this thread or task opened last and has not left yet."""
         return next((entry for entry in reversed(_open.get()) if self in entry.contexts), None)
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """The prompts of one `bsa.context`, the encoders they are for, and the masks made for them.
+    """Prompts of one `bsa.context`, the encoders they apply to, and the masks compiled for them.
 
-    each  one for each image of the batch; False: one for all
+    each  True: one `Prompts` per image of the batch; False: one for all images
     """
 
     contexts: tuple[Context, ...]
@@ -43,23 +46,23 @@ class Entry:
         _open.set((*_open.get(), self))
 
     def leave(self) -> None:
-        # By identity: generators may leave in another order than they entered.
+        # Compare by identity: generators may leave in another order than they entered.
         _open.set(tuple(entry for entry in _open.get() if entry is not self))
 
     def check_batch(self, images: int) -> None:
         if self.each and len(self.prompts) != images:
             raise ValueError(
-                f"prompts for {len(self.prompts)} images, the batch has {images}: a list has one bsa.Prompts for each image, and a single "
-                "bsa.Prompts serves all; give as many as images."
+                f"prompts for {len(self.prompts)} images, but the batch has {images}: expected "
+                "a list with one bsa.Prompts per image, or a single bsa.Prompts for all images."
             )
 
 
-# Threads start with none, tasks with those of who made them.
+# A new thread starts without entries; a new task copies those of its creator.
 _open: ContextVar[tuple[Entry, ...]] = ContextVar("bsa_vision_prompts", default=())
 
 
 class LayerMasks(MaskSource):
-    """The masks of one layer of one model under a plan, for whatever grid the model is given, and for its prompts."""
+    """Masks of one layer under a plan, for any grid and for the current prompts."""
 
     def __init__(
         self, plan: SparsityPlan, spec: ModelSpec, layer: LayerSpec, context: Context
@@ -71,27 +74,34 @@ class LayerMasks(MaskSource):
 
     @property
     def all_dense(self) -> bool:
-        """Whether the plan leaves every head of this layer dense, whatever the grid."""
+        """True if the plan keeps every head of this layer dense at any grid."""
         return all(name == "dense" for name in self.plan.layers.get(self.layer.key, ()))
 
     def masks_for(self, grid: tuple[int, int], num_keys: int | None = None) -> HeadMasks:
-        """The HeadMasks of this layer at `grid`, for so many remembered keys (None = a full memory); PlanError where a static mask does not fit.
+        """Return the HeadMasks of this layer at `grid`.
 
-        ValueError where they follow prompts and there are none, or these lie outside an image of this size.
+        num_keys  number of remembered keys; None = a full memory
+
+        Raises PlanError if a static mask does not fit. Raises ValueError if a pattern follows
+        prompts and there are none, or they lie outside an image of this size.
         """
-        asked = (grid[0], grid[1]), num_keys
+        key = (grid[0], grid[1]), num_keys
         if not self.is_dynamic:
-            return self._masks.get(asked, lambda: self._compile(*asked))
+            return self._masks.get(key, lambda: self._compile(*key))
         entry = self.context.entry
         if entry is None:
             raise ValueError(
-                f"layer {self.layer.name!r} has a pattern that follows prompts, and there are none: run the model inside "
-                "`with bsa.context(model, prompts=...)`, or inside `with bsa.dense(model)`."
+                f"layer {self.layer.name!r} has a pattern that follows prompts, and there are "
+                "none: run the model inside `with bsa.context(model, prompts=...)` or inside "
+                "`with bsa.dense(model)`."
             )
-        return entry.masks.get((self, *asked), lambda: self._compile(*asked, entry.prompts))
+        return entry.masks.get((self, *key), lambda: self._compile(*key, entry.prompts))
 
     def without_prompts(self, grid: tuple[int, int]) -> HeadMasks:
-        """As `masks_for`, with those of the moment if there are any, else of an image without: for trying and for reports."""
+        """Return the masks at `grid`, for an image without prompts if no prompts are entered.
+
+        Used by reports and trial runs, which must not fail for lack of prompts.
+        """
         if not self.is_dynamic or self.context.entry is not None:
             return self.masks_for(grid)
         return self._compile((grid[0], grid[1]), None)
@@ -100,14 +110,14 @@ class LayerMasks(MaskSource):
         self, grid: tuple[int, int], num_keys: int | None, prompts: Iterable[Prompts] = ()
     ) -> HeadMasks:
         layout = self.plan.layout(self.spec, grid)
-        boxes = [one.on_patches(layout.grid, self.spec.patch_size) for one in prompts] or [()]
+        boxes = [prompt.on_patches(layout.grid, self.spec.patch_size) for prompt in prompts]
         keys = self.plan.key_layout(self.layer, layout, num_keys)
-        return self.plan.compile(self.layer.key, layout, boxes, keys)
+        return self.plan.compile(self.layer.key, layout, boxes or [()], keys)
 
 
 @carry.register
 def _(source: LayerMasks, grid: tuple[int, int], num_keys: int) -> bytes:
-    """Store the masks of one grid, or, where the grid may change, the patterns that make them."""
+    """Store the masks of a fixed grid, or the patterns if the grid is symbolic."""
     if not is_symbolic(grid):
         return carry(source.masks_for(grid, num_keys), grid, num_keys)
     key = source.layer.key
@@ -119,8 +129,8 @@ def _(source: LayerMasks, grid: tuple[int, int], num_keys: int) -> bytes:
         text = plan_file.dumps(plan.to_dict())
     except PlanError as error:
         raise PlanError(
-            f"layer {source.layer.name!r}: a program whose image size may change carries patterns, not masks, and {error} "
-            "Or export it for one size."
+            f"layer {source.layer.name!r}: a program with a dynamic image size stores patterns "
+            f"instead of masks, and {error} Or export it for one size."
         ) from None
     return encode("layer", {"spec": asdict(spec), "plan": text})
 

@@ -1,4 +1,4 @@
-"""What a plan needs to know of a model, as plain data."""
+"""Description of a model as plain data, as far as plans need it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from bsa_vision.errors import PlanError, nearest
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One attention layer: its module path, its place among its kind, and its heads.
+    """One attention layer: its module path, its index among layers of its role, and its heads.
 
-    role "self" for attention among the tokens of one image, "mem_self" and "mem_cross" in a video model's memory attention; `key` names the
-    layer in plans, whatever library holds it.
-    window   patches per side of the windows that attention stays within; 0 = none, attention is global
-    rel_pos  whether it adds a relative position
-    attention_weights, mlp_weights   elements of the linear layers applied to every token: in attention (to padding as well), and in
-             the rest of the block; what `bsa.cost` counts
-    frames, pointers   where keys are remembered frames, and pointer tokens after them: how many there are once memory is full. Frames 0:
-             keys are the image's own tokens
-    key_weights   elements of the linear layers applied to every remembered key
+    role               "self": attention among the tokens of one image; "mem_self", "mem_cross":
+                       memory attention of a video model. `key`, role and index, names the layer in
+                       plans, whichever library implements it
+    window             patches per side of the attention windows; 0 = global attention
+    rel_pos            True if the layer adds a relative position
+    attention_weights  elements of attention's linear layers, applied to all tokens and to padding
+    mlp_weights        elements of the block's other linear layers, applied to all tokens
+    frames, pointers   number of remembered frames and of pointer tokens after them, which are the
+                       keys once memory is full; frames 0: the keys are the image's own tokens
+    key_weights        elements of the linear layers applied to every remembered key
+
+    `bsa.cost` counts the weights.
     """
 
     name: str
@@ -43,14 +46,18 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class OtherBlock:
-    """A block of an encoder whose attention is no layer of the spec, because it is of another size; what `bsa.cost` counts of it.
+    """A block whose attention is not in the spec's layers because its size differs from theirs.
 
-    stride      tokens per patch of the spec's grid and side: 4 where the grid is four times as fine
-    window      tokens per side of its windows, 0 = none; they are padded
-    heads, head_dim    of its attention
-    q_stride    its queries, and all that follows, are that much coarser per side
-    qkv_weights, proj_weights, mlp_weights, shortcut_weights   elements of the linear layers: applied to every token, to every query (both with
-                padding), to every query without padding, and to every token without padding
+    `bsa.cost` counts its FLOPs; its attention stays dense.
+
+    stride            tokens per patch of the spec's grid, per side: 4 for a grid four times as fine
+    window            tokens per side of its windows, which are padded; 0 = none
+    heads, head_dim   of its attention
+    q_stride          factor per side by which queries and the block's output are coarser
+    qkv_weights       elements of the linear layers applied to every token, padding included
+    proj_weights      the same, applied to every query, padding included
+    mlp_weights       the same, applied to every query without padding
+    shortcut_weights  the same, applied to every token without padding
     """
 
     stride: float
@@ -66,15 +73,16 @@ class OtherBlock:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a plan needs to know of a model.
+    """Description of a model: its layers, grid and special tokens.
 
-    family       of the architecture, the same in every library that holds these weights
-    grid         (h, w) patches at the model's own image size
-    num_prefix_tokens, num_suffix_tokens   special tokens before and after the patches
-    patch_size   (h, w) pixels
-    patch_weights, image_weights   elements of the layers outside of blocks: applied to every patch (patch embedding, neck; those on a
-                 coarser grid count by its share), and once per image (pooler, head)
-    others       blocks that are no layers, because their attention stays dense and is of another size
+    family         name of the architecture, the same in every library that loads these weights
+    grid           (h, w) patches at the model's own image size
+    patch_size     (h, w) pixels
+    num_prefix_tokens, num_suffix_tokens  special tokens before and after the patches
+    patch_weights  elements of the layers outside of blocks that are applied to every patch (patch
+                   embedding, neck); a layer on a coarser grid counts in proportion
+    image_weights  elements of the layers applied once per image (pooler, head)
+    others         blocks whose attention stays dense because its size differs
     """
 
     family: str
@@ -89,7 +97,7 @@ class ModelSpec:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What must agree between a plan and a model; depth counts blocks that are no layers as well."""
+        """The values that a plan and a model must share; depth counts `layers` and `others`."""
         first, depth = self.layers[0], len(self.layers) + len(self.others)
         return {
             "family": self.family,
@@ -99,11 +107,12 @@ class ModelSpec:
         }
 
     def find(self, name: str) -> LayerSpec:
-        """The layer with this key or module path."""
+        """Return the layer with this key or module path; PlanError for an unknown name."""
         for layer in self.layers:
             if name in (layer.key, layer.name):
                 return layer
         known = [layer.name for layer in self.layers]
         raise PlanError(
-            f"no attention layer {name!r} in this model: it has {', '.join(known)}{nearest(str(name), known)}; use one of them."
+            f"no attention layer {name!r} in this model: it has {', '.join(known)}"
+            f"{nearest(str(name), known)}."
         )

@@ -1,4 +1,4 @@
-"""Name the patterns of a plan, check their parameters, and lay them out for one head."""
+"""Name the patterns of a plan, check their parameters, and make the mask of one head."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from bsa_vision.attention.head_masks import HeadMasks
 from bsa_vision.attention.head_patterns import check_blocks, with_special
 from bsa_vision.errors import PlanError
 from bsa_vision.masks import PATTERNS, Pattern, TokenLayout
-from bsa_vision.masks.geometry import Box
-from bsa_vision.masks.patterns import parameters
+from bsa_vision.masks.pattern import parameters
+from bsa_vision.masks.patterns import Box
 from bsa_vision.plans.pattern_spec import PatternLike
 from bsa_vision.plans.static_mask import Static
 
@@ -21,13 +21,14 @@ from bsa_vision.plans.static_mask import Static
 def named(
     pattern: str | PatternLike, params: Mapping[str, Any], declared: Mapping[str, PatternLike]
 ) -> tuple[str, PatternLike | None]:
-    """Return the name to write into layers, and the pattern to declare; None if it is declared."""
+    """Return the name to write into layers, and the pattern to declare.
+
+    The pattern is None if it needs no declaration: "dense", or a name in `declared`.
+    """
     if isinstance(pattern, str):
         if pattern == "dense" or (pattern in declared and not params):
             if params:
-                raise PlanError(
-                    f"pattern 'dense' has no parameters, got {', '.join(params)}; remove them."
-                )
+                raise PlanError(f"pattern 'dense' takes no parameters, got {', '.join(params)}.")
             return pattern, None
         try:
             pattern = Pattern(pattern, **params)
@@ -35,18 +36,13 @@ def named(
             raise PlanError(str(error)) from None
         return repr(pattern), pattern
     if params:
-        raise PlanError(
-            f"{pattern!r} takes no further parameters, got {', '.join(params)}; remove them."
-        )
+        raise PlanError(f"{pattern!r} takes no further parameters, got {', '.join(params)}.")
     if not callable(pattern):
-        given = (
-            f"is a {type(pattern).__name__}"
-            if isinstance(pattern, (Tensor, HeadMasks))
-            else f"={pattern!r}"
-        )
+        is_mask = isinstance(pattern, (Tensor, HeadMasks))
+        given = f" is a {type(pattern).__name__}" if is_mask else f"={pattern!r}"
         raise PlanError(
-            f"pattern{' ' if given.startswith('is') else ''}{given}: expected a name, a Pattern, or a function layout -> (R, C) bool; "
-            f"pass one{_other_way(pattern)}."
+            f"pattern{given}: expected a name, a Pattern, or a function layout -> (R, C) bool"
+            f"{_other_way(pattern)}."
         )
     name = repr(pattern)
     if not isinstance(pattern, (Pattern, Static)):
@@ -62,22 +58,29 @@ def named(
 
 
 def _other_way(given: object) -> str:
-    """The end of a message about what is no pattern."""
+    """Return the end of the message about a value that is not a pattern."""
     if isinstance(given, (Tensor, HeadMasks)):
-        return ", and masks with bsa.SparsityPlan.from_head_masks(bsa.inspect(model), {layer: HeadMasks})"
+        return (
+            "; pass masks with bsa.SparsityPlan.from_head_masks(bsa.inspect(model), "
+            "{layer: HeadMasks})"
+        )
     if isinstance(given, (list, tuple)):
-        return ", and others head by head with plan.replace(heads=..., pattern=...)"
+        return "; set heads one by one with plan.replace(heads=..., pattern=...)"
     return ""
 
 
 def check_options(pattern: Any, params: Mapping[str, Any], options: Sequence[str]) -> None:
-    """Raise PlanError for a parameter that looks like one of `options`, misspelt: the pattern's own message would mislead."""
-    own = parameters(pattern) if isinstance(pattern, str) and pattern in PATTERNS else []
+    """Raise PlanError for a parameter that looks like a misspelt name in `options`.
+
+    The pattern's own message would name only its parameters.
+    """
+    known = parameters(pattern) if isinstance(pattern, str) and pattern in PATTERNS else []
     for param in params:
-        close = difflib.get_close_matches(param, [*options, *own], n=1, cutoff=0.7)
-        if param not in own and close and close[0] in options:
+        close = difflib.get_close_matches(param, [*options, *known], n=1, cutoff=0.7)
+        if param not in known and close and close[0] in options:
             raise PlanError(
-                f"{param}={params[param]!r}: allowed are {', '.join([*options, *own])}; did you mean {close[0]}?"
+                f"{param}={params[param]!r}: allowed are {', '.join([*options, *known])}; did you "
+                f"mean {close[0]}?"
             )
 
 
@@ -95,8 +98,8 @@ def lay_out(
     if isinstance(pattern, Static):
         if keys is not None:
             raise PlanError(
-                f"layer {layer!r} attends to remembered frames, whose number grows: a static mask fits one number of keys only; use a "
-                "geometric pattern."
+                f"layer {layer!r} attends to remembered frames, whose number changes: a static "
+                "mask fits one number of keys; use a geometric pattern."
             )
         return pattern(layout)
     try:

@@ -1,4 +1,7 @@
-"""Write the patterns of a plan as plain data, and read them: parameters, or a block mask bit by bit."""
+"""Convert the patterns of a plan to plain data and back.
+
+A named pattern is stored as its parameters, a static block mask as packed bits.
+"""
 
 from __future__ import annotations
 
@@ -19,26 +22,26 @@ PatternLike = Pattern | Static | BlockMaskFn
 
 
 def to_spec(name: str, pattern: PatternLike) -> dict[str, Any]:
-    """Return what a plan file says of a pattern; PlanError for a Python function."""
+    """Return the entry of a pattern in a plan file; PlanError for a Python function."""
     if isinstance(pattern, Pattern):
         return pattern.spec
     if isinstance(pattern, Static):
         bits = np.packbits(pattern.mask.numpy().reshape(-1))
-        return {
-            "static": base64.b64encode(bits.tobytes()).decode(),
-            "layout": _layout_spec(pattern.layout),
-        }
+        text = base64.b64encode(bits.tobytes()).decode()
+        return {"static": text, "layout": _layout_spec(pattern.layout)}
     raise PlanError(
-        f"pattern {name!r} is a Python function, which a plan file cannot hold: files carry named patterns and block masks; "
-        "call plan.freeze(plan.layout(bsa.inspect(model))) first to turn it into a block mask."
+        f"pattern {name!r} is a Python function, which a plan file cannot hold: files carry named "
+        "patterns and block masks; call plan.freeze(plan.layout(bsa.inspect(model))) first to turn "
+        "it into a block mask."
     )
 
 
 def from_spec(name: str, spec: Any) -> PatternLike:
-    """Return the pattern that a plan file describes; undoes `to_spec`."""
+    """Return the pattern described by an entry of a plan file (the inverse of `to_spec`)."""
     if not isinstance(spec, dict):
         raise PlanError(
-            f"pattern {name!r} is {spec!r}: expected an object such as {{'pattern': 'local_window', 'radius': 8}}."
+            f"pattern {name!r} is {spec!r}: expected an object such as "
+            "{'pattern': 'local_window', 'radius': 8}."
         )
     if "static" not in spec:
         try:
@@ -47,24 +50,18 @@ def from_spec(name: str, spec: Any) -> PatternLike:
             raise PlanError(f"pattern {name!r}: {error}") from None
     check_keys(f"pattern {name!r}", spec, ("static", "layout"))
     try:
-        layout = TokenLayout(
-            **{
-                **spec["layout"],
-                "grid": tuple(spec["layout"]["grid"]),
-                "tile": tuple(spec["layout"]["tile"]),
-            }
-        )
+        pairs = {key: tuple(spec["layout"][key]) for key in ("grid", "tile")}
+        layout = TokenLayout(**{**spec["layout"], **pairs})
         bits = np.frombuffer(base64.b64decode(spec["static"], validate=True), np.uint8)
         size = layout.num_blocks**2
         if len(bits) != -(-size // 8):
-            raise ValueError(f"{len(bits)} bytes of mask, {layout} needs {-(-size // 8)}")
-        mask = torch.from_numpy(np.unpackbits(bits, count=size).astype(bool)).reshape(
-            layout.num_blocks, -1
-        )
-        return Static(mask, layout)
+            raise ValueError(f"{len(bits)} bytes of mask, but {layout} needs {-(-size // 8)}")
+        mask = torch.from_numpy(np.unpackbits(bits, count=size).astype(bool))
+        return Static(mask.reshape(layout.num_blocks, -1), layout)
     except (ValueError, TypeError, KeyError, OverflowError, binascii.Error) as error:
         raise PlanError(
-            f"static mask {name!r} is damaged ({error}): expected bit-packed base64 and its layout; save it again."
+            f"static mask {name!r} is damaged ({error}): expected bit-packed base64 and its "
+            "layout; save it again."
         ) from None
 
 

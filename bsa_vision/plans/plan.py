@@ -1,6 +1,6 @@
-"""Which head uses which pattern: plans as plain data, compiled to masks for a layout, saved as JSON.
+"""Sparsity plans: a pattern for every head, compiled to masks for a layout, saved as JSON.
 
-Knows no model: an adapter describes one as a `ModelSpec`, and a plan says what its layers do.
+Plans do not depend on model classes: adapters describe a model as a `ModelSpec`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from bsa_vision.attention.head_masks import HeadMasks
 from bsa_vision.attention.mask_tensors import DENSE
 from bsa_vision.errors import PlanError
 from bsa_vision.masks import Pattern, TokenLayout
-from bsa_vision.masks.geometry import Box
 from bsa_vision.masks.origin import check_layout
-from bsa_vision.masks.patterns import is_pattern_name
+from bsa_vision.masks.pattern import is_pattern_name
+from bsa_vision.masks.patterns import Box
 from bsa_vision.plans import plan_file
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 from bsa_vision.plans.named_patterns import check_options, lay_out, named
@@ -33,16 +33,17 @@ from bsa_vision.storage.memory_cache import Cache
 
 @dataclass(frozen=True)
 class SparsityPlan:
-    """Per layer, per head: which pattern.
+    """A pattern for every head of every layer.
 
-    model       the fingerprint of the models this plan is for (`ModelSpec.fingerprint`)
-    patterns    name -> pattern; "dense" is always there
-    layers      layer key -> one pattern name per head; layers not named stay as they are, dense
-    order, tile, block_size   the token layout that masks are made in
-    scores      optional, layer key -> one number per head, e.g. what a tuner measured
-    notes       anything else worth keeping: what it was tuned on, predicted and measured error
+    model       fingerprint of the models this plan is for (`ModelSpec.fingerprint`)
+    patterns    name -> pattern; "dense" needs no declaration
+    layers      layer key -> one pattern name per head; layers not listed stay dense
+    order, tile, block_size  token layout of the masks
+    scores      optional, layer key -> one number per head, e.g. measured by a tuner
+    notes       any other JSON data, e.g. calibration images, predicted and measured error
 
-    Immutable: `replace` returns a changed plan. Frozen, comparable; picklable when its patterns are.
+    Immutable and hashable; `replace` returns a changed plan. Plans can be pickled if their patterns
+    can.
     """
 
     model: Mapping[str, Any]
@@ -58,13 +59,11 @@ class SparsityPlan:
     )
 
     def __post_init__(self) -> None:
-        layout = TokenLayout(
-            (1, 1), order=self.order, tile=self.tile, block_size=self.block_size
-        )  # checks the three
+        # Checks order, tile and block_size.
+        layout = TokenLayout((1, 1), order=self.order, tile=self.tile, block_size=self.block_size)
+        layers = {key: tuple(names) for key, names in self.layers.items()}
         object.__setattr__(self, "tile", layout.tile)
-        object.__setattr__(
-            self, "layers", {key: tuple(names) for key, names in self.layers.items()}
-        )
+        object.__setattr__(self, "layers", layers)
         check_fields(self.model, self.layers, [*self.patterns], [*self.scores, *self.notes])
 
     def __hash__(self) -> int:
@@ -85,20 +84,24 @@ class SparsityPlan:
         block_size: int = 128,
         **params: Any,
     ) -> SparsityPlan:
-        """The same pattern for all heads but the first `dense_heads`, in all global layers or these: indices, keys or module paths."""
+        """Build a plan with the same pattern for all heads but the first `dense_heads` per layer.
+
+        layers  indices, keys or module paths; None = all global layers
+        """
         check_spec(spec)
         check_options(pattern, params, ("dense_heads", "layers", "order", "tile", "block_size"))
         if layers is not None:
-            wanted = listed("layers", layers)
             layers = [
-                spec.find(x).key if isinstance(x, str) and not x.isdecimal() else x for x in wanted
+                spec.find(x).key if isinstance(x, str) and not x.isdecimal() else x
+                for x in listed("layers", layers)
             ]
         dense = {layer.key: ("dense",) * layer.heads for layer in spec.layers}
         plan = cls(spec.fingerprint, {}, dense, order, tile, block_size)
         heads = spec.layers[0].heads
         if not isinstance(dense_heads, int) or not 0 <= dense_heads <= heads:
             raise PlanError(
-                f"dense_heads={dense_heads!r}: the model has {heads} heads; give a whole number from 0 to {heads}."
+                f"dense_heads={dense_heads!r}: the model has {heads} heads; expected an integer "
+                f"from 0 to {heads}."
             )
         if dense_heads == heads:
             pattern, params, dense_heads = "dense", {}, 0
@@ -106,8 +109,8 @@ class SparsityPlan:
             layers = [layer.key for layer in spec.layers if not layer.window]
             if not layers:
                 raise PlanError(
-                    f"all {len(spec.layers)} layers of this model attend within windows, which stay dense: a pattern needs a layer that "
-                    "attends to the whole image; this model has nothing to make sparse."
+                    f"all {len(spec.layers)} layers of this model attend within windows, which "
+                    "stay dense: a pattern needs a layer that attends to the whole image."
                 )
         plan = plan.replace(
             layers=layers, heads=range(dense_heads, heads), pattern=pattern, **params
@@ -117,10 +120,11 @@ class SparsityPlan:
 
     @classmethod
     def from_head_masks(cls, spec: ModelSpec, head_masks: Mapping[str, HeadMasks]) -> SparsityPlan:
-        """Masks made by hand or by a generator, by layer (module path or key), as a plan of static masks.
+        """Build a plan of static masks from HeadMasks, by layer (module path or key).
 
-        A HeadMasks without a layout is for tokens as they come at the spec's own grid; pass `inspect(model, image_size=...)`
-        for another. All must share order and block size, and be equal across the batch.
+        HeadMasks without a layout apply to tokens in raster order at the spec's grid; pass
+        `inspect(model, image_size=...)` for another grid. All must share order and block size, and
+        be equal across the batch.
         """
         check_spec(spec)
         patterns, layers, layout = static_layers(spec, head_masks)
@@ -135,10 +139,12 @@ class SparsityPlan:
         pattern: str | PatternLike,
         **params: Any,
     ) -> SparsityPlan:
-        """This plan with other heads: the given heads (None = all) of the given layers (indices or keys; None = all).
+        """Return this plan with another pattern for some heads.
 
-        pattern  a name of `masks.PATTERNS` with its parameters, the name of a pattern of this plan, a `masks.Pattern`,
-                 or any function layout -> (R, C) bool
+        layers   indices or keys; None = all layers
+        heads    indices; None = all heads
+        pattern  a name of `masks.PATTERNS` with its parameters, the name of a pattern of this plan,
+                 a `masks.Pattern`, or any function layout -> (R, C) bool
         """
         check_options(pattern, params, ("layers", "heads"))
         name, chosen = named(pattern, params, self.patterns)
@@ -147,7 +153,8 @@ class SparsityPlan:
         wanted = set(every) if heads is None else set(listed("heads", heads))
         if not wanted or not wanted <= set(every):
             raise PlanError(
-                f"heads={list(wanted)} match no head: the model has heads 0 to {self.model['heads'] - 1}; choose among them."
+                f"heads={list(wanted)} match no head: the model has heads 0 to "
+                f"{self.model['heads'] - 1}."
             )
         changed = {
             key: tuple(name if head in wanted else old for head, old in enumerate(names))
@@ -157,24 +164,26 @@ class SparsityPlan:
         }
         patterns = {**self.patterns, name: chosen} if chosen is not None else dict(self.patterns)
         used = {used for names in changed.values() for used in names}
-        return replace(
-            self,
-            patterns={key: value for key, value in patterns.items() if key in used},
-            layers=changed,
-        )
+        patterns = {key: value for key, value in patterns.items() if key in used}
+        return replace(self, patterns=patterns, layers=changed)
 
     def freeze(self, layout: TokenLayout) -> SparsityPlan:
-        """This plan with every pattern laid out for `layout`: what was a Python function can then be saved."""
+        """Return this plan with every pattern replaced by its static mask for `layout`.
+
+        Plans with Python functions can then be saved.
+        """
         named: dict[Static, str] = {}
         layers = {}
         for key in self.layers:
             if self.is_dynamic(key):
                 raise PlanError(
-                    f"layer {key!r} has a pattern that follows prompts: only what is the same for every image can be frozen; replace it."
+                    f"layer {key!r} has a pattern that follows prompts: only patterns that are the "
+                    "same for every image can be frozen; replace it first."
                 )
             if key.startswith("mem_cross.") and set(self.layers[key]) != {"dense"}:
                 raise PlanError(
-                    f"layer {key!r} attends to remembered frames, whose number grows: only what has one size can be frozen; make it dense first."
+                    f"layer {key!r} attends to remembered frames, whose number changes: only masks "
+                    "of one size can be frozen; make it dense first."
                 )
             masks = self.compile(key, layout)
             blocks = masks.block_mask(layout.num_tokens, layout.num_tokens)[0]
@@ -184,19 +193,18 @@ class SparsityPlan:
                 else named.setdefault(Static(blocks[head], layout), f"{key}/{head}")
                 for head, kind in enumerate(masks.slices)
             )
-        return replace(
-            self, patterns={name: static for static, name in named.items()}, layers=layers
-        )
+        patterns = {name: static for static, name in named.items()}
+        return replace(self, patterns=patterns, layers=layers)
 
     # Use
 
     @property
     def report(self) -> dict[str, Any]:
-        """What `bsa.tune` predicted and measured (`bsa_vision.tuning.report_data.describe` says what is in it); empty for other plans."""
+        """Results of `bsa.tune`, as `bsa_vision.tuning.report_data` describes; empty without it."""
         return dict(self.notes.get("tuned", {}))
 
     def layout(self, spec: ModelSpec, grid: tuple[int, int] | None = None) -> TokenLayout:
-        """The layout of the plan's masks for `spec` at `grid` (None = the model's own)."""
+        """Return the layout of the plan's masks for `spec` at `grid` (None = the model's own)."""
         check_spec(spec)
         return TokenLayout(
             spec.grid if grid is None else grid,
@@ -210,17 +218,17 @@ class SparsityPlan:
     def key_layout(
         self, layer: LayerSpec, layout: TokenLayout, num_keys: int | None = None
     ) -> TokenLayout | None:
-        """The layout of the keys of a layer that attends to remembered frames, each in the order of `layout`; None for other layers.
+        """Return the key layout of a layer that attends to remembered frames, else None.
 
-        num_keys  what is remembered at the moment, pointer tokens last; None = `layer.frames` and `layer.pointers`, a full memory
+        layout    layout of the queries; each frame has its token order
+        num_keys  number of keys in memory at present, pointer tokens last; None = a full memory,
+                  `layer.frames` and `layer.pointers`
         """
         if not layer.frames:
             return None
-        frames, pointers = (
-            (layer.frames, layer.pointers)
-            if num_keys is None
-            else divmod(num_keys, layout.grid[0] * layout.grid[1])
-        )
+        frames, pointers = layer.frames, layer.pointers
+        if num_keys is not None:
+            frames, pointers = divmod(num_keys, layout.grid[0] * layout.grid[1])
         return replace(layout, num_prefix_tokens=0, frames=frames, num_suffix_tokens=pointers)
 
     def compile(
@@ -230,19 +238,18 @@ class SparsityPlan:
         prompts: Sequence[Sequence[Box]] = ((),),
         keys: TokenLayout | None = None,
     ) -> HeadMasks:
-        """The masks of one layer (its key) for one layout. Special rows and columns are always kept.
+        """Compile the masks of one layer (its key) for one layout.
 
-        prompts  where the prompts of each image are, boxes in patches; looked at by dynamic patterns only. The default is one image
-                 without any. A model gets them from `bsa.context`
-        keys     the layout of the keys where they are remembered frames (`key_layout`); None = the queries' own
+        prompts  boxes in patches, for each image; only dynamic patterns use them. The default is
+                 one image without prompts. `bsa.context` supplies them to a model
+        keys     layout of remembered frames (`key_layout`); None = the layout of the queries
 
-        Cached, unless the layer is dynamic. A head whose pattern keeps every block becomes dense, which is the same function.
+        Special rows and columns are always kept. A head whose pattern keeps every block becomes
+        dense, which computes the same function. Results are cached unless the layer is dynamic.
         """
         check_layout("layout", layout)
         if layer not in self.layers:
-            raise PlanError(
-                f"no layer {layer!r} in this plan: it has {', '.join(self.layers)}; use one of these keys."
-            )
+            raise PlanError(f"no layer {layer!r} in this plan: it has {', '.join(self.layers)}.")
         if self.is_dynamic(layer):
             return self._compile(layer, layout, prompts, keys)
         return self._masks.get(
@@ -250,30 +257,31 @@ class SparsityPlan:
         )
 
     def is_dynamic(self, layer: str) -> bool:
-        """Whether a head of this layer (its key) has a pattern that follows prompts."""
+        """Return True if a head of this layer (its key) has a pattern that follows prompts."""
         patterns = {self.patterns.get(name) for name in self.layers.get(layer, ())}
         return any(isinstance(pattern, Pattern) and pattern.is_dynamic for pattern in patterns)
 
     def sparsity(self, layout: TokenLayout) -> float:
-        """Realised sparsity over all heads and blocks of the model, dense ones included, 0 to 1. What is remembered counts as one frame."""
+        """Return the realised sparsity, 0 to 1, over all heads and blocks, dense heads included.
+
+        Remembered keys count as one frame.
+        """
         check_layout("layout", layout)
         one_frame = replace(layout, num_prefix_tokens=0, num_suffix_tokens=0)
-        per_layer = [
-            self.compile(
-                key, layout, keys=one_frame if key.startswith("mem_cross.") else None
-            ).sparsity
-            for key in self.layers
-        ]
-        return sum(per_layer) / self.model["depth"]
+        total = 0.0
+        for key in self.layers:
+            keys = one_frame if key.startswith("mem_cross.") else None
+            total += self.compile(key, layout, keys=keys).sparsity
+        return total / self.model["depth"]
 
     def complete(self, spec: ModelSpec) -> SparsityPlan:
-        """This plan with every layer of `spec` named: those it does not mention are dense."""
+        """Return this plan with every layer of `spec` listed; missing layers become dense."""
         check_spec(spec)
         dense = {layer.key: ("dense",) * layer.heads for layer in spec.layers}
         return replace(self, layers={**dense, **self.layers})
 
     def check(self, spec: ModelSpec) -> None:
-        """Raise PlanError unless this plan is for models like `spec`."""
+        """Raise PlanError unless this plan fits models like `spec`."""
         check_spec(spec)
         check_fit(self.model, self.layers, spec)
 
@@ -293,7 +301,7 @@ class SparsityPlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SparsityPlan:
-        """Return the plan in data of `to_dict`; PlanError for what does not fit together."""
+        """Build a plan from data of `to_dict`; PlanError if its parts do not fit together."""
         layout = data["layout"]
         try:
             return cls(
@@ -309,9 +317,7 @@ class SparsityPlan:
         except PlanError:
             raise
         except (ValueError, TypeError, OverflowError) as error:
-            raise PlanError(
-                f"{error} The file is damaged or was edited wrongly; correct that entry."
-            ) from None
+            raise PlanError(f"{error} The file is damaged or was edited incorrectly.") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; an existing file is replaced once the new one is complete.
@@ -319,12 +325,12 @@ class SparsityPlan:
         PlanError if a pattern is a Python function, which no file can hold.
         """
         text = plan_file.dumps(self.to_dict())
-        self.from_dict(plan_file.loads(text))  # what cannot be read must not replace what can
+        self.from_dict(plan_file.loads(text))  # never replace a file by one that cannot be read
         atomic_write.write(path, text.encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SparsityPlan:
-        """Read a plan written by `save`; PlanError says what is wrong with the file."""
+        """Read a plan written by `save`; PlanError for a damaged file."""
         data = Path(path).read_bytes()
         try:
             return cls.from_dict(plan_file.loads(data))
@@ -339,53 +345,50 @@ class SparsityPlan:
         keys: TokenLayout | None,
     ) -> HeadMasks:
         heads = self.model["heads"]
-        masks = [
-            name
-            if name == "dense"
-            else torch.stack(
-                [
-                    lay_out(name, self.patterns[name], (layer, head), heads, layout, boxes, keys)
-                    for boxes in prompts
-                ]
+
+        def mask(head: int, name: str) -> str | torch.Tensor:
+            """Return "dense" or the head's (images, R, C) mask."""
+            if name == "dense":
+                return name
+            pattern, where = self.patterns[name], (layer, head)
+            return torch.stack(
+                [lay_out(name, pattern, where, heads, layout, boxes, keys) for boxes in prompts]
             )
-            for head, name in enumerate(self.layers[layer])
-        ]  # (images, R, C) each
+
+        masks = [mask(head, name) for head, name in enumerate(self.layers[layer])]
         try:
             return HeadMasks.from_patterns(layout, masks, kv_layout=keys)
         except ValueError as error:
             raise PlanError(f"layer {layer!r} of the plan: {error}") from None
 
     def __str__(self) -> str:
-        lines = [
-            f"SparsityPlan for {', '.join(f'{key} {value}' for key, value in self.model.items())}; order {self.order}"
-        ]
+        model = ", ".join(f"{key} {value}" for key, value in self.model.items())
+        lines = [f"SparsityPlan for {model}; order {self.order}"]
         for key, names in self.layers.items():
-            counts = {name: names.count(name) for name in dict.fromkeys(names)}
-            lines.append(
-                f"  {key:<9}" + ", ".join(f"{count} x {name}" for name, count in counts.items())
-            )
+            counts = (f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+            lines.append(f"  {key:<9}" + ", ".join(counts))
         return "\n".join(lines)
 
 
 def as_plan(plan: object) -> SparsityPlan:
-    """`plan`, or the one in the file of that path; TypeError or FileNotFoundError for what is none."""
+    """Return `plan` itself, or load it if it is a path.
+
+    Raises TypeError for other types and FileNotFoundError for a missing file.
+    """
     if isinstance(plan, SparsityPlan):
         return plan
     if isinstance(plan, (str, os.PathLike)):
         if not os.path.exists(plan):
-            hint = (
-                f"; for a pattern use bsa.uniform_plan(model, {plan!r})"
-                if is_pattern_name(plan)
-                else ""
-            )
+            hint = f"; for a pattern use bsa.uniform_plan(model, {plan!r})"
             raise FileNotFoundError(
-                f"plan={os.fspath(plan)!r}: no such file; pass a SparsityPlan or the path of one that was saved{hint}."
+                f"plan={os.fspath(plan)!r}: no such file; pass a SparsityPlan or the path of a "
+                f"saved one{hint if is_pattern_name(plan) else ''}."
             )
         return SparsityPlan.load(plan)
     how = "make one with bsa.uniform_plan(model, ...), or read one with bsa.SparsityPlan.load(path)"
-    held = list(plan.values()) if isinstance(plan, Mapping) else [plan]
-    if held and all(isinstance(masks, HeadMasks) for masks in held):
-        how = "make one of masks with bsa.SparsityPlan.from_head_masks(bsa.inspect(model), {layer: masks})"
+    values = list(plan.values()) if isinstance(plan, Mapping) else [plan]
+    if values and all(isinstance(masks, HeadMasks) for masks in values):
+        how = "for masks use bsa.SparsityPlan.from_head_masks(bsa.inspect(model), {layer: masks})"
     elif isinstance(plan, nn.Module):
         how = "the model comes first"
     elif isinstance(plan, Pattern):

@@ -1,4 +1,4 @@
-"""Plans as JSON that a person can read and diff: patterns declared once, then one line per layer.
+"""Read and write plans as JSON: each pattern declared once, then one line per layer.
 
     {
       "format": "bsa-vision/plan",
@@ -15,7 +15,7 @@
       "notes": {}
     }
 
-Everything unknown is an error: a key that was dropped in silence would change results.
+Unknown keys are errors, because ignoring one could change results.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def dumps(data: Mapping[str, Any]) -> str:
         return _dumps(data)
     except (TypeError, ValueError) as error:
         raise PlanError(
-            f"the plan holds something JSON cannot: {error}; keep notes and scores to text and "
-            "numbers."
+            f"the plan cannot be written as JSON: {error}; use only text and numbers in notes and "
+            "scores."
         ) from None
 
 
@@ -62,7 +62,7 @@ def _dumps(data: Mapping[str, Any]) -> str:
 
 
 def loads(text: str | bytes) -> dict[str, Any]:
-    """Return a plan's data from JSON text, or its UTF-8 bytes; PlanError for anything unknown."""
+    """Return a plan's data from JSON text or UTF-8 bytes; PlanError for unknown keys and types."""
     try:
         text = text.decode() if isinstance(text, bytes) else text
         data = json.loads(
@@ -71,16 +71,16 @@ def loads(text: str | bytes) -> dict[str, Any]:
         _check_depth(data)
     except PlanError:
         raise
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # not UTF-8, not JSON, numbers of thousands of digits
+    # Not UTF-8, not JSON, or a number with thousands of digits.
+    except (ValueError, RecursionError) as error:
         raise PlanError(
-            f"not JSON ({error}): the file is damaged or not a plan; restore it or save the plan again."
+            f"not JSON ({error}): the file is damaged or not a plan; restore it or save the plan "
+            "again."
         ) from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise PlanError(
-            f"no 'format': {FORMAT!r}: this is not a plan of bsa-vision; load a file written by plan.save."
+            f"no 'format': {FORMAT!r}: this is not a plan of bsa-vision; load a file written by "
+            "plan.save."
         )
     version = data.get("version")
     if version not in (1, VERSION) or isinstance(version, bool):
@@ -96,16 +96,14 @@ def loads(text: str | bytes) -> dict[str, Any]:
     for section in SECTIONS:
         _check_types(section, data.setdefault(section, {}), None)
     for key, values in data["scores"].items():
-        if not isinstance(values, list) or not all(
-            isinstance(value, (int, float)) for value in values
-        ):
+        if not isinstance(values, list) or not all(isinstance(x, (int, float)) for x in values):
             raise PlanError(
-                f"scores of layer {key!r} are {values!r}: expected a list of numbers, one per head; correct it."
+                f"scores of layer {key!r} are {values!r}: expected a list of numbers, one per head."
             )
     for key, names in data["layers"].items():
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise PlanError(
-                f"layer {key!r} is {names!r}: expected a list of pattern names, one per head; correct it."
+                f"layer {key!r} is {names!r}: expected a list of pattern names, one per head."
             )
     return data
 
@@ -121,7 +119,7 @@ OLD_KEYS = {  # version 1 -> version 2
 
 
 def _upgrade(data: dict[str, Any]) -> None:
-    """Rename, in place, what version 1 called otherwise: in static masks and tuning's notes."""
+    """Rename the keys of version 1 in place, in static masks and in the notes of the tuner."""
     patterns, notes = data.get("patterns"), data.get("notes")
     static = [(spec, "layout") for spec in patterns.values()] if isinstance(patterns, dict) else []
     tuned = notes.get("tuned") if isinstance(notes, dict) else None
@@ -134,49 +132,46 @@ def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise PlanError(
-                f"the key {key!r} is written twice: which one counts cannot be told; remove one of them."
-            )
+            raise PlanError(f"the key {key!r} is written twice: remove one of the two.")
         found[key] = value
     return found
 
 
 def _no_constant(name: str) -> Any:
-    raise PlanError(f"{name} is no number of JSON: expected a finite number; correct it.")
+    raise PlanError(f"{name} is not a JSON number: expected a finite number.")
 
 
-DEPTH = 50  # of lists and objects within each other; a tuned plan has 8
+DEPTH = 50  # nesting of lists and objects; a tuned plan has 8 levels
 
 
 def _check_depth(data: Any) -> None:
-    """Raise PlanError for data nested deeper than others (copies, hashes, texts) can follow, and for infinite numbers."""
+    """Raise PlanError for infinite numbers, and for data nested deeper than DEPTH.
+
+    Copying, hashing and printing deeper data would exceed Python's recursion limit.
+    """
     level, depth = [data], 0
     while level:
         if depth > DEPTH:
             raise PlanError(
-                f"lists or objects lie more than {DEPTH} deep in each other: the file is damaged; restore it."
+                f"lists or objects are nested more than {DEPTH} levels deep: the file is damaged."
             )
         if any(isinstance(x, float) and not math.isfinite(x) for x in level):
-            raise PlanError(
-                "a number is too large for a float: expected a finite number; correct it."
-            )
+            raise PlanError("a number is too large for a float: expected a finite number.")
         level = [
             x
-            for held in level
-            if isinstance(held, (dict, list))
-            for x in (held.values() if isinstance(held, dict) else held)
+            for parent in level
+            if isinstance(parent, (dict, list))
+            for x in (parent.values() if isinstance(parent, dict) else parent)
         ]
         depth += 1
 
 
 def _check_types(where: str, data: Any, expected: Mapping[str, type] | None) -> None:
     if not isinstance(data, dict):
-        raise PlanError(f"{where!r} is {data!r}: expected an object; correct it.")
+        raise PlanError(f"{where!r} is {data!r}: expected an object.")
     if expected is None:
         return
     check_keys(repr(where), data, tuple(expected))
     for key, kind in expected.items():
         if not isinstance(data[key], kind) or isinstance(data[key], bool):
-            raise PlanError(
-                f"{where}.{key} is {data[key]!r}: expected {kind.__name__}; correct it."
-            )
+            raise PlanError(f"{where}.{key} is {data[key]!r}: expected {kind.__name__}.")

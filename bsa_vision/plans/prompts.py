@@ -1,4 +1,4 @@
-"""Clicks and boxes in the pixels of a photograph, as patches of what the model sees of it."""
+"""Clicks and boxes in image pixels, converted to patches of the model's input."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from math import ceil, floor
 from numbers import Real
 from typing import Any
 
-from bsa_vision.masks.geometry import Box
 from bsa_vision.masks.layout import whole_pair
+from bsa_vision.masks.patterns import Box
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Where one image is asked about, in pixels, x before y as in Segment Anything.
+    """Prompts of one image in pixels, x before y as in Segment Anything.
 
     points      clicks (x, y)
-    boxes       (x0, y0, x1, y1), the corner at the top left first
-    image_size  (height, width) of the photograph the pixels are counted in, which is resized to fit the model's input and padded at the
-                bottom and the right, as `SamPredictor` and transformers' `SamProcessor` do it. None = pixels of the model's input itself
+    boxes       (x0, y0, x1, y1), the top left corner first
+    image_size  (height, width) of the image in whose pixels points and boxes are given; None =
+                pixels of the model's input. The image is resized to fit the input and padded at
+                the bottom and the right, as by `SamPredictor` and transformers' `SamProcessor`
 
-    Raises ValueError for prompts outside the image, and where there are none.
+    Raises ValueError for prompts outside the image, and if there is neither a point nor a box.
 
         >>> Prompts(points=[(620, 310)], image_size=(1080, 1920))
     """
@@ -35,12 +36,13 @@ class Prompts:
         object.__setattr__(self, "boxes", _numbers("boxes", self.boxes, 4, "(x0, y0, x1, y1)"))
         if not self.points and not self.boxes:
             raise ValueError(
-                "Prompts without points and boxes: at least one is needed; give points=[(x, y)]."
+                "Prompts without points and boxes: at least one is needed, e.g. points=[(x, y)]."
             )
         for box in self.boxes:
             if box[0] >= box[2] or box[1] >= box[3]:
                 raise ValueError(
-                    f"box {box} is empty: (x0, y0, x1, y1) with x0 < x1 and y0 < y1 is needed, pixels, x first; order the corners."
+                    f"box {box} is empty: expected (x0, y0, x1, y1) in pixels, x first, with "
+                    "x0 < x1 and y0 < y1."
                 )
         if self.image_size is not None:
             height, width = whole_pair("image_size", _plain(self.image_size), 1)
@@ -52,18 +54,24 @@ class Prompts:
         for x, y in self.points:
             if not (0 <= x < width and 0 <= y < height):
                 raise ValueError(
-                    f"point ({x}, {y}) lies outside the image of {width} x {height} pixels: x is 0 to below {width}, y 0 to below "
-                    f"{height}; give (x, y), x first, in the pixels of image_size=(height, width)."
+                    f"point ({x}, {y}) lies outside the image of {width} x {height} pixels: "
+                    f"expected 0 <= x < {width}, 0 <= y < {height}; give (x, y), x first, in the "
+                    "pixels of image_size=(height, width)."
                 )
         for box in self.boxes:
             if not (box[0] >= 0 and box[2] <= width and box[1] >= 0 and box[3] <= height):
                 raise ValueError(
-                    f"box {box} lies outside the image of {width} x {height} pixels: x is 0 to {width}, y 0 to {height}; give "
-                    "(x0, y0, x1, y1), x first, in the pixels of image_size=(height, width)."
+                    f"box {box} lies outside the image of {width} x {height} pixels: expected "
+                    f"0 <= x <= {width}, 0 <= y <= {height}; give (x0, y0, x1, y1), x first, in "
+                    "the pixels of image_size=(height, width)."
                 )
 
     def on_patches(self, grid: tuple[int, int], patch_size: tuple[int, int]) -> tuple[Box, ...]:
-        """(top, left, bottom, right) in patches, both ends included, of each prompt, for an input of `grid` patches."""
+        """Return each prompt as (top, left, bottom, right) in patches, both ends included.
+
+        grid        (h, w) patches of the model's input
+        patch_size  (h, w) pixels
+        """
         height, width = grid[0] * patch_size[0], grid[1] * patch_size[1]
         down = across = 1.0
         if self.image_size is None:
@@ -81,17 +89,18 @@ class Prompts:
 
 
 def resized_to_fit(image_size: tuple[int, int], input_size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of an image resized to fit the input, its longer side filling it. Source: segment_anything, `ResizeLongestSide`."""
+    """Return the (height, width) of an image after resizing it to fit the input.
+
+    The longer side fills the input. Source: segment_anything, `ResizeLongestSide`.
+    """
     scale = min(input_size[0] / image_size[0], input_size[1] / image_size[1])
     return int(image_size[0] * scale + 0.5), int(image_size[1] * scale + 0.5)
 
 
 def _patches(first: float, last: float, patch: int, count: int) -> tuple[int, int]:
-    """The first and last patch, of `count`, that pixels `first` to `last` touch; a border alone is not touched."""
-    first, last = (
-        round(first, 6),
-        round(last, 6),
-    )  # scaling leaves borders a rounding error beside them
+    """Return the first and last of `count` patches that overlap pixels `first` to `last`."""
+    # Scaling may move a patch border by a rounding error.
+    first, last = round(first, 6), round(last, 6)
     start = min(floor(first / patch), count - 1)
     return start, min(max(start, ceil(last / patch) - 1), count - 1)
 
@@ -106,7 +115,7 @@ def _numbers(name: str, values: Any, length: int, shape: str) -> tuple[tuple[flo
         len(e) != length or not all(isinstance(v, Real) for v in e) for e in entries
     ):
         raise ValueError(
-            f"{name}={values!r}: expected a list of {shape} in pixels; wrap a single one in a list."
+            f"{name}={values!r}: expected a list of {shape} in pixels; put a single one in a list."
         )
     return entries
 

@@ -1,4 +1,4 @@
-"""Lay out rows of text as a table with a rule below its first row."""
+"""Format rows of text as a table with aligned columns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return one line per row, columns aligned; the first row holds the titles."""
+    """Return one line per row, with a rule below the first row, which holds the titles."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     titles, *others = (
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

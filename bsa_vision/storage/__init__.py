@@ -1,1 +1,1 @@
-"""What is kept: in memory (`memory_cache`), on this machine (`machine_cache`), in files (`atomic_write`)."""
+"""Caches in memory and on this machine, atomic writes, and a description of the machine."""

@@ -1,4 +1,4 @@
-"""Files that are either the old ones or the new ones, whatever happens while they are written."""
+"""Write files atomically: after any error the old file is intact."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 
 def write(path: str | os.PathLike[str], *data: bytes | memoryview) -> None:
-    """Write `data` to `path` at once: after an error or Ctrl-C what was there before is still there.
+    """Write `data` to `path` atomically: after an error or Ctrl-C the old file is intact.
 
-    OSError names the path that was given.
+    Raises OSError with the path as it was given.
     """
     check_folder(path)
     target = Path(path).resolve()  # a link stays a link
@@ -35,8 +35,6 @@ def write(path: str | os.PathLike[str], *data: bytes | memoryview) -> None:
 
 
 def check_folder(path: str | os.PathLike[str]) -> None:
-    """Raise FileNotFoundError unless the folder of `path` is there."""
+    """Raise FileNotFoundError unless the folder of `path` exists."""
     if not Path(path).resolve().parent.is_dir():
-        raise FileNotFoundError(
-            errno.ENOENT, "there is no such folder, make it first", os.fspath(path)
-        )
+        raise FileNotFoundError(errno.ENOENT, "the folder does not exist", os.fspath(path))

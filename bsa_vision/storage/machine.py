@@ -1,4 +1,4 @@
-"""Describe this machine: for reports, and as the key of what was measured on it."""
+"""Describe this machine, for reports and as the key of cached measurements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Machine:
-    """One torch device of this machine, and the software that runs on it.
+    """One torch device of this machine and its software.
 
     name         of the CPU or GPU
     cores        CPU cores this process may use
@@ -38,13 +38,13 @@ class Machine:
 
     @property
     def hardware(self) -> str:
-        """What speed depends on, in words: without the number of cores, which may change daily."""
+        """The hardware that speed depends on, without the number of cores, which may change."""
         if self.device != "cpu":
             return self.name
         return f"{self.name}, {self.instructions}, {self.threads} torch threads"
 
     def key(self, dtype: torch.dtype, head_dim: int) -> str:
-        """Name a measurement of this dtype and head dim that is kept for later processes."""
+        """Return the key of a cached measurement for this dtype and head dim."""
         number = str(dtype).removeprefix("torch.")
         return f"{self.hardware}; torch {self.torch_version}; {number}, head dim {head_dim}"
 

@@ -1,4 +1,4 @@
-"""Small JSON files in the user's cache: what was measured on this machine, because a second at the start of every process would be felt."""
+"""Cache machine measurements as JSON; repeating them takes about a second per process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from bsa_vision.storage import atomic_write
 
 
 def cache_file(name: str) -> Path | None:
-    """Where it is kept: in the folder `BSA_VISION_CACHE`, or one of the user's cache; None for a user without a home."""
+    """Return the path of a cache file; None for a user without a home folder.
+
+    The folder is `BSA_VISION_CACHE`, or bsa-vision in the user's cache folder.
+    """
     folder = (
         os.environ.get("BSA_VISION_CACHE")
         or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "bsa-vision"
@@ -23,7 +26,7 @@ def cache_file(name: str) -> Path | None:
 
 
 def read(name: str) -> dict[str, Any]:
-    """What the file holds; nothing where there is none, or something else."""
+    """Return the entries of the file; {} if it is missing or holds something else."""
     path = cache_file(name)
     try:
         found = json.loads(path.read_text()) if path else {}
@@ -33,7 +36,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def write(name: str, entries: dict[str, Any]) -> None:
-    """Replace the file; where it cannot be written, the next process measures again."""
+    """Replace the file. If that fails, the next process measures again."""
     path = cache_file(name)
     if path is None:
         return

@@ -1,4 +1,4 @@
-"""A bounded, thread-safe cache that an object can carry: copies and pickles of the object start with an empty one."""
+"""A bounded, thread-safe cache for an object's attribute; copies and pickles start empty."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Value = TypeVar("Value")
 class Cache(Generic[Value]):
     """The `size` most recently used values, by key.
 
-    functools.lru_cache holds on to its arguments for the life of the process and cannot be copied or pickled; what
-    follows from a plan or a mask must go when the plan or the mask goes.
+    functools.lru_cache keeps its arguments alive and cannot be copied or pickled. Values derived
+    from a plan or a mask must be freed with it.
     """
 
     def __init__(self, size: int) -> None:
@@ -25,9 +25,10 @@ class Cache(Generic[Value]):
         self._values: OrderedDict[Hashable, Value] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """The value of `key`, made on first use. Two threads may both make it; the first one stored is kept.
+        """Return the value of `key`, made on first use.
 
-        Made outside inference mode, whatever the caller's: a later call may need gradients.
+        Two threads may both make it; the first one stored is kept. It is made outside inference
+        mode, because a later call may need gradients.
         """
         with self._lock:
             if key in self._values:

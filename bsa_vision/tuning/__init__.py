@@ -1,4 +1,4 @@
-"""A plan for a model, from a few images and a budget: which head uses which pattern, and what it costs, measured on images not used for choosing."""
+"""Tuning: choose a pattern for every head from a few images and one budget."""
 
 from __future__ import annotations
 

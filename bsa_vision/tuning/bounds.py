@@ -1,4 +1,4 @@
-"""What errors on a few images say about images not seen."""
+"""Upper bounds on the errors of new images, from those of the held-out images."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ CONFIDENCE, MEAN_CONFIDENCE = 0.95, 0.99
 
 
 def share_above(images: int, above: int, confidence: float = CONFIDENCE) -> float:
-    """Upper bound on the share of all images whose error is above a limit, when `above` of `images` are.
+    """Return an upper bound on the share of all images whose error exceeds a limit.
 
-    Clopper and Pearson's exact one-sided bound; for images drawn as those to come are. Also for a limit that is the largest error seen
-    (above=0), by order statistics.
+    `above` of the `images` held-out images exceed it. The bound is Clopper and Pearson's exact
+    one-sided one and assumes that held-out and new images have the same distribution. It also
+    holds if the limit is the largest error measured (above=0), by order statistics.
     """
     from scipy.stats import beta
 
@@ -20,7 +21,10 @@ def share_above(images: int, above: int, confidence: float = CONFIDENCE) -> floa
 
 
 def mean_at_most(errors: Sequence[float], confidence: float = MEAN_CONFIDENCE) -> float:
-    """Upper bound on the mean error of all images (Student's t, one-sided); infinite for a single one, which has no spread."""
+    """Return an upper bound on the mean error of all images (Student's t, one-sided).
+
+    The bound is infinite for a single image, which has no variance.
+    """
     from scipy.stats import t
 
     images, mean = len(errors), sum(errors) / len(errors)

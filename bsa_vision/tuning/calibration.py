@@ -1,13 +1,15 @@
-"""What is measured on the images that a plan is chosen on: additive, shared by processes, saved as it goes.
+"""Measure on the calibration images what candidates cost and how much each layer matters.
 
-    order         a first look at a few images: what the best blocks of each order would lose, and which blocks may matter
-    blocks        pass 1: where attention goes and what dropping blocks would do (`BlockStatistics`)
-    candidates    pass 2: what each candidate does to the output of its head (`CandidateErrors`)
-    weights       how much the target feels each layer: the error with half of that layer's blocks skipped, and of all layers together
+    order       compare token orders on a few images, and select the blocks that may matter
+    blocks      pass 1: where attention goes and what dropping blocks would do (`BlockStatistics`)
+    candidates  pass 2: how each candidate changes the output of its head (`CandidateErrors`)
+    weights     how much the target depends on each layer: its error with half of that layer's
+                blocks skipped, and with half of the blocks of all layers skipped
 
-Two passes because the best blocks must be known before what is left of the output without them can be computed exactly. Best blocks are
-found once from all images, for the plan, and once from each half of them, to be judged on the other half: on images that they were
-found on they look better than they are (cross-fitting).
+The passes are sums over images, shared among processes and saved to a file. There are two, because
+the exact error of a candidate can be computed only once its blocks are known. Best blocks are found
+from all images, for the plan, and from each half of the images, to be evaluated on the other half
+(cross-fitting). On the images that they were found on they look better than they are.
 """
 
 from __future__ import annotations
@@ -28,18 +30,19 @@ from bsa_vision.tuning.statistics import BlockStatistics, CandidateErrors, Sums
 from bsa_vision.tuning.store import Calibration, Store
 from bsa_vision.tuning.trial import Target, Tuned, make_plan, target_errors
 
-KEPT = (0.25, 0.5)  # of the blocks, when orders are compared
-LOOK = 2  # images of a first look, on which orders are compared
+ORDER_DENSITIES = (0.25, 0.5)  # shares of the blocks kept when token orders are compared
+ORDER_IMAGES = 2  # images on which token orders are compared
 
-OnStep = Callable[[str, int, int], None]  # what is done, how much of it, of how much
+OnStep = Callable[[str, int, int], None]  # (name of the step, amount done, total amount)
+Layouts = Mapping[TokenLayout, Mapping[str, BlockStatistics]]  # statistics by layout and layer key
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to calibrate.
+    """Options of a calibration.
 
     names   of candidates
-    layout  `TokenLayout`'s order ("auto" compares), tile and block_size
+    layout  `order` ("auto" compares orders), `tile` and `block_size` of `TokenLayout`
     """
 
     layers: tuple[LayerSpec, ...]
@@ -55,41 +58,39 @@ def calibrate(
     calibration: Calibration,
     store: Store,
     options: Options,
-    on_step: OnStep = lambda what, done, of: None,
+    on_step: OnStep = lambda step, done, total: None,
 ) -> Tuned:
-    """Whatever of the passes `calibration` does not hold yet; every process gets all images, and looks at its share."""
+    """Complete `calibration` and return its results.
+
+    Every process is given all images and runs its share of them.
+    """
     spec = inspect(model)
     _check_witness(calibration, options.target(model, images[0]))
     passes = _Passes(model, images, calibration, store, options.layers, options.target, on_step)
     if calibration.layout is None:
         passes.choose_layout(spec, options.layout)
     passes.find_blocks()
-    passes.judge(options.names)
-    dropping, where = calibration.dropping, calibration.layout
-    assert where is not None
+    passes.measure_candidates(options.names)
+    layout = calibration.layout
+    assert layout is not None
     alone = tuple(
-        own.error / total.clamp(min=1e-300)
-        for own, total in zip(calibration.candidates, calibration.totals, strict=True)
+        sums.error / total.clamp(min=1e-300)
+        for sums, total in zip(calibration.candidates, calibration.totals, strict=True)
     )
-    kept = tuple(own.kept for own in calibration.candidates)
-    found, *halves = [
-        Tuned(
-            spec,
-            where,
-            options.layers,
-            candidates.options(options.names, [own[which] for own in dropping], where),
-            alone,
-            alone,
-            kept,
-        )
-        for which in range(len(dropping[0]))
-    ]
-    return replace(found, errors=passes.weigh(halves))
+    kept = tuple(sums.kept for sums in calibration.candidates)
+
+    def tuned(which: int) -> Tuned:
+        dropping = [of_layer[which] for of_layer in calibration.dropping]
+        table = candidates.options(options.names, dropping, layout)
+        return Tuned(spec, layout, options.layers, table, alone, alone, kept)
+
+    of_all, *of_halves = [tuned(which) for which in range(len(calibration.dropping[0]))]
+    return replace(of_all, errors=passes.predict_errors(of_halves))
 
 
 @dataclass(frozen=True)
 class _Passes:
-    """What the passes have in common."""
+    """The passes over the calibration images, and what they share."""
 
     model: nn.Module
     images: Sequence[Any]
@@ -101,270 +102,282 @@ class _Passes:
 
     @property
     def halves(self) -> int:
-        """Image i is of half i modulo this; a single image is all there is to find blocks on and to be judged on."""
+        """Number of halves; image i belongs to half i modulo it. A single image is its own half."""
         return min(2, len(self.images))
 
     def choose_layout(self, spec: ModelSpec, options: Mapping[str, Any]) -> None:
-        """The layout of these images, with order="auto" the one that loses least, and the blocks to compare.
+        """Choose the layout, and the blocks of each row that are compared with each other.
 
-        By `drop`, not by mass: on heads that matter little, attention that spreads over the image can outvote those that must be local.
+        With order="auto" the layout of least loss is chosen. Losses are those of `drop`, not of
+        attention mass: by mass, heads that matter little and attend everywhere would outvote heads
+        that need their neighbourhood.
         """
-        auto = options["order"] == "auto"
-        given = [options] if not auto else _orders(options)
-        found: dict[TokenLayout, dict[str, BlockStatistics]] = {}
-
-        def see(seen: Observation) -> None:
-            if seen.layer not in self.layers:
-                return
-            for one in given:
-                layout = TokenLayout(
-                    seen.grid,
-                    num_prefix_tokens=spec.num_prefix_tokens,
-                    num_suffix_tokens=spec.num_suffix_tokens,
-                    **one,
-                )
-                _same_size(layout, next(iter(found), layout), seen)
-                own = found.setdefault(layout, {})
-                sums = own.setdefault(
-                    seen.layer.key, BlockStatistics.empty(seen.layer.heads, layout)
-                )
-                sums.add(seen, layout, total=one is given[0])
-
-        some = self.images[:LOOK]
-        with observe(self.model, see):
-            for number, image in enumerate(some):
-                self.target(self.model, image)
-                self.on_step("order of tokens", number + 1, len(some))
-        ran = next(iter(found.values()), {})
-        missing = [layer for layer in self.layers if layer.key not in ran]
+        found = self._statistics_by_layout(spec, _orders(options))
+        first = next(iter(found.values()), {})
+        missing = [layer.name for layer in self.layers if layer.key not in first]
         if missing:
             raise ValueError(
-                f"target ran no attention of {', '.join(layer.name for layer in missing)}: all layers to tune must run, inside the model that is "
-                "given; check target, or choose among the others with layers=."
+                f"target ran no attention of {', '.join(missing)}: every tuned layer must run "
+                "inside model; check target, or pass the other layers as layers=."
             )
-        _check_finite(own for sums in found.values() for own in sums.values())
-        first = next(iter(found.values()))  # its totals are those of all
-        losses = {
-            layout: sum(_loss(own, layout, first[key].total) for key, own in sums.items())
-            for layout, sums in found.items()
+        _check_finite(sums for by_layer in found.values() for sums in by_layer.values())
+        losses = {  # `total` is the same for all layouts and computed for the first only
+            layout: sum(_loss(sums, layout, first[key].total) for key, sums in by_layer.items())
+            for layout, by_layer in found.items()
         }
         best = min(losses, key=lambda layout: losses[layout])
-        if auto:
+        if options["order"] == "auto":
             self.calibration.orders = [
                 {"order": x.order, "tile": list(x.tile), "lost": loss / len(self.layers)}
                 for x, loss in losses.items()
             ]
         compared = [candidates.compared(found[best][layer.key], best) for layer in self.layers]
-        self.calibration.layout, self.calibration.compared = distributed.of_the_first(
-            (best, compared)
-        )
+        self.calibration.layout, self.calibration.compared = distributed.broadcast((best, compared))
+
+    def _statistics_by_layout(
+        self, spec: ModelSpec, orders: Sequence[Mapping[str, Any]]
+    ) -> Layouts:
+        """Return the statistics of `ORDER_IMAGES` images, by layout and layer key."""
+        found: dict[TokenLayout, dict[str, BlockStatistics]] = {}
+        prefix, suffix = spec.num_prefix_tokens, spec.num_suffix_tokens
+
+        def add(call: Observation) -> None:
+            layer = call.layer
+            if layer not in self.layers:
+                return
+            for order in orders:
+                layout = TokenLayout(
+                    call.grid, num_prefix_tokens=prefix, num_suffix_tokens=suffix, **order
+                )
+                _check_size(layout, next(iter(found), layout), call)
+                by_layer = found.setdefault(layout, {})
+                if layer.key not in by_layer:
+                    by_layer[layer.key] = BlockStatistics.empty(layer.heads, layout)
+                by_layer[layer.key].add(call, layout, total=order is orders[0])
+
+        images = self.images[:ORDER_IMAGES]
+        with observe(self.model, add):
+            for done, image in enumerate(images, 1):
+                self.target(self.model, image)
+                self.on_step("comparing token orders", done, len(images))
+        return found
 
     def find_blocks(self) -> None:
-        """Pass 1, and in which order each head would drop its blocks."""
-        where, compared, state = (
-            self.calibration.layout,
-            self.calibration.compared,
-            self.calibration,
-        )
-        assert where is not None
+        """Run pass 1, and find the order in which each head drops its blocks."""
+        state = self.calibration
+        layout, compared = state.layout, state.compared
+        assert layout is not None
         if state.dropping:
             return
         layers = len(self.layers)
         if not state.blocks:
             state.blocks = [
-                BlockStatistics.empty(own.shape[0], where, own.shape[-1])
+                BlockStatistics.empty(among.shape[0], layout, among.shape[-1])
                 for _ in range(self.halves)
-                for own in compared
+                for among in compared
             ]
-        self.run(
-            "blocks",
-            state.blocks,
-            lambda sums, half, index, seen: sums[half * layers + index].add(
-                seen, where, compared[index]
-            ),
-        )
+
+        def add(sums: Sequence[Any], half: int, index: int, call: Observation) -> None:
+            sums[half * layers + index].add(call, layout, compared[index])
+
+        self.run_pass("blocks", state.blocks, add)
         for index, among in enumerate(compared):
-            of_half = state.blocks[index::layers]
-            together = sum(of_half[1:], of_half[0])
-            found_on = [
-                together,
-                *reversed(of_half),
-            ]  # each half is judged by what the other one shows
-            state.dropping.append(
-                torch.stack(
-                    [candidates.order_of_dropping(own, where, among).float() for own in found_on]
-                )
-            )
-            state.totals.append(together.total)
+            of_halves = state.blocks[index::layers]
+            of_all = sum(of_halves[1:], of_halves[0])
+            # Reversed: each half is evaluated with the blocks that were found on the other half.
+            found = [
+                candidates.order_of_dropping(sums, layout, among).float()
+                for sums in (of_all, *reversed(of_halves))
+            ]
+            state.dropping.append(torch.stack(found))
+            state.totals.append(of_all.total)
         state.blocks = []
         self.store.save(state, now=True)
 
-    def judge(self, names: Sequence[str]) -> None:
-        """Pass 2."""
-        where, state = self.calibration.layout, self.calibration
-        assert where is not None
+    def measure_candidates(self, names: Sequence[str]) -> None:
+        """Run pass 2."""
+        state, layout = self.calibration, self.calibration.layout
+        assert layout is not None
         masks = [
-            [
-                torch.stack(
-                    [
-                        torch.stack([mask for _, mask in head])
-                        for head in candidates.layer_options(names, own[1 + half], where)
-                    ]
-                )
-                for own in state.dropping
-            ]
+            [_masks(names, dropping[1 + half], layout) for dropping in state.dropping]
             for half in range(self.halves)
         ]
         if not state.candidates:
             state.candidates = [CandidateErrors.empty(*mask.shape[:2]) for mask in masks[0]]
-        self.run(
-            "candidates",
-            state.candidates,
-            lambda sums, half, index, seen: sums[index].add(
-                seen, where, masks[half][index].to(seen.q.device)
-            ),
-        )
 
-    def run(
+        def add(sums: Sequence[Any], half: int, index: int, call: Observation) -> None:
+            sums[index].add(call, layout, masks[half][index].to(call.q.device))
+
+        self.run_pass("candidates", state.candidates, add)
+
+    def run_pass(
         self,
         name: str,
         sums: Sequence[Any],
         add: Callable[[Sequence[Any], int, int, Observation], None],
     ) -> None:
-        """Every image from the first that is not done on, one for each process at a time; add(sums, half, layer, what was seen)."""
-        own, count = distributed.rank_and_size()
+        """Run the target on all images that are not done yet, one per process at a time.
+
+        Each attention call of a tuned layer is passed to add(sums, half, index of layer, call).
+        """
+        rank, size = distributed.rank_and_size()
         index_of = {layer.key: index for index, layer in enumerate(self.layers)}
         done, layout = self.calibration.done, self.calibration.layout
         assert layout is not None
-        what = {"blocks": "where attention goes", "candidates": "what candidates cost"}[name]
+        step = {"blocks": "pass 1: block statistics", "candidates": "pass 2: candidates"}[name]
         fresh = [
             type(one)(**{key: torch.zeros_like(x) for key, x in one.tensors().items()})
             for one in sums
         ]
 
-        def see(seen: Observation) -> None:
-            index = index_of.get(seen.layer.key)
+        def add_call(call: Observation) -> None:
+            index = index_of.get(call.layer.key)
             if index is not None:
-                _same_size(replace(layout, grid=seen.grid), layout, seen)
-                add(fresh, (done[name] + own) % self.halves, index, seen)
+                _check_size(replace(layout, grid=call.grid), layout, call)
+                add(fresh, (done[name] + rank) % self.halves, index, call)
 
-        with observe(self.model, see):
+        with observe(self.model, add_call):
             while done[name] < len(self.images):
-                here = self.images[done[name] + own : done[name] + own + 1]  # nothing, at the end
-                distributed.together(partial(self._look_at, here))
-                # One by one: all of them once more would be gigabytes.
+                next_image = done[name] + rank
+                images = self.images[next_image : next_image + 1]  # may be none in the last round
+                distributed.run_together(partial(self._run_target, images))
+                # Tensor by tensor: a copy of all sums could take gigabytes.
                 for total, one in zip(sums, fresh, strict=True):
                     news = list(one.tensors().values())
                     distributed.add_up(news)
                     for to, new in zip(total.tensors().values(), news, strict=True):
                         to += new
                         new.zero_()
-                done[name] = min(done[name] + count, len(self.images))
+                done[name] = min(done[name] + size, len(self.images))
                 _check_finite(sums)
                 self.store.save(self.calibration, now=done[name] == len(self.images))
-                self.on_step(what, done[name], len(self.images))
+                self.on_step(step, done[name], len(self.images))
 
-    def _look_at(self, images: Sequence[Any]) -> list[Tensor]:
+    def _run_target(self, images: Sequence[Any]) -> list[Tensor]:
         return [self.target(self.model, image) for image in images]
 
-    def weigh(self, halves: Sequence[Tuned]) -> tuple[Tensor, ...]:
-        """Errors of candidates as shares of the target's squared length: those of layers times what the target feels of each.
+    def predict_errors(self, halves: Sequence[Tuned]) -> tuple[Tensor, ...]:
+        """Return the predicted squared errors of the target, (H, K) per layer.
 
-        That is measured with half of a layer's blocks skipped, and scaled so that it is right for all layers together. `halves` have the
-        candidates that each half of the images is judged by.
+        halves  candidates with which each half of the images is evaluated
+
+        They are shares of the target's squared norm: the layer's errors times its weight. The
+        weight is the error of the target with half of the layer's blocks skipped, divided by the
+        error of the layer. Weights are scaled so that the prediction is right if half of the blocks
+        of all layers are skipped.
         """
-        layers, alone = len(self.layers), halves[0].alone
-        images = self.images[: max(1, 2 * len(self.images) // (layers + 1))]
-        own = [distributed.share(images[half :: len(halves)]) for half in range(len(halves))]
+        alone = halves[0].alone
         picks = [[candidates.nearest_half(head) for head in heads] for heads in halves[0].options]
         expected = [
-            sum(float(error[head, pick]) for head, pick in enumerate(picked))
-            for error, picked in zip(alone, picks, strict=True)
+            sum(float(error[head, pick]) for head, pick in enumerate(chosen))
+            for error, chosen in zip(alone, picks, strict=True)
         ]
-        weights = self.calibration.weights
-        references = (
-            [distributed.together(partial(self._look_at, some)) for some in own]
-            if len(weights) <= layers
-            else []
+        self._measure_weights(halves, picks)
+        measured = [sum(e**2 for e in errors) / len(errors) for errors in self.calibration.weights]
+        scale = measured[-1] / max(sum(measured[:-1]), 1e-300)
+        return tuple(
+            error * (scale * of_layer / max(share, 1e-300))
+            for error, of_layer, share in zip(alone, measured, expected, strict=False)
         )
+
+    def _measure_weights(self, halves: Sequence[Tuned], picks: Sequence[Sequence[int]]) -> None:
+        """Complete `calibration.weights`, with about two runs of the target per image."""
+        layers, weights = len(self.layers), self.calibration.weights
+        if len(weights) > layers:
+            return
+        images = self.images[: max(1, 2 * len(self.images) // (layers + 1))]
+        shares = [distributed.share(images[half :: len(halves)]) for half in range(len(halves))]
+        references = [distributed.run_together(partial(self._run_target, mine)) for mine in shares]
         while len(weights) <= layers:
-            now = len(weights)  # the last one is for all layers
-            tried = [
-                picked if now in (index, layers) else [0] * len(picked)
+            current = len(weights)  # `layers` stands for all layers together
+            chosen = [
+                picked if current in (index, layers) else [0] * len(picked)
                 for index, picked in enumerate(picks)
             ]
-            weights.append(
-                [
-                    error
-                    for half, some, dense in zip(halves, own, references, strict=True)
-                    for error in target_errors(
-                        self.model, make_plan(half, tried), some, dense, self.target
-                    )
-                ]
-            )
-            self.store.save(self.calibration, now=now == layers)
-            self.on_step("how much each layer matters", len(weights), layers + 1)
-        felt = [sum(error**2 for error in errors) / len(errors) for errors in weights]
-        together = felt[-1] / max(sum(felt[:-1]), 1e-300)
-        return tuple(
-            error * (together * here / max(share, 1e-300))
-            for error, here, share in zip(alone, felt, expected, strict=False)
-        )
+            errors: list[float] = []
+            for half, mine, dense in zip(halves, shares, references, strict=True):
+                plan = make_plan(half, chosen)
+                errors += target_errors(self.model, plan, mine, dense, self.target)
+            weights.append(errors)
+            self.store.save(self.calibration, now=current == layers)
+            self.on_step("weights of the layers", len(weights), layers + 1)
 
 
-def _check_witness(calibration: Calibration, found: Any) -> None:
-    if not isinstance(found, Tensor) or not found.is_floating_point() or not found.numel():
+def _masks(names: Sequence[str], dropping: Tensor, layout: TokenLayout) -> Tensor:
+    """Return (H, K, R, C) bool, the masks of all candidates of one layer."""
+    heads = candidates.layer_options(names, dropping, layout)
+    return torch.stack([torch.stack([mask for _, mask in head]) for head in heads])
+
+
+def _check_witness(calibration: Calibration, output: Any) -> None:
+    """Raise ValueError if the target's output is unusable, or not that of the saved statistics."""
+    if not isinstance(output, Tensor) or not output.is_floating_point() or not output.numel():
         raise ValueError(
-            f"target returned a {type(found).__name__}: expected a tensor of floating-point features; return one."
+            f"target returned a {type(output).__name__}: expected a tensor of floating-point "
+            "features."
         )
-    if found.is_meta:
+    if output.is_meta:
         raise ValueError(
-            "target returned features on the meta device: this model has no weights; load them first."
+            "target returned features on the meta device: the model has no weights; load them "
+            "first."
         )
-    length = float(found.double().norm())
-    if not 0 < length < torch.inf:
+    norm = float(output.double().norm())
+    if not 0 < norm < torch.inf:
         raise ValueError(
-            f"target returned features of length {length}, of these images: they must be finite and not all zero; check images, weights and target."
+            f"target returned features of norm {norm} for these images: they must be finite and "
+            "not all zero; check images, weights and target."
         )
-    known = calibration.witness or [found.numel(), length]
-    if known[0] != found.numel() or abs(known[1] - length) > 1e-2 * length:
+    known = calibration.witness or [output.numel(), norm]
+    if known[0] != output.numel() or abs(known[1] - norm) > 1e-2 * norm:
         raise ValueError(
-            f"statistics were made for another target: {known[0]:.0f} numbers of length {known[1]:.6g}, now {found.numel()} of {length:.6g}; "
-            "pass the same target, or another file."
+            f"statistics were made for another target: {known[0]:.0f} numbers of norm "
+            f"{known[1]:.6g}, now {output.numel()} of {norm:.6g}; pass the same target, or another "
+            "file."
         )
     calibration.witness = known
 
 
 def _check_finite(all_sums: Iterable[Sums]) -> None:
-    if not all(
-        bool(tensor.isfinite().all()) for sums in all_sums for tensor in sums.tensors().values()
-    ):
+    tensors = (tensor for sums in all_sums for tensor in sums.tensors().values())
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise ValueError(
-            "attention of these images is not finite: check the images (NaN, infinite values) and the model's weights."
+            "attention of these images is not finite: check the images (NaN, infinite values) and "
+            "the model's weights."
         )
 
 
-def _orders(options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Those that "auto" compares: rows, tiles, and tiles half as high and twice as wide."""
-    high, wide = options["tile"]
-    orders = [("raster", (high, wide)), ("tile", (high, wide))]
-    if high % 2 == 0:
-        orders.append(("tile", (high // 2, 2 * wide)))
+def _orders(options: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the layout options to compare; several for order="auto".
+
+    These are rows (raster), tiles, and tiles half as high and twice as wide.
+    """
+    if options["order"] != "auto":
+        return [options]
+    height, width = options["tile"]
+    orders = [("raster", (height, width)), ("tile", (height, width))]
+    if height % 2 == 0:
+        orders.append(("tile", (height // 2, 2 * width)))
     return [{**options, "order": order, "tile": tile} for order, tile in orders]
 
 
 def _loss(statistics: BlockStatistics, layout: TokenLayout, total: Tensor) -> float:
-    """Squared change of a layer's output, as a share of its squared length, by all blocks but each head's best; mean over `KEPT`."""
+    """Return the squared change of a layer's output if each head keeps only its best blocks.
+
+    As a share of the output's squared norm, mean over `ORDER_DENSITIES`. Changes by blocks are
+    added up.
+    """
     score = statistics.drop.masked_fill(Pattern("special")(layout), torch.inf).flatten(1)
-    worst_first = score.sort(-1).values
-    lost = [worst_first[:, : round((1 - keep) * score.shape[1])] for keep in KEPT]
-    return sum(float(one[one.isfinite()].sum() / total.clamp(min=1e-300)) for one in lost) / len(
-        KEPT
-    )
+    ascending = score.sort(-1).values
+    loss = 0.0
+    for density in ORDER_DENSITIES:
+        lost = ascending[:, : round((1 - density) * score.shape[1])]
+        loss += float(lost[lost.isfinite()].sum() / total.clamp(min=1e-300))
+    return loss / len(ORDER_DENSITIES)
 
 
-def _same_size(layout: TokenLayout, first: TokenLayout, seen: Observation) -> None:
-    if layout.grid != first.grid or seen.k.shape[2] != layout.num_tokens:
+def _check_size(layout: TokenLayout, first: TokenLayout, call: Observation) -> None:
+    if layout.grid != first.grid or call.k.shape[2] != layout.num_tokens:
         raise ValueError(
-            f"images of {first.grid} and {layout.grid} patches: one plan is tuned for one size; resize or crop the images."
+            f"images of {first.grid} and {layout.grid} patches: a plan is tuned for one image "
+            "size; resize or crop them."
         )

@@ -1,6 +1,7 @@
-"""What a head may do: one table of candidates, from nothing skipped to nearly everything.
+"""The candidates of a head: patterns from nearly dense to nearly empty.
 
-Blocks with special tokens are always kept, a block sees itself, and every row keeps at least two blocks.
+Blocks with special tokens are always kept, blocks see themselves, and every row keeps at least two
+blocks.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from bsa_vision.plans.pattern_spec import PatternLike
 from bsa_vision.plans.static_mask import Static
 from bsa_vision.tuning.statistics import BlockStatistics
 
-# Name -> parameters to try; densities are those of the whole map, special blocks included.
 GEOMETRIC: dict[str, tuple[Pattern, ...]] = {
     "local_window": tuple(
         Pattern("local_window", radius=radius) for radius in (1, 2, 3, 4, 6, 8, 12, 16, 24)
@@ -28,13 +28,18 @@ GEOMETRIC: dict[str, tuple[Pattern, ...]] = {
     ),
     "special": (Pattern("special") | Pattern("local_window", radius=0),),
 }
+# Densities of `static`, as shares of the whole map, special blocks included.
 DENSITIES = (0.05, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.75)
 NAMES = ("static", *GEOMETRIC)
-COMPARED = 64  # blocks of a row among which the best are chosen together
+COMPARED = 64  # blocks of each row among which the best are chosen together
 
 
 def geometric(names: Sequence[str], layout: TokenLayout) -> list[tuple[PatternLike, Tensor]]:
-    """The patterns of these names that skip something and keep two blocks a row, each with its (R, C) mask; no mask twice."""
+    """Return the geometric patterns of these names, each with its (R, C) mask.
+
+    Patterns that skip nothing, keep fewer than two blocks of a row, or repeat the mask of an
+    earlier one are left out.
+    """
     found: list[tuple[PatternLike, Tensor]] = []
     for name in names:
         for pattern in GEOMETRIC.get(name, ()):
@@ -46,7 +51,10 @@ def geometric(names: Sequence[str], layout: TokenLayout) -> list[tuple[PatternLi
 
 
 def compared(statistics: BlockStatistics, layout: TokenLayout) -> Tensor:
-    """(H, R, K) blocks of each row among which `static` chooses with care: all, or the `COMPARED` of largest `drop`, special ones first."""
+    """Return (H, R, K), the blocks of each row that `order_of_dropping` compares with each other.
+
+    All blocks, or the `COMPARED` blocks of largest `drop`, special blocks first.
+    """
     blocks = layout.num_blocks
     if blocks <= COMPARED:
         return torch.arange(blocks, device="cpu").expand(*statistics.drop.shape[:2], blocks)
@@ -54,76 +62,91 @@ def compared(statistics: BlockStatistics, layout: TokenLayout) -> Tensor:
 
 
 def static(dropping: Tensor, layout: TokenLayout) -> list[list[tuple[PatternLike, Tensor]]]:
-    """Per head, the best blocks at each of `DENSITIES`: those that `order_of_dropping` (H, R, C) drops last."""
+    """Return for each head the best blocks at each of `DENSITIES`.
+
+    They are the blocks that `dropping` (H, R, C), made by `order_of_dropping`, drops last.
+    """
     maps = [[_highest(head, density) for density in DENSITIES] for head in dropping]
     return [[(Static(mask, layout), mask) for mask in head] for head in maps]
 
 
 def order_of_dropping(statistics: BlockStatistics, layout: TokenLayout, among: Tensor) -> Tensor:
-    """(H, R, C) float64: the higher, the later a block is dropped; infinite: never. `among` is what `statistics.gram` is about.
+    """Return (H, R, C) float64, the order in which blocks are dropped; infinite = never dropped.
 
-    In each row, block by block, the one whose loss adds least to the squared change of the output by all blocks dropped so far: y^T G y / m^2 with
-    y the blocks kept, G their products and m the mass they keep. (All blocks together change nothing, so those kept change as much as those
-    dropped.) Blocks that are not `among` go first, by `drop`. Rows then share the head's budget by what their next block costs.
+    among  (H, R, K), the blocks of each row that `statistics.gram` is about
+
+    Each row drops its blocks one by one. The next block is the one whose loss increases the squared
+    change of the output by all blocks dropped so far the least. That change is y^T G y / m^2, with
+    y the blocks kept, G their products and m the mass they keep. (All blocks together change
+    nothing, so those kept change as much as those dropped.) Blocks that are not in `among` are
+    dropped first, ordered by `drop`. Rows share the budget of the head by the cost of their next
+    block.
     """
     score = _forced(statistics, layout)
     rest = torch.ones_like(score, dtype=torch.bool).scatter_(-1, among, False) & score.isfinite()
-    costs, steps = _dropping(
-        statistics.gram, _shares(statistics).gather(-1, among), score.gather(-1, among).isfinite()
-    )
+    mass = _shares(statistics).gather(-1, among)
+    costs, steps = _drop_blocks(statistics.gram, mass, score.gather(-1, among).isfinite())
     early = _ranks(score.masked_fill(~rest, torch.inf), score) - score.numel()  # before all others
     order = torch.where(rest, early, score).scatter(-1, among, _ranks(costs, steps))
     return order.masked_fill(score.isinf(), torch.inf)
 
 
 def _forced(statistics: BlockStatistics, layout: TokenLayout) -> Tensor:
-    """`drop`, infinite for special blocks and the best two of each row."""
+    """Return `drop`, but infinite for special blocks and the best two of each row."""
     score = statistics.drop.masked_fill(Pattern("special")(layout), torch.inf)
     return score.scatter(-1, score.topk(min(2, layout.num_blocks)).indices, torch.inf)
 
 
 def _shares(statistics: BlockStatistics) -> Tensor:
-    """(H, R, C) mean attention, each row adding up to 1."""
+    """Return the mean attention (H, R, C); each row sums to 1."""
     return statistics.mass / statistics.mass.sum(-1, keepdim=True).clamp(min=1e-300)
 
 
-def _dropping(gram: Tensor, mass: Tensor, may: Tensor) -> tuple[Tensor, Tensor]:
-    """(H, R, K, K), (H, R, K), (H, R, K) bool -> (H, R, K) what dropping each block adds, and (H, R, K) when in its row it goes; infinite: never.
+def _drop_blocks(gram: Tensor, mass: Tensor, droppable: Tensor) -> tuple[Tensor, Tensor]:
+    """Drop the blocks of all rows one by one; return their costs and their steps, (H, R, K) each.
 
-    Never less than those before it in the row cost, so that rows are compared by all that must go first.
+    gram       (H, R, K, K) products of the changes by two blocks
+    mass       (H, R, K) attention that the blocks get
+    droppable  (H, R, K) bool; costs and steps of other blocks are infinite
+
+    The cost of a block is at least that of the blocks dropped before it in its row, so rows are
+    compared by the cost of everything that must be dropped first.
     """
-    kept, products = torch.ones_like(mass), gram.sum(-1)  # of each block with those kept
+    kept, products = torch.ones_like(mass), gram.sum(-1)  # products with all blocks kept
     squared, share, diagonal = products.sum(-1), mass.sum(-1), gram.diagonal(dim1=-2, dim2=-1)
     costs, steps = torch.full_like(mass, torch.inf), torch.full_like(mass, torch.inf)
     highest = torch.zeros_like(share)
     for step in range(mass.shape[-1]):
         left = (share[..., None] - mass).clamp(min=1e-6)
         after = (squared[..., None] - 2 * products + diagonal).clamp(min=0) / left.square()
-        after = after.masked_fill(~may | (kept == 0), torch.inf)
+        after = after.masked_fill(~droppable | (kept == 0), torch.inf)
         least, best = after.min(-1, keepdim=True)
-        goes = least.isfinite()  # (H, R, 1)
-        if not goes.any():
+        any_left = least.isfinite()  # (H, R, 1)
+        if not any_left.any():
             break
         highest = torch.maximum(highest, least[..., 0] - squared / share.clamp(min=1e-6).square())
-        chosen = torch.zeros_like(kept).scatter_(-1, best, 1.0) * goes
-        costs = torch.where(chosen > 0, highest[..., None], costs)
-        steps = torch.where(chosen > 0, float(step), steps)
-        squared = squared + (chosen * (diagonal - 2 * products)).sum(-1)
-        products = products - (gram * chosen[..., None]).sum(-2)
-        share, kept = share - (chosen * mass).sum(-1), kept - chosen
+        dropped = torch.zeros_like(kept).scatter_(-1, best, 1.0) * any_left
+        costs = torch.where(dropped > 0, highest[..., None], costs)
+        steps = torch.where(dropped > 0, float(step), steps)
+        squared = squared + (dropped * (diagonal - 2 * products)).sum(-1)
+        products = products - (gram * dropped[..., None]).sum(-2)
+        share, kept = share - (dropped * mass).sum(-1), kept - dropped
     return costs, steps
 
 
 def _ranks(values: Tensor, ties: Tensor) -> Tensor:
-    """(H, R, K) -> the same as places in their head's order, 0 the lowest; equal values in the order of `ties`."""
+    """Return the rank of each value (H, R, K) in its head, 0 = lowest; `ties` orders ties."""
     by_tie = ties.flatten(1).argsort(dim=-1, stable=True)
     order = by_tie.gather(-1, values.flatten(1).gather(-1, by_tie).argsort(dim=-1, stable=True))
-    places = torch.arange(order.shape[-1], dtype=torch.float64, device="cpu").expand_as(order)
-    return torch.empty_like(places).scatter_(-1, order, places).view_as(values)
+    ranks = torch.arange(order.shape[-1], dtype=torch.float64, device="cpu").expand_as(order)
+    return torch.empty_like(ranks).scatter_(-1, order, ranks).view_as(values)
 
 
 def _highest(score: Tensor, density: float) -> Tensor:
-    """(R, C) -> the blocks of the highest score, as many as `density` says, and never fewer than those of infinite score."""
+    """Return a mask (R, C) of the blocks with the highest scores, `density` of them.
+
+    It has more blocks if more of them have an infinite score.
+    """
     wanted = max(round(density * score.numel()), int(torch.isinf(score).sum()))
     mask = torch.zeros(score.numel(), dtype=torch.bool, device="cpu")
     mask[score.flatten().topk(wanted).indices] = True
@@ -131,23 +154,29 @@ def _highest(score: Tensor, density: float) -> Tensor:
 
 
 def options(names: Sequence[str], dropping: Sequence[Tensor], layout: TokenLayout) -> Any:
-    """[layer][head]: (pattern, mask) of every candidate; `dropping` is (H, R, C) for each layer."""
-    return tuple(layer_options(names, own, layout) for own in dropping)
+    """Return (pattern, mask) of every candidate, [layer][head].
+
+    dropping  [layer]: (H, R, C) `order_of_dropping`
+    """
+    return tuple(layer_options(names, of_layer, layout) for of_layer in dropping)
 
 
 def layer_options(names: Sequence[str], dropping: Tensor, layout: TokenLayout) -> Any:
-    """[head]: (pattern, mask) of every candidate, dense first; as many for each head."""
+    """Return (pattern, mask) of every candidate, [head]; dense first, the same number per head."""
     dense = (None, torch.ones(layout.num_blocks, layout.num_blocks, dtype=torch.bool, device="cpu"))
     shared = geometric(names, layout)
-    own: list[list[tuple[PatternLike | None, Tensor]]] = [[] for _ in dropping]
+    of_heads: list[list[tuple[PatternLike | None, Tensor]]] = [[] for _ in dropping]
     if "static" in names:
-        own = [
+        of_heads = [
             [dense if mask.all() else (pattern, mask) for pattern, mask in head]
             for head in static(dropping, layout)
         ]
-    return tuple((dense, *shared, *head) for head in own)
+    return tuple((dense, *shared, *head) for head in of_heads)
 
 
 def nearest_half(head: Sequence[tuple[Any, Tensor]]) -> int:
-    """The candidate that skips about half of the blocks, best blocks before geometry."""
+    """Return the index of the candidate that skips about half of the blocks.
+
+    Static candidates come before geometric ones of the same density.
+    """
     return min(range(len(head)), key=lambda i: (abs(head[i][1].float().mean().item() - 0.5), -i))

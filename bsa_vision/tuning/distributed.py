@@ -1,6 +1,8 @@
-"""Work shared by the processes of `torch.distributed`, where there are several: images are dealt out in turn, sums are added up.
+"""Share work among the processes of `torch.distributed`, if there are several.
 
-Without a process group, one process does everything. Any backend serves (gloo, NCCL); every process must call the same functions.
+Images are distributed round-robin and sums are added up. Without a process group one process does
+everything. Any backend works (gloo, NCCL). Every process must call the same functions in the same
+order.
 """
 
 from __future__ import annotations
@@ -16,67 +18,72 @@ T = TypeVar("T")
 
 
 def rank_and_size() -> tuple[int, int]:
-    """Which of the processes this is, and how many there are."""
+    """Return the rank of this process and the number of processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
 
 
 def share(items: Sequence[T]) -> list[T]:
-    """Those that this process is dealt."""
-    own, count = rank_and_size()
-    return list(items[own::count])
+    """Return the items of this process."""
+    rank, size = rank_and_size()
+    return list(items[rank::size])
 
 
-def collect(own: list[T]) -> list[T]:
-    """Undo `share`: what all processes made of theirs, in the order of the items."""
-    _, count = rank_and_size()
-    if count == 1:
-        return own
-    parts: list[Any] = [None] * count
-    torch.distributed.all_gather_object(parts, own)
-    return [parts[i % count][i // count] for i in range(sum(map(len, parts)))]
+def collect(results: list[T]) -> list[T]:
+    """Undo `share`: return the results of all processes, in the order of the items."""
+    _, size = rank_and_size()
+    if size == 1:
+        return results
+    parts: list[Any] = [None] * size
+    torch.distributed.all_gather_object(parts, results)
+    return [parts[i % size][i // size] for i in range(sum(map(len, parts)))]
 
 
-def together(run: Callable[[], T]) -> T:
-    """What `run` returns in this process; where it fails in one of them, an error in all, so that none waits for it."""
-    _, count = rank_and_size()
-    if count == 1:
+def run_together(run: Callable[[], T]) -> T:
+    """Return the result of `run` in this process.
+
+    If it fails in one process, raise an error in all of them, so that none waits for it.
+    """
+    _, size = rank_and_size()
+    if size == 1:
         return run()
     error: Exception | None = None
     try:
         result = run()
     except Exception as raised:
         error = raised
-    said: list[str | None] = [None] * count
+    texts: list[str | None] = [None] * size
     torch.distributed.all_gather_object(
-        said, None if error is None else f"{type(error).__name__}: {error}"
+        texts, None if error is None else f"{type(error).__name__}: {error}"
     )
     if error is not None:
         raise error
-    for other, text in enumerate(said):
+    for rank, text in enumerate(texts):
         if text is not None:
-            raise RuntimeError(f"process {other} of {count} failed, and all stop with it: {text}")
+            raise RuntimeError(f"process {rank} of {size} failed, so all processes stop: {text}")
     return result
 
 
 def add_up(tensors: Sequence[Tensor]) -> None:
-    """Float64 tensors on the CPU, in place: their sums over all processes."""
+    """Replace float64 tensors on the CPU by their sums over all processes, in place."""
     if rank_and_size()[1] == 1:
         return
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
     flat = torch.cat([tensor.flatten() for tensor in tensors]).to(device)
     torch.distributed.all_reduce(flat)
-    for tensor, summed in zip(
-        tensors, flat.cpu().split([tensor.numel() for tensor in tensors]), strict=True
-    ):
+    sums = flat.cpu().split([tensor.numel() for tensor in tensors])
+    for tensor, summed in zip(tensors, sums, strict=True):
         tensor.copy_(summed.view_as(tensor))
 
 
-def of_the_first(value: T) -> T:
-    """What the first process has, in all of them: where processes must agree on something that each could find differently."""
+def broadcast(value: T) -> T:
+    """Return the value of rank 0 in all processes.
+
+    For values on which processes must agree, but which each could compute differently.
+    """
     if rank_and_size()[1] == 1:
         return value
-    held = [value]
-    torch.distributed.broadcast_object_list(held, 0)
-    return held[0]
+    values = [value]
+    torch.distributed.broadcast_object_list(values, 0)
+    return values[0]

@@ -1,4 +1,4 @@
-"""One candidate for every head: a multiple-choice knapsack, solved to optimality by HiGHS (scipy)."""
+"""Choose one candidate per head: a multiple-choice knapsack problem, solved by HiGHS (scipy)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import numpy as np
 
 from bsa_vision.errors import PlanError
 
+SLACK = 1 + 1e-9  # relative tolerance of limits, for rounding errors
+
 
 @dataclass(frozen=True)
 class Choice:
-    """What one head may do.
+    """The candidates of one head.
 
-    errors  what each candidate costs in quality, additive over heads
-    costs   what each candidate costs in time (or blocks), additive over heads
+    errors  loss of quality per candidate, additive over heads
+    costs   time (or blocks) per candidate, additive over heads
     """
 
     errors: Sequence[float]
@@ -25,9 +27,12 @@ class Choice:
 def solve(
     heads: Sequence[Choice], *, budget: float | None = None, max_error: float | None = None
 ) -> list[int]:
-    """The candidate of each head: least error within a budget, or least cost within an error; exactly one of the two is given.
+    """Return the index of the candidate of each head; pass either `budget` or `max_error`.
 
-    PlanError with what can be had, where nothing fits.
+    budget     minimise the error among choices of at most this cost
+    max_error  minimise the cost among choices of at most this error
+
+    Optimal up to a relative gap of 1e-4. Raise PlanError if no choice fits.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
@@ -39,21 +44,21 @@ def solve(
     )
     assert limit is not None
     least = sum(min(head.costs if max_error is None else head.errors) for head in heads)
-    if least > limit * (1 + 1e-9):
+    if least > limit * SLACK:
         what = "cost" if max_error is None else "error"
         raise PlanError(
-            f"no choice of candidates has a {what} of at most {limit:.4g}: the least there is is {least:.4g}."
+            f"no plan has a {what} of at most {limit:.4g}: the smallest possible {what} is "
+            f"{least:.4g}."
         )
-    owner = np.repeat(np.arange(len(heads)), [len(head.errors) for head in heads])
-    one_each = csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))))
-    # HiGHS's tolerances are absolute.
+    head_of = np.repeat(np.arange(len(heads)), [len(head.errors) for head in heads])
+    one_each = csr_array((np.ones(len(head_of)), (head_of, np.arange(len(head_of)))))
+    # The tolerances of HiGHS are absolute, so values are scaled to about 1. Candidates that exceed
+    # the limit alone are excluded: values of many times the limit would need finer tolerances.
     scale, unit = max(float(minimised.max()), 1e-300), max(limit, 1e-300)
-    allowed = limited <= limit * (
-        1 + 1e-9
-    )  # alone; beside what exceeds the limit a thousand times, tolerances would swallow it
+    allowed = limited <= limit * SLACK
     found = milp(
         minimised / scale,
-        integrality=np.ones(len(owner)),
+        integrality=np.ones(len(head_of)),
         bounds=Bounds(0, allowed.astype(float)),
         constraints=[
             LinearConstraint(one_each, 1, 1),
@@ -64,5 +69,5 @@ def solve(
     if found.x is None:
         raise PlanError(f"HiGHS found no choice of candidates: {found.message}")
     chosen = np.flatnonzero(found.x > 0.5)
-    first = np.searchsorted(owner, np.arange(len(heads)))
+    first = np.searchsorted(head_of, np.arange(len(heads)))
     return [int(index - start) for index, start in zip(chosen, first, strict=True)]

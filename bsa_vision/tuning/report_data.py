@@ -1,4 +1,4 @@
-"""What tuning found, as plain data: kept in the plan's notes, drawn by `page`."""
+"""The results of tuning as plain data, stored in the plan and drawn by `html_report`."""
 
 from __future__ import annotations
 
@@ -25,23 +25,32 @@ def describe(
     layer_errors: Sequence[float],
     curve: Sequence[tuple[float, float]],
 ) -> dict[str, Any]:
-    """JSON-able. Errors are relative L2; densities and sparsities are shares of the blocks.
+    """Return JSON-able results; errors are relative L2, sparsities and densities shares of blocks.
 
-    asked, images      the budget; how many images were chosen on and kept back, and the seed of that
-    grid               patches of an image (h, w), and how many special tokens besides
-    sparsity           of all tuned layers together
-    predicted          error of the target that was expected
-    measured, errors   on the images kept back: the mean, and one by one; bound: what the mean of all such images is at most, 99 %;
-                       None of a single image
-    images above       those with an error above the one asked for; None where none was
-    certificate        what share of all such images is above `limit` at most, by Clopper and Pearson
-    orders             what each order of tokens would lose, where orders were compared: squared error of layers without all but their best
-                       blocks, as a share, mean over layers and over 25 % and 50 % of the blocks; the least is chosen
-    tried              plans that were run on the way; asked is what the solver was asked for: a sparsity, an error, a share of the time
-    curve              sparsity and predicted error of the best plans
-    layers             per layer: weight (squared error of the target over that of the layer), predicted and measured error of its
-                       output, and per head the pattern, its density, the error it is expected to cause, percentiles over queries of the
-                       attention that is kept
+    asked             the budget, {name: value}
+    images            counts of calibration and held-out images, and the seed of the split
+    grid              patches of an image (h, w)
+    special_tokens    number of prefix and suffix tokens
+    sparsity          of all tuned layers together
+    predicted         predicted error of the target
+    measured, errors  error of the target on held-out images: mean, and one by one
+    bound             upper bound on the mean error of all such images, at 99 % confidence; None
+                      for a single held-out image
+    speedup           measured; None unless it is the budget
+    images_above      number of held-out images with an error above max_error; None without one
+    certificate       upper bound on the share of all such images with an error above `limit`
+                      (Clopper and Pearson)
+    orders            loss of each token order, if orders were compared: squared error of a layer
+                      that keeps only the best blocks of each head, as a share, mean over layers and
+                      over 25 % and 50 % of the blocks. The order of least loss is chosen
+    tried             plans that were run; `asked` is the limit that the solver was given: a
+                      sparsity, an error, or a share of the dense time
+    curve             sparsity and predicted error of the best plans
+    correlation       of the layers' predicted and measured errors; None if one does not vary
+    layers            per layer: weight (squared error of the target over that of the layer),
+                      predicted and measured error of its output, and per head its pattern, its
+                      density, its predicted error and percentiles over queries of the attention
+                      that is kept
     """
     ((name, wanted),) = asked.items()
     limit = wanted if name == "max_error" else max(best.errors)
@@ -70,23 +79,24 @@ def describe(
             "confidence": CONFIDENCE,
             "adjusted": len(tried) > 1,
         },
-        "orders": [dict(one) for one in orders],
-        "tried": [
-            {
-                "asked": one.asked,
-                "sparsity": 1 - tuned.density(one.picks),
-                "predicted": tuned.predicted(one.picks),
-                "measured": one.measured,
-            }
-            | ({} if one.speedup is None else {"speedup": one.speedup})
-            for one in tried
-        ],
+        "orders": [dict(order) for order in orders],
+        "tried": [_trial(tuned, trial) for trial in tried],
         "curve": [list(point) for point in curve],
         "correlation": _correlation(
-            [one["predicted"] for one in layers], [one["measured"] for one in layers]
+            [layer["predicted"] for layer in layers], [layer["measured"] for layer in layers]
         ),
         "layers": layers,
     }
+
+
+def _trial(tuned: Tuned, trial: Trial) -> dict[str, float]:
+    found = {
+        "asked": trial.asked,
+        "sparsity": 1 - tuned.density(trial.picks),
+        "predicted": tuned.predicted(trial.picks),
+        "measured": trial.measured,
+    }
+    return found if trial.speedup is None else found | {"speedup": trial.speedup}
 
 
 def _layer(tuned: Tuned, index: int, picks: Sequence[int], measured: float) -> dict[str, Any]:
@@ -115,7 +125,10 @@ def _layer(tuned: Tuned, index: int, picks: Sequence[int], measured: float) -> d
 
 
 def _percentiles(counts: Tensor, dense: bool) -> dict[str, float]:
-    """Of a histogram (BINS,): the lower end of the bin that each percentile falls into; the last bin cannot tell 1 from a little less."""
+    """Return for each percentile of a histogram (BINS,) the lower end of its bin.
+
+    The last bin cannot tell 1 from slightly less, so dense heads get exactly 1.
+    """
     reached = counts.cumsum(0) / counts.sum().clamp(min=1)
     bins = {
         str(p): int(torch.searchsorted(reached, torch.tensor(p / 100, dtype=reached.dtype)))
@@ -125,7 +138,7 @@ def _percentiles(counts: Tensor, dense: bool) -> dict[str, float]:
 
 
 def _correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Pearson's; None where one does not vary."""
+    """Return Pearson's correlation; None if one of the sequences does not vary."""
     both = torch.tensor([a, b], dtype=torch.float64)
     if both.shape[1] < 2 or bool((both.std(1) == 0).any()):
         return None

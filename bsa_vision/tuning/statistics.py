@@ -1,13 +1,17 @@
-"""What sparsity would cost in each head, measured on dense runs: streaming over images, additive over images and processes.
+"""Statistics of dense runs that tell what sparsity would cost in each head.
 
-Two passes over the calibration images. The first finds where attention goes and what dropping a block would do (`BlockStatistics`); best
-blocks are read from it. The second computes what every candidate does to the output of its head (`CandidateErrors`), exactly: with
-p the dense probabilities and u_iJ = sum over j in block J of p_ij (v_j - o_i), the output of query i without the blocks D is off by
+They are sums over images, computed image by image, so processes can add theirs up. There are two
+passes over the calibration images. The first sums where attention goes and how dropping a block
+would change the output (`BlockStatistics`); the best blocks are chosen from it. The second
+computes exactly how every candidate changes the output of its head (`CandidateErrors`). With p the
+dense probabilities and u_iJ = sum over j in block J of p_ij (v_j - o_i), dropping the blocks D
+changes the output of query i by
 
-    o'_i - o_i = -(1 / m_i) sum over J in D of u_iJ = (1 / m_i) sum over J not in D of u_iJ,    m_i = the probability that is kept
+    o'_i - o_i = -(1 / m_i) sum over J in D of u_iJ = (1 / m_i) sum over J not in D of u_iJ
 
-All vectors are taken after the output projection: v is multiplied by a square root of W_h^T W_h. Nothing is N x N; a few block rows of all
-heads are there at a time.
+with m_i the probability that is kept. All vectors are measured after the output projection: v is
+multiplied by a square root of W_h^T W_h. No N x N matrix is stored; a few block rows of all heads
+are in memory at a time.
 """
 
 from __future__ import annotations
@@ -25,21 +29,22 @@ from bsa_vision.attention.token_order import key_places, order_tokens
 from bsa_vision.masks import TokenLayout
 
 BINS = 100  # of the histograms of kept attention
-WORKING_MEMORY = 2 * 2**20  # bytes; one block of queries is worked on in any case
+WORKING_MEMORY = 2 * 2**20  # bytes; at least one block of queries is processed at a time
 
 T = TypeVar("T", bound="Sums")
 
 
 class Sums:
-    """float64 tensors on the CPU that add up over images, whoever saw them."""
+    """Float64 tensors on the CPU that add up over images and processes."""
 
     def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
     def __add__(self: T, other: T) -> T:
-        theirs = other.tensors()
+        others = other.tensors()
         return type(self)(
-            **{name: tensor + theirs[name] for name, tensor in self.tensors().items()}
+            **{name: tensor + others[name] for name, tensor in self.tensors().items()}
         )
 
 
@@ -49,13 +54,16 @@ def _zeros(*shape: int) -> Tensor:
 
 @dataclass
 class BlockStatistics(Sums):
-    """Of one layer, summed over images.
+    """Statistics of the blocks of one layer, summed over images.
 
-    mass   (H, R, C) attention that the queries of a block pay to the keys of another, mean over the queries
-    drop   (H, R, C) squared change of the output when only that block is dropped, before renormalisation, summed over the queries
-    gram   (H, R, K, K) products of the changes by two blocks, summed over the queries: the change by several is the sum of all
-           products of two of them. For K blocks of each row only, so that it grows with the number of rows, not with its cube
-    total  () squared length of the layer's dense output
+    mass   (H, R, C) attention that the queries of block R pay to the keys of block C, mean over
+           the queries
+    drop   (H, R, C) squared change of the output if only that block is dropped, before
+           renormalisation, summed over the queries
+    gram   (H, R, K, K) products of the changes by two blocks, summed over the queries. The squared
+           change by several blocks is the sum over all pairs of them. Only K blocks of each row
+           are compared, so the size grows with the number of rows, not with its cube
+    total  () squared norm of the layer's dense output
     """
 
     mass: Tensor
@@ -65,35 +73,37 @@ class BlockStatistics(Sums):
 
     @classmethod
     def empty(cls, heads: int, layout: TokenLayout, compared: int = 0) -> BlockStatistics:
-        """`compared` is K."""
+        """Return statistics of no image; `compared` is K."""
         shape = (heads, layout.num_blocks, layout.num_blocks)
         return cls(_zeros(*shape), _zeros(*shape), _zeros(*shape[:2], compared, compared), _zeros())
 
     def add(
         self,
-        seen: Observation,
+        call: Observation,
         layout: TokenLayout,
         compared: Tensor | None = None,
         total: bool = True,
     ) -> None:
-        """One dense call of this layer; `compared` (H, R, K) are the blocks of each row that `gram` is about, `total` may be left out."""
-        v = order_tokens(seen.v.float(), layout).repeat_interleave(
-            seen.q.shape[1] // seen.v.shape[1], dim=1
-        )
-        for rows in _block_rows(seen, layout):
+        """Add one dense call of this layer.
+
+        compared  (H, R, K) blocks of each row that `gram` is about; None skips `gram`
+        total     False skips `total`
+        """
+        group = call.q.shape[1] // call.v.shape[1]
+        v = order_tokens(call.v.float(), layout).repeat_interleave(group, dim=1)
+        for rows in _block_rows(call, layout):
             self.mass[:, rows.which] += rows.mass.mean(3).sum(0).double().cpu()
             self.drop[:, rows.which] += rows.change.square().sum((3, 5)).sum(0).double().cpu()
             if total:
-                self.total += _energy(rows.probs @ v, seen.weight).double().cpu()
+                self.total += _squared_norm(rows.probs @ v, call.weight).double().cpu()
             if compared is not None:
                 some = _of_blocks(rows.change, compared[:, rows.which].to(rows.change.device))
-                self.gram[:, rows.which] += (
-                    torch.einsum("bhrikd,bhrijd->hrkj", some, some).double().cpu()
-                )
+                products = torch.einsum("bhrikd,bhrijd->hrkj", some, some)
+                self.gram[:, rows.which] += products.double().cpu()
 
 
 def _of_blocks(change: Tensor, blocks: Tensor) -> Tensor:
-    """(B, H, r, i, C, D) and (H, r, K) -> (B, H, r, i, K, D)"""
+    """Select blocks (H, r, K) of change (B, H, r, i, C, D) -> (B, H, r, i, K, D)."""
     if blocks.shape[-1] == change.shape[4]:  # all of them, in order
         return change
     images, _, _, queries, _, dim = change.shape
@@ -104,10 +114,12 @@ def _of_blocks(change: Tensor, blocks: Tensor) -> Tensor:
 
 @dataclass
 class CandidateErrors(Sums):
-    """Of one layer, summed over images and queries.
+    """Errors of the candidates of one layer, summed over images and queries.
 
-    error  (H, K) squared change of the output by each candidate's head, after the output projection
-    kept   (H, K, BINS) how many queries keep which share of their attention, in bins of equal width from 0 to 1
+    error  (H, K) squared change of the output by each candidate of a head, after the output
+           projection
+    kept   (H, K, BINS) histogram over queries of the share of attention that is kept, bins of
+           equal width from 0 to 1
     """
 
     error: Tensor
@@ -115,25 +127,25 @@ class CandidateErrors(Sums):
 
     @classmethod
     def empty(cls, heads: int, candidates: int) -> CandidateErrors:
+        """Return errors of no image; `candidates` is K."""
         return cls(_zeros(heads, candidates), _zeros(heads, candidates, BINS))
 
-    def add(self, seen: Observation, layout: TokenLayout, masks: Tensor) -> None:
-        """One dense call of this layer; masks (H, K, R, C) bool, True = compute, of every head's candidates."""
-        for rows in _block_rows(seen, layout):
-            here = masks[:, :, rows.which]  # (H, K, r, C)
-            # By what is kept, not by what is dropped: 1 - lost has no digits left where little is kept. Both sums are the same but for the sign.
-            kept = torch.einsum("bhric,hkrc->bhkri", rows.mass, here.to(rows.mass))
-            change = torch.einsum("bhricd,hkrc->bhkrid", rows.change, here.to(rows.change))
+    def add(self, call: Observation, layout: TokenLayout, masks: Tensor) -> None:
+        """Add one dense call of this layer; masks (H, K, R, C) bool, True = compute."""
+        for rows in _block_rows(call, layout):
+            selected = masks[:, :, rows.which]  # (H, K, r, C)
+            # Summed over the blocks kept, not over those dropped, which gives the same up to the
+            # sign: if little is kept, 1 - lost has no significant digits left.
+            kept = torch.einsum("bhric,hkrc->bhkri", rows.mass, selected.to(rows.mass))
+            change = torch.einsum("bhricd,hkrc->bhkrid", rows.change, selected.to(rows.change))
             off = (change / kept.clamp(min=1e-30)[..., None]).square().sum(-1)
-            off = (
-                off * ~here.all(-1)[..., None]
-            )  # nothing dropped is no change, not a rounding error
+            off = off * ~selected.all(-1)[..., None]  # exactly 0, without rounding errors
             self.error += off.sum((0, 3, 4)).double().cpu()
             self.kept += _histogram(kept).double().cpu()
 
 
 def _histogram(kept: Tensor) -> Tensor:
-    """(B, H, K, r, i) shares -> (H, K, BINS) counts."""
+    """Count shares (B, H, K, r, i) -> (H, K, BINS)."""
     bins = (kept * BINS).long().clamp(0, BINS - 1).permute(1, 2, 0, 3, 4).flatten(2)
     return torch.zeros(*bins.shape[:2], BINS, device=kept.device).scatter_add_(
         -1, bins, torch.ones_like(bins, dtype=torch.float32)
@@ -156,28 +168,27 @@ class _Rows:
     probs: Tensor
 
 
-def _block_rows(seen: Observation, layout: TokenLayout) -> Iterator[_Rows]:
-    """All blocks of queries, as many at once as `WORKING_MEMORY` allows; a last one that is shorter comes alone."""
-    heads = seen.q.shape[1]
-    q, k, v = (order_tokens(x.float(), layout) for x in (seen.q, seen.k, seen.v))
+def _block_rows(call: Observation, layout: TokenLayout) -> Iterator[_Rows]:
+    """Yield all blocks of queries, as many at once as fit into `WORKING_MEMORY`.
+
+    A last block that is shorter than the others comes alone.
+    """
+    heads = call.q.shape[1]
+    q, k, v = (order_tokens(x.float(), layout) for x in (call.q, call.k, call.v))
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
     size, blocks = layout.block_size, layout.num_blocks
     padding = blocks * size - layout.num_tokens
-    weighed = torch.einsum("bhnd,hde->bhne", v, _metric(seen))
-    by_block = F.pad(weighed, (0, 0, 0, padding)).unflatten(2, (blocks, size))  # (B, H, C, j, D)
-    bias = (
-        None
-        if seen.rel_pos is None
-        else [order_tokens(term.float(), layout) for term in seen.rel_pos]
-    )
+    weighted = torch.einsum("bhnd,hde->bhne", v, _metric(call))
+    by_block = F.pad(weighted, (0, 0, 0, padding)).unflatten(2, (blocks, size))  # (B, H, C, j, D)
+    bias = [order_tokens(term.float(), layout) for term in call.rel_pos or ()]
     places = key_places(layout, True, q.device)
     full = layout.num_tokens // size
-    step = max(1, WORKING_MEMORY // (4 * size * weighed[:, :, 0].numel() * blocks))
+    step = max(1, WORKING_MEMORY // (4 * size * weighted[:, :, 0].numel() * blocks))
     starts = [*range(0, full, step), *([full] if full < blocks else [])]
     for first, last in zip(starts, [*starts[1:], blocks], strict=True):
         inside = slice(first * size, last * size)
-        logits = q[:, :, inside] @ k.transpose(-1, -2) * seen.scale  # (B, H, r * i, N)
-        if bias is not None:
+        logits = q[:, :, inside] @ k.transpose(-1, -2) * call.scale  # (B, H, r * i, N)
+        if bias:
             logits += sum(
                 term[:, :, inside].index_select(-1, place)
                 for term, place in zip(bias, places, strict=True)
@@ -186,29 +197,25 @@ def _block_rows(seen: Observation, layout: TokenLayout) -> Iterator[_Rows]:
         by_key = F.pad(probs, (0, padding)).unflatten(-1, (blocks, size))  # (B, H, r * i, C, j)
         mass = by_key.sum(-1)
         change = torch.einsum("bhicj,bhcjd->bhicd", by_key, by_block)
-        change -= mass[..., None] * change.sum(
-            3, keepdim=True
-        )  # all blocks together are the output
-        rows = last - first
-        yield _Rows(
-            slice(first, last),
-            mass.unflatten(2, (rows, -1)),
-            change.unflatten(2, (rows, -1)),
-            probs,
-        )
+        change -= mass[..., None] * change.sum(3, keepdim=True)  # the sum over blocks is the output
+        shape = (last - first, -1)
+        yield _Rows(slice(first, last), mass.unflatten(2, shape), change.unflatten(2, shape), probs)
 
 
-def _energy(out: Tensor, weight: Tensor | None) -> Tensor:
-    """Squared length of outputs (B, H, tokens, D) after the output projection, () float32."""
+def _squared_norm(out: Tensor, weight: Tensor | None) -> Tensor:
+    """Return the squared norm () of outputs (B, H, tokens, D) after the output projection."""
     joined = out.transpose(1, 2).flatten(2)
     return (joined if weight is None else joined @ weight.float().T).square().sum()
 
 
-def _metric(seen: Observation) -> Tensor:
-    """(H, D, D): a square root of W_h^T W_h, so that lengths are those after the output projection; the identity where that is not known."""
-    heads, dim = seen.q.shape[1], seen.v.shape[-1]
-    if seen.weight is None:
-        return torch.eye(dim, device=seen.v.device).expand(heads, -1, -1)
-    by_head = seen.weight.float().unflatten(1, (heads, -1)).permute(1, 0, 2)  # (H, C, D)
+def _metric(call: Observation) -> Tensor:
+    """Return (H, D, D), a square root of W_h^T W_h; the identity if the weight is unknown.
+
+    Norms of vectors multiplied by it are those after the output projection.
+    """
+    heads, dim = call.q.shape[1], call.v.shape[-1]
+    if call.weight is None:
+        return torch.eye(dim, device=call.v.device).expand(heads, -1, -1)
+    by_head = call.weight.float().unflatten(1, (heads, -1)).permute(1, 0, 2)  # (H, C, D)
     values, vectors = torch.linalg.eigh((by_head.transpose(1, 2) @ by_head).double())
     return (vectors * values.clamp(min=0).sqrt()[:, None]).float()

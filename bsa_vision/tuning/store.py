@@ -1,4 +1,4 @@
-"""What calibration has measured so far, and the file that keeps it."""
+"""The state of a calibration, and the statistics file that stores it."""
 
 from __future__ import annotations
 
@@ -24,24 +24,27 @@ from bsa_vision.tuning import distributed
 from bsa_vision.tuning.statistics import BlockStatistics, CandidateErrors
 
 FORMAT, VERSION = "bsa-vision/statistics", 4
-UNSIGNED = "0" * 64  # where the digest of a file goes, while it is computed
-SECONDS = 5.0  # between two savings, at least
-PART = 0.05  # of the time is spent on saving, at most
+UNSIGNED = "0" * 64  # placeholder of the digest while the digest is computed
+SECONDS = 5.0  # shortest time between two saves
+PART = 0.05  # largest share of the time that is spent on saving
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # raised by parsing
 
 
 @dataclass
 class Calibration:
-    """Sums over the first images, as many as `done` says, and the weights of the first layers.
+    """Sums over the images done so far, and the weights of the layers measured so far.
 
-    identity  what the sums are of: the model, its weights, the images, the options
-    witness   size and length of the target of the first image: functions have no name that tells them apart
-    orders    what each order would lose, where orders were compared
-    compared  [layer]: (H, R, K) blocks of each row that are compared with each other
-    blocks    of pass 1, [half of the images * layers + layer]; nothing any more once it is complete and best blocks are found
-    dropping  what became of them, [layer]: (1 + halves, H, R, C) `order_of_dropping` of all images, and for each half of the others
-    totals    [layer]: () squared length of the dense output
-    candidates  of pass 2, [layer]
-    weights   per layer, and of all together at last: the target's error for each of some images
+    identity    what the statistics depend on: model, weights, images, options
+    witness     size and norm of the target of the first image; tells targets of one name apart
+    orders      loss of each token order, if orders were compared
+    compared    [layer]: (H, R, K) blocks of each row that are compared with each other
+    blocks      sums of pass 1, [half of the images * layers + layer]; emptied when pass 1 is done
+    dropping    result of pass 1, [layer]: (1 + halves, H, R, C) `order_of_dropping` from all images
+                and, for each half, from the other half
+    totals      [layer]: () squared norm of the dense output
+    candidates  sums of pass 2, [layer]
+    weights     errors of the target for some images, per skipped layer; all layers together last
+    done        number of images that each pass has seen
     """
 
     identity: Mapping[str, Any]
@@ -57,7 +60,7 @@ class Calibration:
     done: dict[str, int] = field(default_factory=lambda: {"blocks": 0, "candidates": 0})
 
     def dumps(self) -> tuple[bytes | memoryview, ...]:
-        """Return a safetensors file, in parts; its metadata hold a digest of all the rest."""
+        """Return the parts of a safetensors file; its metadata contain a digest of the rest."""
         from safetensors.torch import save
 
         tensors = {
@@ -92,7 +95,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
-        """Read what `dumps` wrote; PlanError for anything else: another version, or any change."""
+        """Read a file that `dumps` wrote; raise PlanError for any other file or version."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -100,21 +103,15 @@ class Calibration:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return cls._of(tensors, json.loads(metadata["about"]))
-        except (
-            SafetensorError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-        ) as error:
+            return cls._from_parts(tensors, json.loads(metadata["about"]))
+        except (SafetensorError, *UNREADABLE) as error:
             raise PlanError(
-                f"{path} holds no statistics that this bsa-vision reads ({error}): give another file, or delete it to start anew."
+                f"{path} holds no statistics that this version can read ({error}): pass another "
+                "file, or delete this one to start again."
             ) from None
 
     @classmethod
-    def _of(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Calibration:
+    def _from_parts(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Calibration:
         layout = about.pop("layout")
         if layout is not None:
             grid, tile = tuple(layout.pop("grid")), tuple(layout.pop("tile"))
@@ -136,20 +133,20 @@ class Calibration:
 
 
 def _header_end(data: memoryview | mmap.mmap) -> int:
-    """Return where the tensors of a safetensors file begin."""
+    """Return the offset of the tensors in a safetensors file."""
     return 8 + int.from_bytes(data[:8], "little")
 
 
 def _digest_of(data: memoryview | mmap.mmap, start: int) -> str:
-    """Return the SHA-256 of a file's bytes as they are with `UNSIGNED` at `start`."""
-    found = hashlib.sha256(data[:start])
-    found.update(UNSIGNED.encode())
-    found.update(memoryview(data)[start + len(UNSIGNED) :])
-    return found.hexdigest()
+    """Return the SHA-256 of a file whose digest, at `start`, is replaced by `UNSIGNED`."""
+    sha = hashlib.sha256(data[:start])
+    sha.update(UNSIGNED.encode())
+    sha.update(memoryview(data)[start + len(UNSIGNED) :])
+    return sha.hexdigest()
 
 
 def _check_digest(path: Path) -> None:
-    """Raise ValueError for a file of another kind or version, or one that was changed."""
+    """Raise ValueError if the file is of another format or version, or was changed."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         header = data[: _header_end(data)]
         metadata = json.loads(header[8:])["__metadata__"]
@@ -158,49 +155,50 @@ def _check_digest(path: Path) -> None:
                 f"format {metadata.get('format')!r}, version {metadata.get('version')!r}"
             )
         if _digest_of(data, header.index(metadata["digest"].encode())) != metadata["digest"]:
-            raise ValueError("its contents were changed since they were written")
+            raise ValueError("the file was changed after it was written")
 
 
 def _sums(kind: Any, prefix: str, tensors: Mapping[str, Tensor]) -> list[Any]:
-    """What `Calibration.dumps` wrote of one kind, layer by layer."""
+    """Return the sums that `Calibration.dumps` stored under `prefix`."""
     found: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        own, index, attribute = name.split(".")
-        if own == prefix:
+        start, index, attribute = name.split(".")
+        if start == prefix:
             found.setdefault(int(index), {})[attribute] = tensor
     return [kind(**found[index]) for index in sorted(found)]
 
 
 class Store:
-    """The file of a calibration, written by the first process; None = it is kept in memory only."""
+    """The statistics file of a calibration, written by rank 0; path None = nothing is saved."""
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         self.path = None if path is None else Path(path)
         if self.path is not None and (
             self.path.is_dir() or not self.path.resolve().parent.is_dir()
         ):
-            raise ValueError(
-                f"statistics={str(path)!r}: expected a file in a folder that is there; give such a path."
-            )
+            raise ValueError(f"statistics={str(path)!r}: expected a file in an existing directory.")
         self.next = time.monotonic() + SECONDS
-        self.saved: dict[str, int] | None = None  # images of each pass that the file holds
+        self.saved: dict[str, int] | None = None  # images per pass in the file
 
     @property
     def interrupted(self) -> str:
-        """Say what is saved, and how to go on from it."""
+        """Text for an interrupted run: what the file holds and how to continue."""
         if self.path is None:
-            return "nothing is saved: give statistics=PATH to keep what is measured"
+            return "nothing was saved; pass statistics=PATH to save the statistics"
         if self.saved is None:
-            return f"nothing is saved in {self.path} yet"
+            return f"nothing was saved in {self.path} yet"
         passes = ", ".join(
             f"{count} images of pass {n}" for n, count in enumerate(self.saved.values(), 1)
         )
-        return f"{self.path} holds {passes}; statistics={str(self.path)!r}, resume=True goes on from there"
+        return (
+            f"{self.path} holds {passes}; continue with statistics={str(self.path)!r}, resume=True"
+        )
 
     def open(self, identity: Mapping[str, Any], resume: bool) -> Calibration:
-        """What is in the first process's file, where one may go on from it; otherwise nothing yet.
+        """Return the calibration in the file of rank 0, or an empty one if there is no file.
 
-        FileExistsError for a file and no `resume`, ValueError for one made of something else.
+        Raise FileExistsError if there is a file and `resume` is False, and ValueError if the file
+        belongs to another run.
         """
         found: Calibration | Exception | None = None
         if distributed.rank_and_size()[0] == 0:
@@ -208,7 +206,7 @@ class Store:
                 found = self._open(identity, resume)
             except (ValueError, OSError) as error:
                 found = error
-        found = distributed.of_the_first(found)
+        found = distributed.broadcast(found)
         if isinstance(found, Exception):
             raise found
         assert found is not None
@@ -219,23 +217,28 @@ class Store:
             return Calibration(identity)
         if not resume:
             raise FileExistsError(
-                f"{self.path} holds statistics already: resume=True (--resume) goes on from them, for any budget; or delete the file."
+                f"{self.path} already exists: pass resume=True (--resume) to continue from its "
+                "statistics, for any budget, or delete the file."
             )
         found = Calibration.load(self.path)
-        other = [name for name, value in identity.items() if found.identity.get(name) != value]
-        if other:
-            was = ", ".join(
-                f"{name} {found.identity.get(name)!r} instead of {identity[name]!r}"
-                for name in other
-            )
+        differences = [
+            f"{name} {found.identity.get(name)!r} instead of {value!r}"
+            for name, value in identity.items()
+            if found.identity.get(name) != value
+        ]
+        if differences:
             raise ValueError(
-                f"{self.path} holds statistics of something else: {was}; give another file or delete it."
+                f"{self.path} holds statistics of another run: {', '.join(differences)}; pass "
+                "another file or delete it."
             )
         self.saved = dict(found.done)
         return found
 
     def save(self, calibration: Calibration, now: bool = False) -> None:
-        """Every few seconds, or now. A file that cannot be written costs a warning, and not what was measured."""
+        """Save every few seconds, or `now`.
+
+        If the file cannot be written, warn and continue without saving.
+        """
         start = time.monotonic()
         if self.path is None or distributed.rank_and_size()[0] or (not now and start < self.next):
             return
@@ -244,7 +247,8 @@ class Store:
             self.saved = dict(calibration.done)
         except OSError as error:
             warnings.warn(
-                f"statistics could not be saved to {self.path} ({error}): tuning goes on without; what was saved before is still there.",
+                f"statistics could not be saved to {self.path} ({error}): tuning continues without "
+                "saving; the last saved version is kept.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -254,26 +258,26 @@ class Store:
 
 
 def digest(items: Iterable[Any]) -> str:
-    """Of the contents of tensors, wherever they are in these items."""
-    found = hashlib.sha256()
+    """Return a digest of the items: contents of tensors and arrays, nested or not, else `repr`."""
+    sha = hashlib.sha256()
     for item in items:
         if isinstance(item, Tensor):
-            found.update(f"{tuple(item.shape)} {item.dtype}".encode())
+            sha.update(f"{tuple(item.shape)} {item.dtype}".encode())
             if item.is_meta:
                 continue
             if item.is_quantized:
                 item = item.dequantize()
-            if hasattr(item, "__tensor_flatten__"):  # a subclass, made of other tensors
+            if hasattr(item, "__tensor_flatten__"):  # a tensor subclass made of other tensors
                 names, how = item.__tensor_flatten__()
-                found.update(digest([how, *(getattr(item, name) for name in names)]).encode())
+                sha.update(digest([how, *(getattr(item, name) for name in names)]).encode())
                 continue
-            found.update(item.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        elif hasattr(item, "__array_interface__"):  # arrays, photographs
-            found.update(digest([torch.from_numpy(np.array(item))]).encode())
+            sha.update(item.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        elif hasattr(item, "__array_interface__"):  # numpy arrays, Pillow images
+            sha.update(digest([torch.from_numpy(np.array(item))]).encode())
         elif isinstance(item, Mapping):
-            found.update(digest(x for pair in item.items() for x in pair).encode())
+            sha.update(digest(x for pair in item.items() for x in pair).encode())
         elif isinstance(item, (list, tuple)):
-            found.update(digest(item).encode())
+            sha.update(digest(item).encode())
         else:
-            found.update(repr(item).encode())
-    return found.hexdigest()[:16]
+            sha.update(repr(item).encode())
+    return sha.hexdigest()[:16]

@@ -1,17 +1,20 @@
-"""What a plan does to the testbed's answers, on scenes that training never saw: how good they are, how near to the dense ones, how fast.
+"""Evaluate plans on the testbed: quality and speed on held-out scenes.
 
     python examples/testbed/evaluate.py --plan plan.json
-    python examples/testbed/evaluate.py MODEL --pattern random_blocks:0.5 --pattern nearest:0.5 --pattern nearest:0.5@raster
+    python examples/testbed/evaluate.py MODEL --pattern random_blocks:0.5 --pattern nearest:0.5
 
-mIoU             mean over scenes of the IoU of the answer, at full resolution
-boundary IoU     of the pixels within 2 % of the image's diagonal of the outline (arXiv 2103.16562)
+mIoU             mean IoU of the answers over scenes, at full resolution
+boundary IoU     IoU of pixels whose distance to the outline is at most 2 % of the image's
+                 diagonal (arXiv 2103.16562)
 agreement        IoU of the sparse and the dense answer
-feature error    relative L2 distance of the tokens that leave the encoder, sparse from dense
-kept mass        share of the dense model's attention that lies in blocks that are kept, over all heads and every fifth query
-time             per image, dense and sparse in turn
+feature error    relative L2 distance of the encoder's output tokens, sparse to dense
+kept mass        share of the dense model's attention in kept blocks, over all heads and every
+                 fifth query
+time             per image, dense and sparse alternating
 
-Intervals are 95 %, by paired bootstrap over scenes. Patterns stand for the same pattern in every head of every layer, in blocks of 32
-tokens, in tiles of 4 x 8 unless @raster says rows: at 32 x 32 tokens that is the block map of 64 x 64 tokens in blocks of 128.
+Intervals are 95 %, by paired bootstrap over scenes. A pattern applies to every head of every layer,
+with blocks of 32 tokens and tiles of 4 x 8, or rows (`--pattern nearest:0.5@raster`). At 32 x 32
+tokens this gives the block map of 64 x 64 tokens in blocks of 128.
 """
 
 from __future__ import annotations
@@ -50,13 +53,13 @@ from examples.testbed.train import iou
 
 BATCH = 4
 BLOCK_SIZE, TILE = 32, (4, 8)
-QUERIES = 5  # every fifth one tells where attention lies; prime to the sides of grids, so that all columns take part
+QUERIES = 5  # attention is measured on every fifth query; coprime to the grid: all columns occur
 METRICS = ("iou", "boundary_iou", "agreement", "feature_error", "kept_mass")
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over scenes and where 95 % of the means of resampled scenes lie."""
+    """Mean over scenes with its 95 % bootstrap interval."""
 
     mean: float
     low: float
@@ -68,13 +71,13 @@ class Interval:
 
 @dataclass(frozen=True)
 class Row:
-    """One way to run the model.
+    """Results of the model with one plan, or without.
 
     sparsity      realised, over all heads
-    iou ... kept_mass   means over scenes
-    cost          IoU lost against dense, scene by scene
-    milliseconds  per image, and `of_dense`: the median ratio to the dense run beside it
-    per_scene     metric -> one number per scene
+    cost          IoU lost relative to the dense model
+    milliseconds  per image
+    of_dense      median ratio of the time to that of the dense model on the same batch
+    per_scene     metric -> one number per scene; the other fields are means over scenes
     """
 
     name: str
@@ -102,30 +105,29 @@ def evaluate(
     grid: int | None = None,
     on_batch: Callable[[int], Any] = lambda images: None,
 ) -> list[Row]:
-    """One row for the dense model and one for each plan, on the same scenes.
+    """Return one row for the dense model and one for each plan, on the same scenes.
 
-    grid      tokens per side, None = the model's own
-    on_batch  called with the number of scenes that are done since the last call
+    grid      tokens per side; None = the model's default
+    on_batch  called with the number of scenes in each finished batch
     """
     grid = model.size.grid if grid is None else grid
     device = next(model.parameters()).device
     spec = bsa.inspect(model, image_size=grid * model.size.patch)
     plans = {name: plan.complete(spec) for name, plan in plans.items()}
-    runs = {
-        "dense": model,
-        **{name: bsa.sparsify_(copy.deepcopy(model), plan) for name, plan in plans.items()},
-    }
+    runs = {name: bsa.sparsify_(copy.deepcopy(model), plan) for name, plan in plans.items()}
+    runs = {"dense": model, **runs}
     layouts = {name: plan.layout(spec) for name, plan in plans.items()}
     found: dict[str, dict[str, list[Tensor]]] = {
         name: {metric: [] for metric in METRICS} for name in runs
     }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     sparsity: dict[str, list[float]] = {name: [] for name in runs}
-    _warm_up(runs, scenes.make(seeds[:BATCH], grid * model.size.patch, difficulty, device))
+    pixels = grid * model.size.patch
+    warm_up = scenes.make(seeds[:BATCH], pixels, difficulty, device)
+    for run in runs.values():
+        _run(run, warm_up)
     for first in range(0, len(seeds), BATCH):
-        batch = scenes.make(
-            seeds[first : first + BATCH], grid * model.size.patch, difficulty, device
-        )
+        batch = scenes.make(seeds[first : first + BATCH], pixels, difficulty, device)
         masses = dense_masses(model, batch, set(layouts.values()))
         dense: tuple[Tensor, Tensor] | None = None
         for name, run in runs.items():
@@ -140,20 +142,15 @@ def evaluate(
             for metric, values in _measure(batch, tokens, answer, *dense, mass).items():
                 found[name][metric].append(values.float().cpu())
         on_batch(len(batch.mask))
-    means = {
-        name: {metric: torch.cat(parts) for metric, parts in own.items()}
-        for name, own in found.items()
+    values = {
+        name: {metric: torch.cat(parts) for metric, parts in metrics.items()}
+        for name, metrics in found.items()
     }
-    return [_row(name, mean(sparsity[name] or [0.0]), means, seconds) for name in runs]
-
-
-def _warm_up(runs: Mapping[str, Testbed], batch: scenes.Scenes) -> None:
-    for run in runs.values():
-        _run(run, batch)
+    return [_row(name, mean(sparsity[name] or [0.0]), values, seconds) for name in runs]
 
 
 def _run(model: Testbed, batch: scenes.Scenes) -> tuple[Tensor, Tensor, float]:
-    """Tokens (B, 1 + h * w, dim), the answer (B, H, W) bool, and the seconds they took."""
+    """Return the tokens (B, 1 + h * w, dim), the answer (B, H, W) bool, and the time in seconds."""
     on_gpu = batch.images.is_cuda
     if on_gpu:
         torch.cuda.synchronize()
@@ -175,7 +172,7 @@ def _measure(
     dense_answer: Tensor,
     mass: Tensor,
 ) -> dict[str, Tensor]:
-    """Metric -> (B,)"""
+    """Return every metric of `METRICS`, (B,) each."""
     error = (tokens - dense_tokens).flatten(1).norm(dim=1) / dense_tokens.flatten(1).norm(dim=1)
     return {
         "iou": iou(answer, batch.mask),
@@ -187,7 +184,10 @@ def _measure(
 
 
 def outline(mask: Tensor) -> Tensor:
-    """(B, H, W) bool -> the pixels of it that lie within 2 % of the diagonal of what is not it, or of the image's border."""
+    """Return the pixels of a mask (B, H, W) near its outline or the border of the image.
+
+    The distance is at most 2 % of the image's diagonal.
+    """
     height, width = mask.shape[-2:]
     reach = max(1, round(0.02 * (height**2 + width**2) ** 0.5))
     outside = F.pad(1 - mask[:, None].float(), (reach,) * 4, value=1.0)
@@ -195,65 +195,64 @@ def outline(mask: Tensor) -> Tensor:
     return mask & (F.max_pool2d(wide, (2 * reach + 1, 1), stride=1)[:, 0] > 0)
 
 
-# Attention that is kept
-
-
 def kept_blocks(
     plan: bsa.SparsityPlan, spec: bsa.ModelSpec, clicks: Sequence[bsa.Prompts] = ()
 ) -> Tensor:
-    """The blocks of a plan that names every layer, (1, layers, H, R, C) bool; one for each click where patterns follow them."""
+    """Return the blocks of a plan for all layers, (1, layers, H, R, C) bool.
+
+    If patterns depend on clicks, the first dimension is the number of clicks.
+    """
     layout = plan.layout(spec)
     boxes = [click.on_patches(spec.grid, spec.patch_size) for click in clicks] or [()]
     masks = [plan.compile(layer.key, layout, boxes) for layer in spec.layers]
-    blocks = [
-        one.block_mask(layout.num_tokens, layout.num_tokens) for one in masks
-    ]  # (1 or B, H, R, C)
-    most = max(len(one) for one in blocks)
-    return torch.stack([one.expand(most, -1, -1, -1) for one in blocks], dim=1)
+    tokens = layout.num_tokens
+    blocks = [mask.block_mask(tokens, tokens) for mask in masks]  # (1 or B, H, R, C)
+    batch = max(map(len, blocks))
+    return torch.stack([mask.expand(batch, -1, -1, -1) for mask in blocks], dim=1)
 
 
 def prompts(batch: scenes.Scenes) -> list[bsa.Prompts]:
-    """The clicks in pixels, as patterns that follow them want to know them."""
+    """Return the clicks in pixels, for patterns that depend on them."""
     height, width = batch.mask.shape[-2:]
     return [bsa.Prompts(points=[(x * width, y * height)]) for x, y in batch.click.tolist()]
 
 
 def in_context(model: Testbed, batch: scenes.Scenes) -> AbstractContextManager[Any]:
-    """`bsa.context` with the clicks of these scenes, where the model has a pattern that follows them."""
-    follows = any(layer.masks.is_dynamic for layer in layers_of(model))
-    return bsa.context(model, prompts=prompts(batch)) if follows else nullcontext()
+    """Return `bsa.context` with the clicks, or no context if no pattern depends on them."""
+    needs_clicks = any(layer.masks.is_dynamic for layer in layers_of(model))
+    return bsa.context(model, prompts=prompts(batch)) if needs_clicks else nullcontext()
 
 
 def dense_masses(
     model: Testbed, batch: scenes.Scenes, layouts: set[TokenLayout]
 ) -> dict[TokenLayout, Tensor]:
-    """Layout -> (B, layers, H, R, C): where the dense model's attention lies, all of a head's adding up to its queries."""
+    """Return the block mass of dense attention for each layout, (B, layers, H, R, C)."""
     found: dict[TokenLayout, list[Tensor]] = {layout: [] for layout in layouts}
 
-    def see(seen: bsa.Observation) -> None:
+    def add(seen: bsa.Observation) -> None:
         probs = probabilities(seen.q[:, :, ::QUERIES], seen.k)
         for layout, masses in found.items():
             masses.append(block_mass(probs, layout, QUERIES))
 
     if layouts:
-        with bsa.observe(model, see):
+        with bsa.observe(model, add):
             model.encode(batch.images, batch.click)
     return {layout: torch.stack(masses, dim=1) for layout, masses in found.items()}
 
 
 def _kept_mass(mass: Tensor, kept: Tensor) -> Tensor:
-    """(B, layers, H, R, C) and (1 or B, layers, H, R, C) -> (B,)"""
+    """Return the share of mass in kept blocks: (B, layers, H, R, C), (1 or B, ...) -> (B,)."""
     return (mass * kept.to(mass)).flatten(1).sum(1) / mass.flatten(1).sum(1)
 
 
-# Statistics
-
-
 def bootstrap(values: Tensor, draws: int = 2000, seed: int = 0) -> Interval:
-    """(scenes,) -> mean and 95 % interval. The same scenes are drawn for every call, so that differences are paired."""
+    """Return the mean over scenes and its 95 % interval.
+
+    Every call resamples the same scenes, so that differences are paired.
+    """
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(values), (draws, len(values)), generator=generator)
-    means = values.double()[chosen].mean(1)
+    samples = torch.randint(len(values), (draws, len(values)), generator=generator)
+    means = values.double()[samples].mean(1)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
     return Interval(values.double().mean().item(), low, high)
 
@@ -264,42 +263,32 @@ def _row(
     values: Mapping[str, Mapping[str, Tensor]],
     seconds: Mapping[str, Sequence[float]],
 ) -> Row:
-    own = values[name]
+    metrics = values[name]
     return Row(
         name,
         sparsity,
-        cost=bootstrap(values["dense"]["iou"] - own["iou"]),
-        **{metric: bootstrap(own[metric]) for metric in METRICS},
+        cost=bootstrap(values["dense"]["iou"] - metrics["iou"]),
+        **{metric: bootstrap(metrics[metric]) for metric in METRICS},
         milliseconds=1e3 * median(seconds[name]),
         of_dense=median(a / b for a, b in zip(seconds[name], seconds["dense"])),
-        per_scene={
-            metric: [round(value, 5) for value in own[metric].tolist()] for metric in METRICS
-        },
+        per_scene={key: [round(x, 5) for x in metrics[key].tolist()] for key in METRICS},
     )
 
 
-# The command
-
-
 def pattern_plan(text: str, spec: bsa.ModelSpec) -> bsa.SparsityPlan:
-    """ "nearest:0.5@raster" -> the plan with this pattern in every head; the order is tile where none is given."""
-    described, _, order = text.partition("@")
+    """Return a plan with this pattern in every head; "nearest:0.5@raster" has raster order."""
+    pattern, _, order = text.partition("@")
     options = dict(order=order or "tile", tile=TILE, block_size=BLOCK_SIZE)
-    return bsa.uniform_plan(spec, parse.pattern(described), **options)
+    return bsa.uniform_plan(spec, parse.pattern(pattern), **options)
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
-    right = [
-        ("", "left"),
-        *(
-            (name, "right")
-            for name in ("sparsity", "mIoU (95 %)", "lost (95 %)", "boundary IoU", "agreement")
-        ),
-    ]
-    right += [(name, "right") for name in ("feature error", "kept mass", "ms an image", "of dense")]
-    found = Table(title=title, title_justify="left")
-    for name, justify in right:
-        found.add_column(name, justify=justify)  # type: ignore[arg-type]
+    """Return the rows as a table for the terminal."""
+    names = ["sparsity", "mIoU (95 %)", "lost (95 %)", "boundary IoU", "agreement"]
+    names += ["feature error", "kept mass", "ms per image", "time / dense"]
+    found = Table("plan", title=title, title_justify="left")
+    for name in names:
+        found.add_column(name, justify="right")
     for row in rows:
         means = (row.boundary_iou, row.agreement, row.feature_error, row.kept_mass)
         found.add_row(
@@ -314,59 +303,50 @@ def table(rows: Sequence[Row], title: str) -> Table:
     return found
 
 
-def main() -> None:
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the arguments that the scripts of the testbed share."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "model",
-        nargs="?",
-        type=Path,
-        default=SHIPPED,
-        help="a file of train.py; the shipped one if left out",
-    )
-    parser.add_argument(
-        "--plan",
-        type=Path,
-        action="append",
-        default=[],
-        help="a plan file; may be given several times",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("model", nargs="?", type=Path, default=SHIPPED, help="model file; default: the shipped one")
+    add("--shifted", action="store_true", help="use more objects, and textures unseen in training")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=default, help="torch device; default: cuda if available, else cpu")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--plan", type=Path, action="append", default=[], help="plan file; repeatable")
+    add(
         "--pattern",
         action="append",
         default=[],
-        help="as in `bsa-vision bench`, @raster or @tile for the order; several times",
+        help="pattern as in `bsa-vision bench`, with @raster or @tile for the order; repeatable",
     )
-    parser.add_argument("--scenes", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0, help="of the scenes")
-    parser.add_argument(
-        "--shifted",
-        action="store_true",
-        help="more objects, and textures that training never showed",
-    )
-    parser.add_argument("--grid", type=int, help="tokens per side; the model's own if left out")
-    parser.add_argument(
-        "--untrained", action="store_true", help="the same model with fresh weights, for comparison"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="write everything there, scene by scene")
+    add("--scenes", type=int, default=300, help="number of scenes; default: 300")
+    add("--seed", type=int, default=0, help="random seed of the scenes; default: 0")
+    add("--grid", type=int, help="tokens per side; default: that of the model")
+    add("--untrained", action="store_true", help="use random weights, for comparison")
+    add("--json", type=Path, help="JSON file for all results, scene by scene")
     arguments = parser.parse_args()
     try:
-        rows, what = _evaluate_asked(arguments)
+        rows, record = _run_command(arguments)
     except (ValueError, bsa.PlanError, OSError) as error:
         parser.error(str(error))
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    console.print(table(rows, what["title"]))
+    console = Console() if sys.stdout.isatty() else Console(width=180)
+    console.print(table(rows, record["title"]))
     if arguments.json:
-        what["rows"] = [asdict(row) for row in rows]
-        arguments.json.write_text(json.dumps(what, indent=1) + "\n")
+        record["rows"] = [asdict(row) for row in rows]
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _evaluate_asked(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
-    """The rows, and what they were measured with."""
+def _run_command(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
+    """Return the rows, and a record of how they were measured."""
     if arguments.scenes < 1:
-        raise ValueError(f"--scenes {arguments.scenes}: expected at least 1; give e.g. 300.")
+        raise ValueError(f"--scenes {arguments.scenes}: expected at least 1.")
     model = load(arguments.model, arguments.device)
     if arguments.untrained:
         model = untrained(model.size).to(arguments.device)
@@ -384,9 +364,11 @@ def _evaluate_asked(arguments: argparse.Namespace) -> tuple[list[Row], dict[str,
         )
     kind = "SHIFTED" if arguments.shifted else "HARD"
     weights = "random weights" if arguments.untrained else arguments.model.name
-    title = f"{weights}, {len(seeds)} {kind} scenes of seed {arguments.seed}, {grid} x {grid} tokens, {arguments.device}"
-    what = {
-        "title": title,
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions["bsa_vision"] = bsa.__version__
+    record = {
+        "title": f"{weights}, {len(seeds)} {kind} scenes of seed {arguments.seed}, "
+        f"{grid} x {grid} tokens, {arguments.device}",
         "command": " ".join(["python", *sys.argv]),
         "model": getattr(model, "notes", None),
         "scenes": len(seeds),
@@ -394,9 +376,9 @@ def _evaluate_asked(arguments: argparse.Namespace) -> tuple[list[Row], dict[str,
         "shifted": arguments.shifted,
         "grid": grid,
         "device": arguments.device,
-        "versions": f"python {platform.python_version()}, torch {torch.__version__}, bsa_vision {bsa.__version__}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
-    return rows, what
+    return rows, record
 
 
 if __name__ == "__main__":

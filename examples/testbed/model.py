@@ -1,8 +1,10 @@
-"""The testbed's model: a ViT of `bsa_vision.encoder` with the click as a token among its patches, and a light head as Segment Anything has.
+"""The testbed's model: a `bsa_vision` encoder with a token for the click, and a small mask head.
 
-model = load("examples/testbed/testbed.safetensors")
-logits = model(images, click)                         # (B, 3, H, W), (B, 2) -> (B, H', W'), above 0 = part of the answer
-bsa.sparsify_(model, plan)                            # as any other model
+The head is like that of Segment Anything.
+
+    model = load("examples/testbed/testbed.safetensors")
+    logits = model(images, click)   # (B, 3, H, W), (B, 2) -> (B, H', W'); the answer is logits > 0
+    bsa.sparsify_(model, plan)      # as with any other model
 """
 
 from __future__ import annotations
@@ -29,12 +31,14 @@ SHIPPED = Path(__file__).with_name("testbed.safetensors")
 class Size:
     """Hyper-parameters; saved with the weights.
 
-    grid      tokens per side that the model is meant for; any other works
+    grid      tokens per side in training; others work as well
     patch     pixels per side of a token
-    periods   shortest and longest of the rotary positions and of the click's encoding; the image is 2 wide
+    stem      filters of the stem, divided by 4
+    periods   shortest and longest period of the rotary positions and of the click's encoding; the
+              image is 2 wide
     cells     logits per side of a token
-    channels  of the features whose dot product with the prompt's vector is a logit
-    names     how many (shapes, textures) it learns to name on the side, ground included
+    channels  channels of the features; their dot product with the click's vector is a logit
+    names     number of (shapes, textures) of the auxiliary classifier, ground included
     """
 
     depth: int = 6
@@ -51,14 +55,14 @@ class Size:
 
 
 class Testbed(nn.Module):
-    """(B, 3, H, W) images and (B, 2) clicks -> (B, h * cells, w * cells) logits, h x w being the grid of patches."""
+    """Segmentation model for images with a click."""
 
-    __test__ = False  # for pytest, which collects classes called Test...
+    __test__ = False  # pytest collects classes named Test...
 
     def __init__(self, size: Size = Size()) -> None:
         super().__init__()
         self.size = size
-        self.notes: dict[str, str] = {}  # what made the weights, of a model that `load` read
+        self.notes: dict[str, str] = {}  # how the weights were trained, set by `load`
         self.encoder = bsa.create_encoder(
             size.depth,
             size.dim,
@@ -80,16 +84,18 @@ class Testbed(nn.Module):
         self.names = nn.Linear(size.dim, sum(size.names))
         nn.init.zeros_(last.bias)
         with torch.no_grad():
-            last.bias[-1] = -2.0  # an answer is a small part of the image
+            last.bias[-1] = -2.0  # answers cover a small part of the image
 
         self._aim()
 
     @torch.no_grad()
     def _aim(self) -> None:
-        """Start with the click's token looking at the click's place, which training would otherwise take thousands of images to find out.
+        """Initialise head 0 so that the click's token attends to the position of the click.
 
-        The first channels of that token start as the encoding of the click. Where head 0's queries copy them and its keys hold ones (cosines)
-        and zeros (sines), turned as every key is, their dot product is the sum of cos(place of the click - place of the key).
+        Otherwise training takes thousands of images to learn this. The first channels of the token
+        are the encoding of the click. The queries of head 0 copy them. Its keys hold ones (cosines)
+        and zeros (sines), which the rotary positions rotate. The dot product is then the sum of
+        cos(position of the click - position of the key) over all frequencies.
         """
         channels = self.click.in_features
         self.click.weight.zero_()
@@ -101,40 +107,43 @@ class Testbed(nn.Module):
             keys[: channels // 2] = 1.0
 
     def forward(self, images: Tensor, click: Tensor) -> Tensor:
-        """(B, 3, H, W) from 0 to 1 and (B, 2) as (x, y) from 0 to 1 -> (B, h * cells, w * cells) logits."""
+        """Return logits (B, h * cells, w * cells) for a grid of h x w patches.
+
+        images  (B, 3, H, W), 0 to 1
+        click   (B, 2) as (x, y), 0 to 1
+        """
         return self.answer(self.encode(images, click), images)
 
     def encode(self, images: Tensor, click: Tensor) -> Tensor:
-        """(B, 1 + h * w, dim): the tokens that leave the encoder, the click's first."""
+        """Return the output tokens of the encoder, (B, 1 + h * w, dim); the click's comes first."""
         special = self.click(self.encode_click(click))[:, None]  # (B, 1, dim)
         return self.norm(self.encoder((images - 0.5) / 0.25, special=special))
 
     def answer(self, tokens: Tensor, images: Tensor) -> Tensor:
-        """(B, 1 + h * w, dim) -> (B, h * cells, w * cells) logits."""
+        """Compute logits from output tokens: (B, 1 + h * w, dim) -> (B, h * cells, w * cells)."""
         rows, cells = images.shape[-2] // self.size.patch, self.size.cells
-        features = rearrange(
-            self.features(tokens[:, 1:]),
-            "b (h w) (i j c) -> b (h i) (w j) c",
-            h=rows,
-            i=cells,
-            j=cells,
-        )
-        vector = self.query(tokens[:, 0])  # (B, channels + 1): the last one is the threshold
-        logits = torch.einsum("byxc,bc->byx", features, vector[:, :-1]) / math.sqrt(
-            self.size.channels
-        )
-        return logits + vector[:, -1, None, None]
+        pattern = "b (h w) (i j c) -> b (h i) (w j) c"
+        features = rearrange(self.features(tokens[:, 1:]), pattern, h=rows, i=cells, j=cells)
+        vector = self.query(tokens[:, 0])  # (B, channels + 1); the last channel is the threshold
+        logits = torch.einsum("byxc,bc->byx", features, vector[:, :-1])
+        return logits / math.sqrt(self.size.channels) + vector[:, -1, None, None]
 
     def name(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 1 + h * w, dim) -> logits (B, h * w, shapes + 1) and (B, h * w, textures + 1) of what each patch shows; 0 = ground."""
+        """Classify the shape and the texture of each patch; class 0 is the ground.
+
+        tokens  (B, 1 + h * w, dim)
+
+        Returns logits (B, h * w, shapes + 1) and (B, h * w, textures + 1).
+        """
         return self.names(tokens[:, 1:]).split(self.size.names, dim=-1)
 
     def encode_click(self, click: Tensor) -> Tensor:
-        """(B, 2) -> (B, 4 * frequencies): cosines and sines at the periods that patches are turned with, so that attention finds the place."""
-        place = (
-            2 * click.flip(-1)[..., None] - 1
-        )  # (B, 2, 1): row before column, as patches are turned
-        angles = (2 * math.pi * place / self._periods().to(click)).flatten(1)
+        """Encode clicks with the periods of the rotary positions: (B, 2) -> (B, 4 * periods).
+
+        The channels are cosines, then sines.
+        """
+        position = 2 * click.flip(-1)[..., None] - 1  # (B, 2, 1), rows first as in `rotate`
+        angles = (2 * math.pi * position / self._periods().to(click)).flatten(1)
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
     def _periods(self) -> Tensor:
@@ -144,7 +153,7 @@ class Testbed(nn.Module):
 
 
 class Stem(PatchEmbed):
-    """Pixels to patches through a layer of filters: what a texture is does not depend on where its stripes fall in the patch."""
+    """Patch embedding with a non-linearity: a texture looks the same at any offset in the patch."""
 
     def __init__(self, filters: int, dim: int, patch_size: int) -> None:
         super().__init__(3, 4 * filters, patch_size)
@@ -156,15 +165,12 @@ class Stem(PatchEmbed):
 
 
 def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, h, w) -> (B, *size), bilinear."""
+    """Resize logits bilinearly: (B, h, w) -> (B, *size)."""
     return F.interpolate(logits[:, None], size, mode="bilinear", align_corners=False)[:, 0]
 
 
-# A model and its weights in one file
-
-
 def save(model: Testbed, path: Path | str, notes: Mapping[str, Any]) -> None:
-    """Weights as safetensors (float32), hyper-parameters and `notes` in its header."""
+    """Save the weights (float32) as safetensors, with hyper-parameters and `notes` as metadata."""
     from safetensors.torch import save_file
 
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
@@ -175,7 +181,7 @@ def save(model: Testbed, path: Path | str, notes: Mapping[str, Any]) -> None:
 
 
 def load(path: Path | str = SHIPPED, device: torch.device | str = "cpu") -> Testbed:
-    """The model in a file of `save`, ready to evaluate; its header is `model.notes`."""
+    """Load a model saved with `save`, in eval mode; `model.notes` holds its metadata."""
     from safetensors import safe_open
 
     with safe_open(str(path), "pt") as file:
@@ -183,12 +189,10 @@ def load(path: Path | str = SHIPPED, device: torch.device | str = "cpu") -> Test
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     if "size" not in metadata:
         raise ValueError(
-            f"{path} has no 'size' in its header: expected a file of examples/testbed; pass such a file."
+            f"{path} has no 'size' in its metadata: expected a file saved by examples/testbed."
         )
-    sizes: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in json.loads(metadata["size"]).items()
-    }
+    values = json.loads(metadata["size"]).items()
+    sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in values}
     model = Testbed(Size(**sizes))
     model.load_state_dict(state)
     model.notes.update({key: value for key, value in metadata.items() if key != "size"})
@@ -196,6 +200,6 @@ def load(path: Path | str = SHIPPED, device: torch.device | str = "cpu") -> Test
 
 
 def untrained(size: Size = Size(), seed: int = 0) -> Testbed:
-    """A model with fresh weights: what "random" means in comparisons."""
+    """Return a model with random weights, in eval mode."""
     torch.manual_seed(seed)
     return Testbed(size).eval()

@@ -1,6 +1,7 @@
-"""Shapes as signed distances, and textures as functions on the plane: what the testbed's scenes are made of.
+"""Shapes (signed distances) and textures (functions on the plane) of the testbed's scenes.
 
-To add one, write a function and name it in its table; tables only grow at the end, because models count in them.
+To add one, write a function and append it to its table. Do not reorder the tables: trained models
+use the indices.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-REACH = 1.12  # how far the longest of the shapes goes, in radii
+REACH = 1.12  # largest extent of a shape, in radii
 
 
-# Shapes: signed distance (negative inside, up to a factor) of a point (x, y) in units of the radius
+# Shapes: signed distance, up to a factor, of a point (x, y) in radii; negative inside
 
 
 def _disc(x: Tensor, y: Tensor) -> Tensor:
@@ -39,17 +40,17 @@ def _triangle(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
-    """Five points: the plane folded to half a point, then the edge from the tip (at 1.1) to the notch (at 0.5)."""
+    """Return the distance to a star with five tips at radius 1.1 and notches at radius 0.5.
+
+    By symmetry, this is the distance to one edge from a notch to a tip.
+    """
     distance, fold = torch.hypot(x, y), 2 * math.pi / 5
-    angle = (
-        torch.remainder(torch.atan2(x, y), fold) - fold / 2
-    ).abs()  # 0 at a notch, fold / 2 at a tip
+    # 0 at a notch, fold / 2 at a tip
+    angle = (torch.remainder(torch.atan2(x, y), fold) - fold / 2).abs()
     tip = (1.1 * math.cos(fold / 2), 1.1 * math.sin(fold / 2))
     normal = (tip[1], 0.5 - tip[0])
-    length = math.hypot(*normal)
-    return (
-        normal[0] * (distance * angle.cos() - 0.5) + normal[1] * distance * angle.sin()
-    ) / length
+    along = normal[0] * (distance * angle.cos() - 0.5) + normal[1] * distance * angle.sin()
+    return along / math.hypot(*normal)
 
 
 SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -62,11 +63,11 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-# Textures: 0 to 1 at a point (u, v) in units of the period, on the object
+# Textures: value from 0 to 1 at a point (u, v) of the object, in periods
 
 
 def edge(wave: Tensor) -> Tensor:
-    """A wave around 0 -> 0 or 1 with a soft edge, so that small images are not ragged."""
+    """Map a wave around 0 to 0 or 1, with a soft edge that avoids aliasing in small images."""
     return (0.5 + 1.5 * wave).clamp(0, 1)
 
 
@@ -104,7 +105,7 @@ TEXTURES: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {
     "plain": _plain,
     "checker": _checker,
     "dots": _dots,
-    "noise": None,  # value noise, from the scene's lattice
+    "noise": None,  # value noise from the lattice of the scene
     "grid": _grid,
     "waves": _waves,
     "scales": _scales,

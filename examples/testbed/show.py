@@ -1,11 +1,11 @@
-"""A click, and what the testbed's model answers dense and sparse, on one picture.
+"""Draw one scene with a click, and the dense and the sparse answer of the testbed's model.
 
-python examples/testbed/show.py [MODEL] [--plan PLAN | --pattern nearest:0.5] [--seed 3] [--out out/testbed.png]
+python examples/testbed/show.py [MODEL] [--plan PLAN | --pattern nearest:0.5] [--seed 3]
+    [--out out/testbed.png]
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +20,25 @@ if __package__ in (None, ""):  # run as a script: find `examples` and the checko
 import bsa_vision as bsa
 from bsa_vision.measure.timing import paired
 from examples.testbed import scenes
-from examples.testbed.evaluate import in_context, kept_blocks, pattern_plan, prompts
-from examples.testbed.model import SHIPPED, Testbed, load, upsample
+from examples.testbed.evaluate import (
+    in_context,
+    kept_blocks,
+    make_parser,
+    pattern_plan,
+    prompts,
+)
+from examples.testbed.model import Testbed, load, upsample
 from examples.testbed.train import iou
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said of one scene: (H, W) bool, its IoU, milliseconds per image, share of the blocks that were skipped."""
+    """Answer of the model for one scene.
+
+    mask          (H, W) bool
+    milliseconds  per image
+    sparsity      share of blocks skipped
+    """
 
     mask: Tensor
     iou: float
@@ -39,7 +50,7 @@ class Answer:
 def answers(
     model: Testbed, plan: bsa.SparsityPlan, scene: scenes.Scenes, rounds: int = 5
 ) -> tuple[Answer, Answer]:
-    """Dense and sparse, timed in turn. `model` is left as it was."""
+    """Return the dense and the sparse answer, timed alternately. `model` is restored."""
     spec = bsa.inspect(model, image_size=scene.mask.shape[-1])
     kept = kept_blocks(plan.complete(spec), spec, prompts(scene))
     logits: dict[str, Tensor] = {}
@@ -57,76 +68,59 @@ def answers(
             timings = paired({"dense": run_dense, "sparse": lambda: run("sparse")}, rounds)
     finally:
         bsa.restore_(model)
+    height, width = scene.mask.shape[-2:]
+    sparsity = {"dense": 0.0, "sparse": 1 - kept.float().mean().item()}
     found = []
     for name, timing in timings.items():
-        mask = upsample(logits[name].float(), (scene.mask.shape[-2], scene.mask.shape[-1])) > 0
-        sparsity = 1 - kept.float().mean().item() if name == "sparse" else 0.0
-        found.append(
-            Answer(mask[0].cpu(), iou(mask, scene.mask).item(), 1e3 * timing.median, sparsity)
-        )
+        mask = upsample(logits[name].float(), (height, width)) > 0
+        overlap = iou(mask, scene.mask).item()
+        found.append(Answer(mask[0].cpu(), overlap, 1e3 * timing.median, sparsity[name]))
     return found[0], found[1]
 
 
 def picture(scene: scenes.Scenes, dense: Answer, sparse: Answer) -> Any:
-    """A figure of three panels: the scene with its click and the outline of the right answer, and the two answers."""
+    """Return a figure: the scene with the click and the expected outline, and both answers."""
     from matplotlib.figure import Figure
 
     image = scene.images[0].permute(1, 2, 0).cpu().clamp(0, 1)  # (H, W, 3)
-    right, (height, width) = scene.mask[0].cpu(), scene.mask.shape[-2:]
+    expected, (height, width) = scene.mask[0].cpu(), scene.mask.shape[-2:]
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     panels = figure.subplots(1, 3)
     panels[0].imshow(image)
-    panels[0].contour(right.float(), levels=[0.5], colors="white", linewidths=1.5)
+    panels[0].contour(expected.float(), levels=[0.5], colors="white", linewidths=1.5)
     panels[0].set_title(
-        "the click, and the right answer: every instance\nof the same shape and the same texture",
+        "click and expected answer: all objects\nwith the same shape and texture",
         fontsize=10,
     )
     for panel, name, answer in ((panels[1], "dense", dense), (panels[2], "sparse", sparse)):
         panel.imshow(torch.where(answer.mask[..., None], image, 0.25 * image))
-        said = f"{name}, {answer.sparsity:.0%} of the blocks skipped" if answer.sparsity else name
-        panel.set_title(f"{said}\nIoU {answer.iou:.2f}, {answer.milliseconds:.1f} ms", fontsize=10)
+        title = f"{name}, {answer.sparsity:.0%} of blocks skipped" if answer.sparsity else name
+        title += f"\nIoU {answer.iou:.2f}, {answer.milliseconds:.1f} ms"
+        panel.set_title(title, fontsize=10)
+    x, y = scene.click[0].tolist()
+    style = {"color": "red", "markeredgecolor": "white", "markersize": 9}
     for panel in panels:
-        x, y = scene.click[0].tolist()
-        panel.plot(
-            x * width - 0.5,
-            y * height - 0.5,
-            "o",
-            color="red",
-            markeredgecolor="white",
-            markersize=9,
-        )
+        panel.plot(x * width - 0.5, y * height - 0.5, "o", **style)
         panel.set_axis_off()
     return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "model",
-        nargs="?",
-        type=Path,
-        default=SHIPPED,
-        help="a file of train.py; the shipped one if left out",
-    )
-    parser.add_argument("--plan", type=Path)
-    parser.add_argument(
-        "--pattern", default="nearest:0.5", help="as in evaluate.py, where no plan is given"
-    )
-    parser.add_argument("--seed", type=int, default=3, help="which held-out scene")
-    parser.add_argument("--shifted", action="store_true")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("out/testbed.png"))
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--plan", type=Path, help="plan file, instead of a pattern")
+    add("--pattern", default="nearest:0.5", help="as in evaluate.py; default: nearest:0.5")
+    add("--seed", type=int, default=3, help="index of the held-out scene; default: 3")
+    out = Path("out/testbed.png")
+    add("--out", type=Path, default=out, help="file for the picture; default: out/testbed.png")
     arguments = parser.parse_args()
     try:
         model = load(arguments.model, arguments.device)
         spec = bsa.inspect(model)
-        plan = (
-            bsa.SparsityPlan.load(arguments.plan)
-            if arguments.plan
-            else pattern_plan(arguments.pattern, spec)
-        )
+        if arguments.plan:
+            plan = bsa.SparsityPlan.load(arguments.plan)
+        else:
+            plan = pattern_plan(arguments.pattern, spec)
     except (ValueError, bsa.PlanError, OSError) as error:
         parser.error(str(error))
     difficulty = scenes.SHIFTED if arguments.shifted else scenes.HARD
@@ -135,7 +129,8 @@ def main() -> None:
     dense, sparse = answers(model, plan, scene)
     for name, answer in (("dense", dense), ("sparse", sparse)):
         print(
-            f"{name:6}  {answer.sparsity:4.0%} of the blocks skipped  IoU {answer.iou:.3f}  {answer.milliseconds:.1f} ms"
+            f"{name:6}  {answer.sparsity:4.0%} of blocks skipped  IoU {answer.iou:.3f}  "
+            f"{answer.milliseconds:.1f} ms"
         )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     picture(scene, dense, sparse).savefig(arguments.out, dpi=110)

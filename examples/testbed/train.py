@@ -1,10 +1,14 @@
 """Train the testbed's model: easy scenes first, then hard ones, most of them at small grids.
 
-    python examples/testbed/train.py --out out/testbed                       # from the start, or on from the last checkpoint there
-    torchrun --nproc-per-node 2 examples/testbed/train.py --out out/testbed  # the same batches, shared by the processes
+    python examples/testbed/train.py --out out/testbed
+    torchrun --nproc-per-node 2 examples/testbed/train.py --out out/testbed
 
-Progress is counted in images, so a run that is stopped and resumed ends where one that goes straight on does. Writes `last.pt` (to
-resume) and `testbed.safetensors` (averaged weights, to use) into the folder, and a line every 1024 images into `log.jsonl`.
+With torchrun the processes share the same batches. A run resumes from the last checkpoint in the
+folder and gives the same result as an uninterrupted one. The folder contains:
+
+last.pt              checkpoint to resume from
+testbed.safetensors  averaged weights
+log.jsonl            one line every 1024 images
 """
 
 from __future__ import annotations
@@ -49,7 +53,13 @@ LOG_EVERY, SAVE_EVERY = 1024, 4096  # images
 
 @dataclass(frozen=True)
 class Stage:
-    """Some images of one kind: how many, tokens per side, how many per step, how hard, and a factor of the learning rate."""
+    """A part of the training.
+
+    images  number of images
+    grid    tokens per side
+    batch   images per step
+    boost   factor of the learning rate
+    """
 
     images: int
     grid: int
@@ -59,7 +69,8 @@ class Stage:
 
 
 MEDIUM = replace(HARD, objects=(4, 6), matches=2, radius=(0.13, 0.19), clutter=0.25)
-# Hard scenes as 16 x 16 tokens can show them: as many tokens to an object and as many pixels to a stripe as at larger grids, or nearly.
+# Hard scenes for 16 x 16 tokens: objects have about as many tokens, and stripes about as many
+# pixels, as HARD scenes at larger grids.
 COARSE = replace(HARD, objects=(5, 7), radius=(0.12, 0.19), period=(0.06, 0.11))
 RECIPE = (
     Stage(4_096, 16, 16, EASY),
@@ -72,41 +83,45 @@ RECIPE = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run depends on besides its recipe."""
+    """Hyper-parameters of a run, besides its recipe."""
 
     seed: int = 0
     rate: float = 2e-3
     warmup: int = 512  # images
     weight_decay: float = 0.05
     clip: float = 1.0
-    average: float = 0.99  # of the weights, per step
-    naming: float = 0.5  # weight of the loss on the side
-    flat: bool = False  # for trials: no decay of the learning rate
+    average: float = 0.99  # decay per step of the averaged weights
+    naming: float = 0.5  # weight of the auxiliary loss
+    flat: bool = False  # constant learning rate after warm-up
 
 
 class Loss(nn.Module):
-    """What is minimised, as a module, so that processes can share it."""
+    """Training loss, as a module for DistributedDataParallel."""
 
     def __init__(self, model: Testbed, naming: float) -> None:
         super().__init__()
         self.model, self.naming = model, naming
 
     def forward(self, batch: Scenes) -> tuple[Tensor, Tensor]:
-        """Loss and IoU, each a mean over the batch. Segmentation: cross-entropy and dice; on the side: what every patch shows."""
+        """Return the loss and the IoU, both means over the batch.
+
+        Losses: cross-entropy and dice of the mask; cross-entropy of the patches' shape and texture.
+        """
         tokens = self.model.encode(batch.images, batch.click)
         logits = self.model.answer(tokens, batch.images).float()
-        target = F.avg_pool2d(
-            batch.mask[:, None].float(), batch.mask.shape[-1] // logits.shape[-1]
-        )[:, 0]
+        target = _target(batch, logits)
         loss = F.binary_cross_entropy_with_logits(logits, target) + _dice(logits, target)
         if self.naming:
-            shape, texture = _on_patches(batch, self.model.size.patch)
-            said = (x.float().flatten(0, 1) for x in self.model.name(tokens))
-            naming = sum(
-                F.cross_entropy(x, wanted.flatten()) for x, wanted in zip(said, (shape, texture))
-            )
+            kinds = _patch_kinds(batch, self.model.size.patch)
+            predicted = (x.float().flatten(0, 1) for x in self.model.name(tokens))
+            naming = sum(F.cross_entropy(x, kind.flatten()) for x, kind in zip(predicted, kinds))
             loss = loss + self.naming * naming
         return loss, iou(logits.detach() > 0, target > 0.5).mean()
+
+
+def _target(batch: Scenes, logits: Tensor) -> Tensor:
+    """Return the mask at the resolution of the logits, 0 to 1."""
+    return F.avg_pool2d(batch.mask[:, None].float(), batch.mask.shape[-1] // logits.shape[-1])[:, 0]
 
 
 def _dice(logits: Tensor, target: Tensor) -> Tensor:
@@ -115,27 +130,28 @@ def _dice(logits: Tensor, target: Tensor) -> Tensor:
     return (1 - (2 * both + 1) / (either + 1)).mean()
 
 
-def iou(said: Tensor, right: Tensor) -> Tensor:
-    """(B, H, W) bool twice -> (B,) intersection over union; 1 where both are empty."""
-    both, either = (said & right).sum((1, 2)), (said | right).sum((1, 2))
+def iou(predicted: Tensor, expected: Tensor) -> Tensor:
+    """Return the intersection over union of masks (B, H, W), (B,); 1 if both are empty."""
+    both, either = (predicted & expected).sum((1, 2)), (predicted | expected).sum((1, 2))
     return torch.where(either > 0, both / either.clamp(min=1), 1.0)
 
 
-def _on_patches(batch: Scenes, patch: int) -> tuple[Tensor, Tensor]:
-    """(B, h, w) twice: shape and texture at the middle of each patch, as places in the tables of `scenes`, from 1; 0 = ground."""
-    tables = (
-        (list(scenes.SHAPES), batch.layout.shapes),
-        (list(scenes.TEXTURES), batch.layout.textures),
-    )
+def _patch_kinds(batch: Scenes, patch: int) -> tuple[Tensor, Tensor]:
+    """Return the shape and the texture at the centre of each patch, (B, h, w) each.
+
+    These are indices into the tables of `scenes`, starting at 1; 0 = ground.
+    """
+    layout, middle = batch.layout, slice(patch // 2, None, patch)
+    used = ((scenes.SHAPES, layout.shapes), (scenes.TEXTURES, layout.textures))
     found = []
-    for kind, (table, used) in zip(batch.kinds(), tables):
-        places = torch.tensor([-1, *(table.index(name) for name in used)], device=kind.device)
-        found.append(places[kind[:, patch // 2 :: patch, patch // 2 :: patch] + 1] + 1)
+    for kind, (table, names) in zip(batch.kinds(), used):
+        indices = torch.tensor([-1, *map(list(table).index, names)], device=kind.device)
+        found.append(indices[kind[:, middle, middle] + 1] + 1)
     return found[0], found[1]
 
 
 class Training:
-    """A run: model, averaged model, optimiser, and how many images went by."""
+    """State of a run: model, averaged model, optimisers and progress."""
 
     def __init__(
         self,
@@ -149,10 +165,10 @@ class Training:
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizers = optimizers(self.model, settings)
         self.seen = self.steps = 0
-        self.seconds = 0.0  # of work, over all resumed runs
-        self.rank, self.world = (
-            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        )
+        self.seconds = 0.0  # training time, summed over resumed runs
+        distributed = dist.is_initialized()
+        self.rank = dist.get_rank() if distributed else 0
+        self.world = dist.get_world_size() if distributed else 1
         loss = Loss(self.model, settings.naming)
         self.loss = DistributedDataParallel(loss) if self.world > 1 else loss
 
@@ -162,7 +178,7 @@ class Training:
 
     @property
     def stage(self) -> Stage:
-        """The one that the next images belong to."""
+        """The stage of the next images."""
         until = 0
         for stage in self.recipe:
             until += stage.images
@@ -171,14 +187,10 @@ class Training:
         return self.recipe[-1]
 
     def step(self) -> tuple[float, float]:
-        """One step of the optimiser; loss and IoU of this process's share of the batch."""
+        """Run one optimiser step; return the loss and IoU of this process's part of the batch."""
         started, stage = time.perf_counter(), self.stage
-        batch = scenes.make(
-            self.seeds(stage.batch),
-            stage.grid * self.model.size.patch,
-            stage.difficulty,
-            self.device,
-        )
+        seeds, pixels = self.seeds(stage.batch), stage.grid * self.model.size.patch
+        batch = scenes.make(seeds, pixels, stage.difficulty, self.device)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self._rate()
@@ -195,20 +207,16 @@ class Training:
         return loss.item(), overlap.item()
 
     def seeds(self, batch: int) -> range:
-        """Of the next scenes: this process's share."""
+        """Return the seeds of this process's part of the next batch."""
         first = self.settings.seed * 2**32 + self.seen
         return range(first, first + batch)[self.rank :: self.world]
 
     def _rate(self) -> float:
-        """Warm-up, then half a cosine down to a hundredth; by images."""
+        """Return the learning rate: linear warm-up, then a cosine decay to 1 %."""
         warm = min(1.0, (self.seen + self.stage.batch) / self.settings.warmup)
         share = 0.0 if self.settings.flat else min(1.0, self.seen / self.total)
-        return (
-            self.settings.rate
-            * self.stage.boost
-            * warm
-            * (0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2)
-        )
+        decay = 0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2
+        return self.settings.rate * self.stage.boost * warm * decay
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -219,11 +227,8 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).state_dict() for name in ("model", "average")}
         counts = {name: getattr(self, name) for name in ("seen", "steps", "seconds")}
-        return {
-            **parts,
-            **counts,
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
+        states = [optimizer.state_dict() for optimizer in self.optimizers]
+        return {**parts, **counts, "optimizers": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in ("model", "average"):
@@ -235,15 +240,17 @@ class Training:
 
 
 def optimizers(model: Testbed, settings: Settings) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, which learned this task faster in a trial; AdamW for everything else."""
+    """Return Muon for the matrices of the blocks, and AdamW for all other parameters.
+
+    In a trial this learned faster than AdamW alone.
+    """
     matrices = [p for p in model.encoder.blocks.parameters() if p.dim() == 2]
-    taken = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in taken]
+    in_muon = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in in_muon]
+    rate, decay = settings.rate, settings.weight_decay
     return [
-        torch.optim.Muon(
-            matrices, settings.rate, settings.weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(others, settings.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+        torch.optim.Muon(matrices, rate, decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
 
 
@@ -251,24 +258,20 @@ def optimizers(model: Testbed, settings: Settings) -> list[torch.optim.Optimizer
 def held_out_iou(
     model: Testbed, grid: int, difficulty: Difficulty, count: int = 64, device: Any = "cpu"
 ) -> float:
-    """Mean IoU over held-out scenes, at the resolution of the logits; the seeds are not those of `evaluate`."""
-    found = []
-    seeds = scenes.held_out(count, seed=1000)
+    """Return the mean IoU over held-out scenes, at the resolution of the logits.
+
+    The scenes differ from those of `evaluate`.
+    """
+    found, seeds = [], scenes.held_out(count, seed=1000)
     for first in range(0, count, 16):
         batch = scenes.make(seeds[first : first + 16], grid * model.size.patch, difficulty, device)
         logits = model(batch.images, batch.click)
-        target = F.avg_pool2d(
-            batch.mask[:, None].float(), batch.mask.shape[-1] // logits.shape[-1]
-        )[:, 0]
-        found.append(iou(logits > 0, target > 0.5))
+        found.append(iou(logits > 0, _target(batch, logits) > 0.5))
     return torch.cat(found).mean().item()
 
 
-# Running
-
-
 def run(training: Training, out: Path, command: str) -> None:
-    """Train to the end of the recipe, from the last checkpoint in `out` if there is one."""
+    """Train to the end of the recipe; resume from the last checkpoint in `out`, if any."""
     main, last = training.rank == 0, out / "last.pt"
     out.mkdir(parents=True, exist_ok=True)
     if last.exists():
@@ -276,17 +279,11 @@ def run(training: Training, out: Path, command: str) -> None:
     if main:
         _cut(out / "log.jsonl", training.seen)
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    columns += [TimeElapsedColumn(), TimeRemainingColumn()]
+    shown = main and console.is_terminal
     sums: list[tuple[float, float]] = []
-    with Progress(
-        *columns, console=console, disable=not (main and console.is_terminal)
-    ) as progress:
+    with Progress(*columns, console=console, disable=not shown) as progress:
         task = progress.add_task("images", total=training.total, completed=training.seen)
         while training.seen < training.total:
             before = training.seen
@@ -305,7 +302,7 @@ def run(training: Training, out: Path, command: str) -> None:
 
 
 def _cut(log: Path, seen: int) -> None:
-    """Forget lines from after the last checkpoint: they will be written again."""
+    """Drop lines written after the last checkpoint; the resumed run writes them again."""
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     log.write_text("".join(line for line in lines if json.loads(line)["images"] <= seen))
 
@@ -330,7 +327,7 @@ def _line(training: Training, sums: Sequence[tuple[float, float]]) -> dict[str, 
 
 
 def _save(training: Training, out: Path, command: str) -> None:
-    """Both files, each whole or not at all."""
+    """Save the checkpoint and the weights, atomically."""
     torch.save(training.state_dict(), out / "last.tmp")
     os.replace(out / "last.tmp", out / "last.pt")
     save(training.average, out / "testbed.tmp", notes(training, command))
@@ -338,12 +335,10 @@ def _save(training: Training, out: Path, command: str) -> None:
 
 
 def notes(training: Training, command: str) -> dict[str, str]:
-    """What made these weights."""
-    device = (
-        torch.cuda.get_device_name()
-        if training.device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
+    """Return a record of how the weights were trained."""
+    on_gpu, threads = training.device.type == "cuda", torch.get_num_threads()
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {threads} threads"
+    recipe = [[s.images, s.grid, s.batch, _name(s.difficulty), s.boost] for s in training.recipe]
     return {
         "command": command,
         "seed": str(training.settings.seed),
@@ -351,62 +346,49 @@ def notes(training: Training, command: str) -> dict[str, str]:
         "seconds": str(round(training.seconds)),
         "device": f"{device} x {training.world}" if training.world > 1 else device,
         "versions": f"python {platform.python_version()}, torch {torch.__version__}",
-        "recipe": json.dumps(
-            [[s.images, s.grid, s.batch, _name(s.difficulty), s.boost] for s in training.recipe]
-        ),
+        "recipe": json.dumps(recipe),
     }
 
 
 def _name(difficulty: Difficulty) -> str:
-    return {EASY: "EASY", MEDIUM: "MEDIUM", COARSE: "COARSE", HARD: "HARD"}.get(
-        difficulty, repr(difficulty)
-    )
+    names = {EASY: "EASY", MEDIUM: "MEDIUM", COARSE: "COARSE", HARD: "HARD"}
+    return names.get(difficulty, repr(difficulty))
 
 
 def _command(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str:
-    """What to type for these weights; where they went is nobody's business."""
-    given = {
-        key: value
+    """Return the command line that trains these weights, without the output folder."""
+    options = [
+        f"--{key} {value}"
         for key, value in vars(arguments).items()
         if value != parser.get_default(key) and key != "out"
-    }
-    return " ".join(
-        ["python examples/testbed/train.py", *(f"--{key} {value}" for key, value in given.items())]
-    )
+    ]
+    return " ".join(["python examples/testbed/train.py", *options])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/testbed"), help="folder for checkpoints and the log"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the scenes")
-    parser.add_argument("--rate", type=float, default=Settings.rate, help="highest learning rate")
-    parser.add_argument(
-        "--share",
-        type=float,
-        default=1.0,
-        help="of the recipe's images, for a shorter or longer run",
-    )
-    parser.add_argument("--depth", type=int, default=Size.depth, help="layers")
-    parser.add_argument("--dim", type=int, default=Size.dim, help="channels of a token")
-    parser.add_argument("--heads", type=int, default=Size.heads, help="per layer")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    out = Path("out/testbed")
+    add("--out", type=Path, default=out, help="folder for all files; default: out/testbed")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=default, help="torch device; default: cuda if available, else cpu")
+    add("--seed", type=int, default=0, help="random seed of weights and scenes; default: 0")
+    add("--rate", type=float, default=Settings.rate, help="learning rate; default: %(default)s")
+    add("--share", type=float, default=1.0, help="factor of the number of images; default: 1")
+    add("--depth", type=int, default=Size.depth, help="number of layers; default: %(default)s")
+    add("--dim", type=int, default=Size.dim, help="channels per token; default: %(default)s")
+    add("--heads", type=int, default=Size.heads, help="heads per layer; default: %(default)s")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if "RANK" in os.environ:  # torchrun
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        device = (
-            torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
-        )
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.manual_seed(arguments.seed)
     model = Testbed(Size(depth=arguments.depth, dim=arguments.dim, heads=arguments.heads))
-    recipe = [
-        replace(s, images=max(1, round(s.images * arguments.share / s.batch)) * s.batch)
-        for s in RECIPE
-    ]
+    steps = [max(1, round(stage.images * arguments.share / stage.batch)) for stage in RECIPE]
+    recipe = [replace(stage, images=n * stage.batch) for n, stage in zip(steps, RECIPE)]
     settings = Settings(seed=arguments.seed, rate=arguments.rate)
     run(Training(model, recipe, settings, device), arguments.out, _command(parser, arguments))
     if dist.is_initialized():

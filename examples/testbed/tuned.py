@@ -1,19 +1,22 @@
-"""What the tuner is worth on the testbed: against simpler plans at equal sparsity, and whether the error that was asked for holds.
+"""Compare the tuner with simpler plans on the testbed, or check that its error bound holds.
 
-    python examples/testbed/tuned.py                              # 50, 70 and 80 %, three tuning seeds, 300 held-out scenes
-    python examples/testbed/tuned.py --max-error 0.1 --runs 20    # 20 tunings, each on scenes of its own
+    python examples/testbed/tuned.py                              # compare at 50, 70 and 80 %
+    python examples/testbed/tuned.py --max-error 0.1 --runs 20    # check the bound, 20 times
 
-Tuning sees 24 scenes of its own for each seed, 16 to choose on and 8 to check; held-out scenes are others again. Simpler plans have the order of
-tokens that the tuner found, and skip at most as many blocks as the tuned plan; the two that follow from images see the same 24 scenes.
+Each tuning seed has its own 24 scenes (16 calibration, 8 held out); the evaluation uses other
+scenes. Simpler plans use the token order of the tuned plan, and skip at most as many blocks. The
+two that depend on images see the same 24 scenes.
 
-uniform static     in every head the same share of the blocks, those with most attention in the mean over the scenes
+uniform static     the same share of blocks in every head: those with most attention, mean over
+                   the scenes
 local windows      the same radius in every head
 nearest            the same number of nearest blocks in every row
 spatial locality   `masks.generate_vit_spatial_locality_mask`
-image to prompt    `masks.generate_sam_image_to_prompt_mask`, the click as its prompt
+image to prompt    `masks.generate_sam_image_to_prompt_mask`, with the click as its prompt
 random             the same number of random blocks in every row
 
-agreement is the IoU of the sparse and the dense answer, feature error the relative L2 distance of the tokens that leave the encoder.
+agreement is the IoU of the sparse and the dense answer. feature error is the relative L2 distance
+of the encoder's output tokens.
 """
 
 from __future__ import annotations
@@ -51,29 +54,29 @@ LAYOUT = dict(tile=TILE, block_size=BLOCK_SIZE)
 
 
 def encode(model: Testbed, scene: Scene) -> Tensor:
-    """What is tuned for: the tokens that leave the encoder."""
+    """Return the target of tuning: the output tokens of the encoder."""
     return model.encode(*scene)
 
 
 def calibration_scenes(model: Testbed, seed: int, count: int | None = None) -> list[Scene]:
-    """Return scenes, `CALIBRATION` unless said, that neither training nor `scenes.held_out` of a small seed shows."""
+    """Return `count` scenes (default: `CALIBRATION`) for tuning.
+
+    They occur neither in training nor in `scenes.held_out` with a seed below 500.
+    """
     count = CALIBRATION if count is None else count
-    made = scenes.make(
-        list(scenes.held_out(count, 1000 + seed)),
-        model.size.grid * model.size.patch,
-        scenes.HARD,
-        "cpu",
-    )
-    return [(made.images[i : i + 1], made.click[i : i + 1]) for i in range(count)]
-
-
-# Plans
+    seeds, pixels = scenes.held_out(count, 1000 + seed), model.size.grid * model.size.patch
+    batch = scenes.make(seeds, pixels, scenes.HARD)
+    return list(zip(batch.images.split(1), batch.click.split(1)))
 
 
 def tuned_plans(
     model: Testbed, sparsities: Sequence[float], seed: int
 ) -> tuple[dict[float, bsa.SparsityPlan], float, int]:
-    """One pass over the scenes for all of them; also the time of the first, in dense forwards of a scene, and how many it was chosen on."""
+    """Tune a plan for each sparsity, with one pass over the scenes.
+
+    Also returns the time of the first tuning, in dense forward passes of one scene, and the number
+    of calibration scenes.
+    """
     found = calibration_scenes(model, seed)
     plans, forward, seconds = {}, _forward_seconds(model, found), 0.0
     with tempfile.TemporaryDirectory() as folder:
@@ -99,14 +102,14 @@ def _forward_seconds(model: Testbed, found: Sequence[Scene]) -> float:
 def simpler_plans(
     model: Testbed, tuned: bsa.SparsityPlan, seed: int
 ) -> Iterator[tuple[str, bsa.SparsityPlan]]:
-    """Names and plans that skip as many blocks as `tuned` or a few less."""
+    """Yield names and plans that skip as many blocks as `tuned`, or a few less."""
     spec = bsa.inspect(model)
     layout, most = tuned.layout(spec), tuned.report["sparsity"]
     options = dict(order=tuned.order, tile=tuned.tile, block_size=tuned.block_size)
 
     def uniform(pattern: str, name: str, values: Sequence[Any]) -> bsa.SparsityPlan:
-        chosen = _within(values, lambda value: Pattern(pattern, **{name: value})(layout), most)
-        return bsa.uniform_plan(spec, pattern, **{name: chosen}, **options)
+        best = _best(values, lambda value: Pattern(pattern, **{name: value})(layout), most)
+        return bsa.uniform_plan(spec, pattern, **{name: best}, **options)
 
     shares = [share / 200 for share in range(199)]
     yield "uniform static", uniform_static(model, layout, 1 - most, calibration_scenes(model, seed))
@@ -117,41 +120,37 @@ def simpler_plans(
     yield "image to prompt", image_to_prompt(model, most)
 
 
-def _within(values: Sequence[Any], mask: Callable[[Any], Tensor], most: float) -> Any:
-    """The value whose mask skips most, yet not more than `most`."""
+def _best(values: Sequence[Any], mask: Callable[[Any], Tensor], most: float) -> Any:
+    """Return the value whose mask skips the largest share of blocks that is at most `most`."""
     skipped = {value: 1 - mask(value).double().mean().item() for value in values}
-    return max(
-        (value for value in values if skipped[value] <= most + 1e-9),
-        key=lambda value: skipped[value],
-    )
+    allowed = [value for value in values if skipped[value] <= most + 1e-9]
+    return max(allowed, key=lambda value: skipped[value])
 
 
 def uniform_static(
     model: Testbed, layout: TokenLayout, density: float, images: Sequence[Scene]
 ) -> bsa.SparsityPlan:
-    """Every head keeps this share of its blocks, those with most attention."""
+    """Return a plan in which every head keeps this share of its blocks: those with most mass."""
     spec = bsa.inspect(model)
     found = {layer.key: BlockStatistics.empty(layer.heads, layout) for layer in spec.layers}
     with torch.no_grad(), bsa.observe(model, lambda seen: found[seen.layer.key].add(seen, layout)):
         for image in images:
             encode(model, image)
-    return bsa.SparsityPlan(
-        spec.fingerprint,
-        {
-            f"{key}/{head}": Static(_top(mass, density, layout), layout)
-            for key, own in found.items()
-            for head, mass in enumerate(own.mass)
-        },
-        {
-            layer.key: tuple(f"{layer.key}/{head}" for head in range(layer.heads))
-            for layer in spec.layers
-        },
-        **dict(order=layout.order, tile=layout.tile, block_size=layout.block_size),
-    )
+    patterns = {
+        f"{key}/{head}": Static(_top(mass, density, layout), layout)
+        for key, statistics in found.items()
+        for head, mass in enumerate(statistics.mass)
+    }
+    layers = {
+        layer.key: tuple(f"{layer.key}/{head}" for head in range(layer.heads))
+        for layer in spec.layers
+    }
+    options = dict(order=layout.order, tile=layout.tile, block_size=layout.block_size)
+    return bsa.SparsityPlan(spec.fingerprint, patterns, layers, **options)
 
 
 def _top(mass: Tensor, density: float, layout: TokenLayout) -> Tensor:
-    """(R, C) -> the blocks with most attention; special ones and the diagonal always."""
+    """Return the blocks with most mass, (R, C) bool; always those of special tokens and itself."""
     forced = Pattern("special")(layout) | torch.eye(layout.num_blocks, dtype=torch.bool)
     score = mass.masked_fill(forced, torch.inf).flatten()
     mask = torch.zeros_like(score, dtype=torch.bool)
@@ -160,60 +159,56 @@ def _top(mass: Tensor, density: float, layout: TokenLayout) -> Tensor:
 
 
 def spatial_locality(model: Testbed, most: float) -> bsa.SparsityPlan:
+    """Return a plan with `masks.generate_vit_spatial_locality_mask` in all layers."""
     size, spec = model.size, bsa.inspect(model)
 
-    def made(radius: int) -> Tensor:
+    def mask(radius: int) -> Tensor:
         return masks.generate_vit_spatial_locality_mask(
             size.grid * size.patch, size.patch, BLOCK_SIZE, 1, size.heads, locality_radius=radius
         )
 
-    chosen = _within(range(size.grid), made, most)
-    # Made for rows of tokens with one special token in front, as the click's is.
-    return _of_all_layers(spec, bsa.HeadMasks(made(chosen), block_size=BLOCK_SIZE))
+    radius = _best(range(size.grid), mask, most)
+    # The generator assumes raster order with one prefix token: here that of the click.
+    return _plan_of(spec, bsa.HeadMasks(mask(radius), block_size=BLOCK_SIZE))
 
 
 def image_to_prompt(model: Testbed, most: float) -> bsa.SparsityPlan:
+    """Return a plan with `masks.generate_sam_image_to_prompt_mask` in all layers."""
     size, spec = model.size, bsa.inspect(model)
 
-    def made(sparsity: float) -> Tensor:
+    def mask(sparsity: float) -> Tensor:
         return masks.generate_sam_image_to_prompt_mask(
             size.grid**2, 1, BLOCK_SIZE, 1, size.heads, image_sparsity=sparsity
         )
 
-    chosen = _within([share / 200 for share in range(199)], made, most)
-    # Its prompts come last: tiles of one row are the rows of the image, and special tokens follow them.
+    sparsity = _best([share / 200 for share in range(199)], mask, most)
+    # The generator puts prompts last, as tile order does. Tiles of one row give raster order.
     layout = TokenLayout(
         spec.grid, num_prefix_tokens=1, order="tile", tile=(1, size.grid), block_size=BLOCK_SIZE
     )
-    return _of_all_layers(spec, bsa.HeadMasks(made(chosen), layout=layout, block_size=BLOCK_SIZE))
+    return _plan_of(spec, bsa.HeadMasks(mask(sparsity), layout=layout, block_size=BLOCK_SIZE))
 
 
-def _of_all_layers(spec: bsa.ModelSpec, head_masks: bsa.HeadMasks) -> bsa.SparsityPlan:
+def _plan_of(spec: bsa.ModelSpec, head_masks: bsa.HeadMasks) -> bsa.SparsityPlan:
     return bsa.SparsityPlan.from_head_masks(spec, {layer.key: head_masks for layer in spec.layers})
-
-
-# What they are worth
 
 
 def against_simpler(
     model: Testbed, sparsities: Sequence[float], seeds: int, count: int, console: Console
 ) -> None:
-    """A table for each sparsity."""
+    """Print a table for each sparsity."""
     plans: dict[str, bsa.SparsityPlan] = {}
     forwards: list[float] = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("tuning", total=seeds)
         for seed in range(seeds):
-            found_plans, took, chosen_on = tuned_plans(model, sparsities, seed)
+            tuned, took, num_calibration = tuned_plans(model, sparsities, seed)
             forwards.append(took)
-            for level, plan in found_plans.items():
+            for level, plan in tuned.items():
                 plans[f"tuned {level} {seed}"] = plan
-                same = {
-                    name: one
-                    for name, one in simpler_plans(model, plan, seed)
-                    if not seed or name == "uniform static"
-                }
-                plans |= {f"{name} {level} {seed}": one for name, one in same.items()}
+                for name, simpler in simpler_plans(model, plan, seed):
+                    if not seed or name == "uniform static":  # others do not depend on the seed
+                        plans[f"{name} {level} {seed}"] = simpler
             progress.advance(task)
         task = progress.add_task("scenes", total=count)
         rows = evaluate(
@@ -222,63 +217,55 @@ def against_simpler(
     found = {row.name: row for row in rows}
     for level in sparsities:
         Console(width=170).print(_table(found, level, count))
+    took = median(forwards)
     print(
-        f"tuning took {median(forwards):.0f} dense forwards of a scene, the median of {seeds} seeds: {median(forwards) / CALIBRATION:.1f} for each of the "
-        f"{CALIBRATION} scenes given, {median(forwards) / chosen_on:.1f} for each of the {chosen_on} chosen on; another sparsity needs no new pass"
+        f"tuning took as long as {took:.0f} dense forward passes of one scene (median of {seeds} "
+        f"seeds): {took / CALIBRATION:.1f} per scene ({CALIBRATION} scenes), "
+        f"{took / num_calibration:.1f} per calibration scene ({num_calibration} scenes); further "
+        "sparsities need no new pass"
     )
 
 
 def _table(found: dict[str, Row], level: float, count: int) -> Table:
     table = Table(
+        *("plan", "skipped", "mIoU lost", "per seed", "more than tuned"),
+        *("agreement", "less than tuned", "feature error"),
         title=f"{level:.0%}, {count} held-out scenes; intervals are 95 %, paired by scene",
         title_justify="left",
     )
-    for column in (
-        "",
-        "skipped",
-        "mIoU lost",
-        "of each seed",
-        "more than tuned",
-        "agreement",
-        "less than tuned",
-        "feature error",
-    ):
-        table.add_column(column)
     dense = torch.tensor(found["dense"].per_scene["iou"])
     names = dict.fromkeys(key.rsplit(" ", 2)[0] for key in found if f" {level} " in key)
-    tuned, agreed = (_of(found, f"tuned {level} ", metric) for metric in ("iou", "agreement"))
+    tuned_rows = _rows(found, "tuned", level)
+    tuned_iou, tuned_agreement = (_values(tuned_rows, key).mean(0) for key in ("iou", "agreement"))
     for name in names:
-        iou, agreement, error = (
-            _of(found, f"{name} {level} ", x) for x in ("iou", "agreement", "feature_error")
-        )
-        simpler = name != "tuned"
+        rows, is_simpler = _rows(found, name, level), name != "tuned"
+        iou, agreement = _values(rows, "iou"), _values(rows, "agreement")
         table.add_row(
             name,
-            f"{mean(row.sparsity for key, row in found.items() if key.startswith(f'{name} {level} ')):.1%}",
+            f"{mean(row.sparsity for row in rows):.1%}",
             str(bootstrap(dense - iou.mean(0))),
             ", ".join(f"{x:.3f}" for x in (dense - iou).mean(1).tolist()),
-            str(bootstrap(tuned.mean(0) - iou.mean(0))) if simpler else "",
+            str(bootstrap(tuned_iou - iou.mean(0))) if is_simpler else "",
             f"{agreement.mean():.3f}",
-            str(bootstrap(agreed.mean(0) - agreement.mean(0))) if simpler else "",
-            f"{error.mean():.3f}",
+            str(bootstrap(tuned_agreement - agreement.mean(0))) if is_simpler else "",
+            f"{_values(rows, 'feature_error').mean():.3f}",
         )
     return table
 
 
-def _of(found: dict[str, Row], prefix: str, metric: str) -> Tensor:
-    """(tuning seeds, scenes)"""
-    return torch.stack(
-        [
-            torch.tensor(row.per_scene[metric])
-            for key, row in found.items()
-            if key.startswith(prefix)
-        ]
-    )
+def _rows(found: dict[str, Row], name: str, level: float) -> list[Row]:
+    """Return the rows of one kind of plan at one sparsity, one per tuning seed."""
+    return [row for key, row in found.items() if key.startswith(f"{name} {level} ")]
+
+
+def _values(rows: Sequence[Row], metric: str) -> Tensor:
+    """Return a metric of every scene, (tuning seeds, scenes)."""
+    return torch.stack([torch.tensor(row.per_scene[metric]) for row in rows])
 
 
 @torch.no_grad()
 def holds(model: Testbed, max_error: float, runs: int, count: int, console: Console) -> None:
-    """Tune for an error with other seeds and scenes, and look at scenes that no run saw."""
+    """Tune for `max_error` with several seeds, and print the errors of unseen scenes."""
     held_out = calibration_scenes(model, -500, count)
     references = [encode(model, scene) for scene in held_out]
     measured, sparsity, correlations = [], [], []
@@ -297,17 +284,19 @@ def holds(model: Testbed, max_error: float, runs: int, count: int, console: Cons
             measured.append(mean(errors))
             sparsity.append(plan.report["sparsity"])
             correlations.append(plan.report["correlation"])
-            layers += [(one["predicted"], one["measured"]) for one in plan.report["layers"]]
+            layers += [(x["predicted"], x["measured"]) for x in plan.report["layers"]]
             progress.advance(task)
     within = sum(error <= max_error for error in measured)
     print(
-        f"max_error={max_error:g}: the mean error of {count} held-out scenes is within it in {within} of {runs} runs; median {median(measured):.4f}, "
-        f"largest {max(measured):.4f}; sparsity {min(sparsity):.1%} to {max(sparsity):.1%}"
+        f"max_error={max_error:g}: the mean error of {count} held-out scenes is within the limit "
+        f"in {within} of {runs} runs; median {median(measured):.4f}, largest {max(measured):.4f}; "
+        f"sparsity {min(sparsity):.1%} to {max(sparsity):.1%}"
     )
     pooled = torch.corrcoef(torch.tensor(layers).T)[0, 1].item()
     print(
-        f"error of layers, predicted and measured: correlation {pooled:.3f} over all runs and layers; within a run {min(correlations):.3f} to "
-        f"{max(correlations):.3f}, median {median(correlations):.3f}"
+        f"predicted and measured errors of layers: correlation {pooled:.3f} over all runs and "
+        f"layers; within a run {min(correlations):.3f} to {max(correlations):.3f}, median "
+        f"{median(correlations):.3f}"
     )
 
 
@@ -315,17 +304,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", nargs="?", type=Path, default=SHIPPED, help="a file of train.py")
-    parser.add_argument(
+    add = parser.add_argument
+    add("model", nargs="?", type=Path, default=SHIPPED, help="model file; default: the shipped one")
+    add(
         "--sparsity",
         type=float,
         action="append",
-        help="several times; 0.5, 0.7 and 0.8 if left out",
+        help="share of blocks to skip; repeatable; default: 0.5, 0.7 and 0.8",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="of tuning")
-    parser.add_argument("--scenes", type=int, default=300, help="held out")
-    parser.add_argument("--max-error", type=float, help="instead: whether this error holds")
-    parser.add_argument("--runs", type=int, default=20, help="with --max-error")
+    add("--seeds", type=int, default=3, help="number of tuning seeds; default: 3")
+    add("--scenes", type=int, default=300, help="number of held-out scenes; default: 300")
+    add("--max-error", type=float, help="check this error bound instead")
+    add("--runs", type=int, default=20, help="number of tunings for --max-error; default: 20")
     arguments = parser.parse_args()
     console = Console(stderr=True)
     try:
@@ -333,13 +323,8 @@ def main() -> None:
         if arguments.max_error is not None:
             holds(model, arguments.max_error, arguments.runs, arguments.scenes, console)
         else:
-            against_simpler(
-                model,
-                arguments.sparsity or [0.5, 0.7, 0.8],
-                arguments.seeds,
-                arguments.scenes,
-                console,
-            )
+            sparsities = arguments.sparsity or [0.5, 0.7, 0.8]
+            against_simpler(model, sparsities, arguments.seeds, arguments.scenes, console)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

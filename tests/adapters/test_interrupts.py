@@ -1,6 +1,7 @@
-"""Ctrl-C at every line of the calls that change a model: `restore_` always brings it back.
+"""Ctrl-C at every line of the calls that change a model: `restore_` always restores it.
 
-A trace function raises KeyboardInterrupt at the n-th line that is run in our files, and where torch registers hooks.
+A trace function raises KeyboardInterrupt at a chosen line of this package, or of torch's code that
+registers hooks.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import torch
 from torch import nn
 
 import bsa_vision as bsa
-from bsa_vision.adapters import api as adapters
+from bsa_vision.adapters import sparsify as adapters
 from bsa_vision.adapters.swap import sparse_layer as layers
 from tests.helpers import models, sam_models, timm_models
 
-OURS = str(Path(bsa.__file__).parent)
+pytestmark = pytest.mark.slow  # every line is interrupted
+
+PACKAGE = str(Path(bsa.__file__).parent)
 SMALL = dict(radius=1, tile=(2, 4), block_size=8)
 
 FAMILIES: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
@@ -35,29 +38,21 @@ FAMILIES: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
 }
 
 
-# Functions that change a model: every line is interrupted each time it runs. Others only read it: the first time is enough.
+# Functions that change a model: each of their lines is interrupted every time it runs. Functions
+# that only read it are interrupted the first time.
 CHANGES = {
-    *(
-        "sparsify_",
-        "restore_",
-        "_put_back",
-        "sparse",
-        "observe",
-        "dense",
-        "always",
-        "eval_mode",
-        "leave",
-    ),
+    *("sparsify_", "restore_", "put_back", "sparse", "observe", "dense"),
+    *("always", "eval_mode", "leave"),
     *("watch", "unwatch", "attach", "detach"),
     *("swap", "unswap", "check_swapped", "prepare", "register_forward_pre_hook"),
 }
 TORCH = ("torch/nn/modules/module.py", "torch/utils/hooks.py")
 
-Point = tuple[str, str, int, int]  # function, file, line, and the how manieth time it runs
+Point = tuple[str, str, int, int]  # function, file, line, and how often it has run
 
 
 class Trace:
-    """A trace function that counts how often lines run, and raises KeyboardInterrupt at one of them."""
+    """A trace function that counts how often lines run, and interrupts one of them."""
 
     def __init__(
         self, at: Point | None = None, only: Callable[[Any], bool] = lambda code: True
@@ -69,10 +64,10 @@ class Trace:
     def __call__(self, frame: Any, event: str, arg: Any) -> Any:
         code = frame.f_code
         file, changes = code.co_filename, code.co_name in CHANGES
-        ours = file.startswith(f"{OURS}/adapters/") or (
-            changes and (file.startswith(OURS) or file.endswith(TORCH))
+        traced = file.startswith(f"{PACKAGE}/adapters/") or (
+            changes and (file.startswith(PACKAGE) or file.endswith(TORCH))
         )
-        return partial(self.line, changes) if ours and self.only(code) else None
+        return partial(self.line, changes) if traced and self.only(code) else None
 
     def line(self, changes: bool, frame: Any, event: str, arg: Any) -> Any:
         if event == "line":
@@ -82,7 +77,7 @@ class Trace:
             if changes or self.times[where] == 1:
                 self.points.append(point)
             if point == self.at:
-                raise KeyboardInterrupt  # and Python ends tracing
+                raise KeyboardInterrupt  # Python then ends tracing
         return partial(self.line, changes)
 
 
@@ -97,7 +92,7 @@ def tracing(trace: Trace):
 
 
 class Watched:
-    """A model, and what it was like before anything was done to it."""
+    """A model, with a record of its original state and output."""
 
     def __init__(self, family: str) -> None:
         self.model, self.pixels = FAMILIES[family]()
@@ -118,7 +113,7 @@ class Watched:
         return out if isinstance(out, torch.Tensor) else out.last_hidden_state
 
     def bring_back(self) -> None:
-        """What a user does after an interruption; and all is as before."""
+        """Restore the model as a user would, and compare it with its original state."""
         if layers.layers_of(self.model) or layers.watching(self.model):
             bsa.restore_(self.model)
         with pytest.raises(ValueError, match="nothing to restore"):
@@ -131,9 +126,9 @@ class Watched:
         prepare: Callable[[], Any] = lambda: None,
         only: Any = lambda code: True,
     ) -> int:
-        """Interrupt `call` at every line, each time from the same start; returns how many there were."""
+        """Interrupt `call` at every line, each time from the same state; return their number."""
         prepare()
-        call()  # what is made once is made now
+        call()  # fill caches
         self.bring_back()
         prepare()
         with tracing(trace := Trace(only=only)):
@@ -153,6 +148,13 @@ def watched(request):
     return Watched(request.param)
 
 
+@pytest.fixture
+def end_tracing():
+    """End tracing after a test, also if it fails."""
+    yield
+    sys.settrace(None)
+
+
 def test_sparsify(watched):
     assert watched.at_every_line(lambda: bsa.sparsify_(watched.model, watched.plan)) > 100
 
@@ -168,22 +170,16 @@ def test_observe(watched):
             run()
 
     seen: list[Any] = []
-    ends = {
-        "observe",
-        "sparse",
-        "always",
-        "<lambda>",
-        "like_of",
-        "output_weight",
-    }  # not sparsify_ and restore_ again
+    # Without sparsify_ and restore_, which are tested above.
+    ends = {"observe", "sparse", "always", "<lambda>", "like_of", "output_weight"}
     assert watched.at_every_line(call, only=lambda code: code.co_name in ends) > 20
     assert not seen
-    call(watched.run)  # after all that, it still observes
+    call(watched.run)  # it still observes
     assert seen
 
 
 def test_dense(watched):
-    """An interruption at the start must not leave the model dense for ever."""
+    """An interruption must not leave the model dense."""
 
     def call():
         with bsa.dense(watched.model):
@@ -201,9 +197,9 @@ def test_dense(watched):
     assert not torch.equal(sparse, watched.output)
 
 
-def test_the_second_time_as_well(watched, monkeypatch):
-    """Interrupted again while the first interruption is cleaned up, at every line of that."""
-    put_back, second = adapters._put_back, [Trace()]
+def test_the_second_time_as_well(watched, monkeypatch, end_tracing):
+    """Interrupt every line of the cleanup after a first interruption."""
+    put_back, second = adapters.put_back, [Trace()]
 
     def interrupted(*args):
         sys.settrace(second[-1])  # the first interruption ended tracing
@@ -216,10 +212,9 @@ def test_the_second_time_as_well(watched, monkeypatch):
     with tracing(trace := Trace()):
         bsa.sparsify_(watched.model, watched.plan)
     watched.bring_back()
-    monkeypatch.setattr(adapters, "_put_back", interrupted)
-    first = [point for point in trace.points if point[0] == "swap"][
-        -1
-    ]  # all is done, but for the last layer
+    monkeypatch.setattr(adapters, "put_back", interrupted)
+    # All layers but the last are swapped.
+    first = [point for point in trace.points if point[0] == "swap"][-1]
     swap(first)
     watched.bring_back()
     left = 0
@@ -232,12 +227,12 @@ def test_the_second_time_as_well(watched, monkeypatch):
             with pytest.raises(ValueError, match=r"call restore_\(model\) first"):
                 bsa.sparsify_(watched.model, watched.plan)
         watched.bring_back()
-    assert left > 10  # the twin: some were left half done
+    assert left > 10  # the counter-check: some models were left half restored
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_removed_after_an_interruption(family):
-    """Half restored, then one block less, gone or kept elsewhere."""
+    """Remove a block, deleted or kept elsewhere, from a half restored model."""
     for keep in (False, True):
         watched = Watched(family)
         bsa.sparsify_(watched.model, watched.plan)
@@ -262,7 +257,7 @@ def test_blocks_removed_after_an_interruption(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_ends_of_tune(family, tmp_path):
-    """Where its plans are swapped in and out, from statistics that are there already."""
+    """Interrupt `tune` where it swaps and restores plans, with existing statistics."""
     watched = Watched(family)
     watched.model.train()
     watched.before = watched.state()
@@ -278,17 +273,8 @@ def test_the_ends_of_tune(family, tmp_path):
     )
     tune = partial(bsa.tune, watched.model, images, resume=True, block_size=16, **options)
     tune()
-    ends = {
-        "sparse",
-        "always",
-        "leave",
-        "eval_mode",
-        "restore_",
-        "_put_back",
-        "unswap",
-        "watch",
-        "swap",
-    }
+    ends = {"sparse", "always", "leave", "eval_mode", "restore_", "put_back"}
+    ends |= {"unswap", "watch", "swap"}
     with tracing(trace := Trace(only=lambda code: code.co_name in ends)):
         tune()
     points = trace.points[:: max(1, len(trace.points) // 12)] + trace.points[-8:]

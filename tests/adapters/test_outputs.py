@@ -1,4 +1,4 @@
-"""What a model shows beside its result: attention weights, hidden states, what hooks see; in every family."""
+"""Other outputs of models, in every family: attention weights, hidden states, inputs of hooks."""
 
 from __future__ import annotations
 
@@ -14,15 +14,12 @@ import bsa_vision as bsa
 from bsa_vision.adapters.swap.sparse_layer import layers_of
 from tests.adapters import test_torchvision_vit
 from tests.helpers import models, sam2_models, sam_models, timm_models
+from tests.helpers.errors import relative_error
 
 SMALL = dict(radius=0, block_size=8, tile=(2, 4))
-WEIGHTS = "attention weights were asked for"
-WATCHED = "a forward hook on the module sees its attention weights"
-DROPPED = "a hook on attn_drop sees the attention weights"
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
+WEIGHTS = "attention weights were requested"
+HOOKED = "a forward hook on the module reads its attention weights"
+DROPPED = "a hook on attn_drop reads the attention weights"
 
 
 def local(model, **options):
@@ -69,12 +66,12 @@ def configs_of(model):
 
 
 def bsa_copy(module):
-    """Whether its config is the copy that a swapped layer holds."""
+    """Return whether the module's config is the copy of a swapped layer."""
     return "_bsa_layer" in module.__dict__
 
 
 def ask(model, name, how):
-    """The model's outputs with its attentions, asked for by the argument or in its config."""
+    """Return the outputs with attentions, requested by the argument or in the config."""
     if how == "argument":
         return model(**inputs_of(name), output_attentions=True, output_hidden_states=True)
     for config in configs_of(model):
@@ -108,19 +105,18 @@ def test_attentions_come_from_the_original(name, how):
         got = ask(model, name, how)
     assert equal(got.attentions, expected.attentions)
     assert equal(got.hidden_states, expected.hidden_states)
-    layers = [
-        layer for layer in layers_of(model) if not layer.untouched
-    ]  # SAM 3's windows are left alone
+    # SAM 3's windowed layers run the original.
+    layers = [layer for layer in layers_of(model) if not layer.untouched]
     assert all(layer.fallbacks == {WEIGHTS: 1} for layer in layers)
-    assert len([one for one in seen if WEIGHTS in str(one.message)]) == len(layers)
+    assert len([warning for warning in seen if WEIGHTS in str(warning.message)]) == len(layers)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        ask(model, name, how)  # counted, and not warned of again
+        ask(model, name, how)  # counted, without another warning
     assert layers[0].fallbacks == {WEIGHTS: 2}
     for config in configs_of(model):
         config.output_attentions = config.output_hidden_states = False
     sparse = model(**inputs_of(name)).last_hidden_state
-    assert relative(sparse, dense) > 1e-3  # the twin: what is not asked for is sparse
+    assert relative_error(sparse, dense) > 1e-3  # other calls are sparse
     bsa.restore_(model)
     bsa.sparsify_(model, local(model), on_unsupported="error")
     with pytest.raises(bsa.BackendUnavailable, match=WEIGHTS):
@@ -132,9 +128,7 @@ def test_attentions_come_from_the_original(name, how):
 def test_attentions_of_layers_that_a_plan_leaves_dense(name):
     model = EAGER[name]()
     expected = model(**inputs_of(name), output_attentions=True).attentions
-    bsa.sparsify_(
-        model, bsa.dense_plan(model), on_unsupported="error"
-    )  # nothing sparse: nothing to refuse
+    bsa.sparsify_(model, bsa.dense_plan(model), on_unsupported="error")  # nothing is unsupported
     assert equal(model(**inputs_of(name), output_attentions=True).attentions, expected)
     bsa.restore_(model)
     bsa.sparsify_(model, local(model, layers=[1]))
@@ -148,7 +142,7 @@ def test_attentions_of_layers_that_a_plan_leaves_dense(name):
 @pytest.mark.parametrize("name", [name for name in EAGER if name != "transformers sam2"])
 @torch.no_grad()
 def test_a_hook_on_the_module_sees_the_originals_weights(name):
-    """With eager attention, whose modules return weights; transformers' own hooks, which stay for good, do not count."""
+    """Eager attention returns weights; transformers' own permanent hooks are ignored."""
     model, seen = EAGER[name](), []
     model(**inputs_of(name), output_attentions=True)
     layer = bsa.inspect(model).layers[1].name
@@ -157,11 +151,11 @@ def test_a_hook_on_the_module_sees_the_originals_weights(name):
     )
     model(**inputs_of(name))
     bsa.sparsify_(model, local(model))
-    # With dense layers before it, so that this one sees the same input.
-    with pytest.warns(UserWarning, match=WATCHED), torch.no_grad():
+    # The layer before it runs sparse, so only the shapes are equal.
+    with pytest.warns(UserWarning, match=HOOKED), torch.no_grad():
         model(**inputs_of(name))
     assert seen[1].shape == seen[0].shape
-    assert [WATCHED in layer.fallbacks for layer in layers_of(model)][:2] == [False, True]
+    assert [HOOKED in layer.fallbacks for layer in layers_of(model)][:2] == [False, True]
     hook.remove()
     before = dict(layers_of(model)[1].fallbacks)
     model(**inputs_of(name))
@@ -178,7 +172,7 @@ def test_hooks_where_there_are_no_weights_to_see():
 
 
 def test_a_single_layer_compiles():
-    """Outside of the model's own forward nobody collects attentions."""
+    """Outside the model's forward, transformers does not collect attentions."""
     model = models.make("vit")
     bsa.sparsify_(model, local(model))
     models.features(model, models.image())
@@ -187,10 +181,10 @@ def test_a_single_layer_compiles():
     with torch.no_grad():
         expected = model.layers[0](hidden)
         got = torch.compile(model.layers[0], fullgraph=True, backend="aot_eager")(hidden)
-    assert relative(got, expected) < 1e-5
+    assert relative_error(got, expected) < 1e-5
 
 
-# timm: its own arithmetic hands the weights to a module, attn_drop
+# Without fused attention, timm passes the weights to the module attn_drop.
 
 TIMM = {
     "Attention": partial(timm_models.make, "vit, not fused"),
@@ -223,8 +217,8 @@ def test_attention_maps_of_timm(name, when):
         unfused(model, True)
     bsa.sparsify_(model, local(model, tile=(4, 4), block_size=16))
     unfused(model)
-    timm_models_out = model(timm_models.image())
-    assert not any(layer.fallbacks for layer in layers_of(model))  # nobody looks: sparse
+    sparse = model(timm_models.image())
+    assert not any(layer.fallbacks for layer in layers_of(model))  # no hooks: sparse
     with pytest.warns(UserWarning, match=DROPPED):
         maps = maps_of(model)
     assert maps.keys() == expected.keys()
@@ -232,16 +226,14 @@ def test_attention_maps_of_timm(name, when):
     assert all(layer.fallbacks == {DROPPED: 1} for layer in layers_of(model))
     for block in model.blocks:
         block.attn.attn_drop = nn.Dropout(0.0)
-    assert torch.equal(model(timm_models.image()), timm_models_out)  # sparse again
+    assert torch.equal(model(timm_models.image()), sparse)  # sparse again
     bsa.restore_(model)
-    assert [block.attn.__dict__["fused_attn"] for block in model.blocks] == [False] * len(
-        model.blocks
-    )
+    assert all(block.attn.__dict__["fused_attn"] is False for block in model.blocks)
 
 
 @torch.no_grad()
 def test_maps_with_timms_switch(monkeypatch):
-    """Built after timm.layers.set_fused_attn(False)."""
+    """A model that was built after timm.layers.set_fused_attn(False)."""
     import timm
 
     timm.layers.set_fused_attn(False)
@@ -269,17 +261,17 @@ def test_a_module_in_the_place_of_attn_drop(name):
     for block in model.blocks:
         block.attn.attn_drop = Sharpen()
     expected = model(timm_models.image())
-    assert relative(plain, expected) > 1e-3
+    assert relative_error(plain, expected) > 1e-3
     bsa.sparsify_(model, local(model))
     with pytest.warns(
-        UserWarning, match="attn_drop is a Sharpen, which sees the attention weights"
+        UserWarning, match="attn_drop is a Sharpen, which reads the attention weights"
     ):
         assert torch.equal(model(timm_models.image()), expected)
 
 
 @torch.no_grad()
 def test_fused_attention_hands_no_weights_to_anyone():
-    """The original is silent then, and so are we; and the switch can be set back."""
+    """With fused attention, no hook is called; `fused_attn` can be set on swapped modules."""
     model, seen = timm_models.make("vit"), []
     bsa.sparsify_(model, local(model), on_unsupported="error")
     for block in model.blocks:
@@ -302,7 +294,7 @@ def test_fused_attn_set_on_copies():
     assert not any(block.attn.fused_attn for block in other.blocks)
 
 
-# intermediate features
+# Intermediate features.
 
 
 @pytest.mark.parametrize("name", ["vit, any size", "eva, dinov3"])
@@ -319,12 +311,12 @@ def test_intermediates_of_timm(name):
     for got, out in zip(between, blocks, strict=True):
         assert torch.equal(got, out[:, start:].transpose(1, 2).unflatten(2, (12, 8)))
     bsa.restore_(model)
-    assert relative(model.forward_intermediates(pixels, norm=False)[1][1], between[1]) > 1e-3
+    assert relative_error(model.forward_intermediates(pixels, norm=False)[1][1], between[1]) > 1e-3
     bsa.sparsify_(model, plan, backend="reference", on_unsupported="error")
     for got, expected in zip(
         between, model.forward_intermediates(pixels, norm=False)[1], strict=True
     ):
-        assert relative(got, expected) < 1e-5
+        assert relative_error(got, expected) < 1e-5
 
 
 def run(model, pixels):
@@ -350,7 +342,7 @@ EVERY = {
 
 
 class TestShapesThatHooksSee:
-    """Of every submodule of an attention, in swapped models as in originals."""
+    """The shapes of all submodules of an attention are the same as in the original."""
 
     def shapes(self, model, names, features, image):
         seen, hooks = {}, []
@@ -362,7 +354,7 @@ class TestShapesThatHooksSee:
 
         for layer in names:
             for name, module in model.get_submodule(layer).named_modules():
-                if name and not name.endswith("attn_drop"):  # of which more above
+                if name and not name.endswith("attn_drop"):  # tested above
                     hooks.append(module.register_forward_hook(partial(note, f"{layer}.{name}")))
         features(model, image())
         for hook in hooks:
@@ -376,6 +368,6 @@ class TestShapesThatHooksSee:
         model = make()
         names = [layer.name for layer in bsa.inspect(model).layers]
         expected = self.shapes(model, names, *how)
-        assert bool(expected) == (name != "torchvision")  # whose out_proj is read, not called
+        assert bool(expected) == (name != "torchvision")  # its out_proj is not called
         bsa.sparsify_(model, bsa.dense_plan(model), backend="gather", on_unsupported="error")
         assert self.shapes(model, names, *how) == expected

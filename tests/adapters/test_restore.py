@@ -1,4 +1,4 @@
-"""What others do to a model before and after `sparsify_`: wrap it, offload it, quantise it, remove layers. Served, restored or refused."""
+"""Models that are wrapped, offloaded, quantised or pruned before or after `sparsify_`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from bsa_vision.adapters.swap.sparse_layer import layers_of, swapped_in
 from bsa_vision.adapters.swap.values import like_of, output_weight, state
 from bsa_vision.tuning.store import digest
 from tests.adapters import test_robustness
-from tests.adapters.test_robustness import SEAMS, SMALL, relative
+from tests.adapters.test_robustness import SEAMS, SMALL
 from tests.helpers import models, sam2_models, sam_models, timm_models
+from tests.helpers.errors import relative_error
 
 MORE: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "timm's plain ViT": lambda: (timm_models.make("vit"), timm_models.image()),
@@ -38,10 +39,8 @@ MORE: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     ),
 }
 FAMILIES = {**{name: make for name, (make, _, _) in SEAMS.items()}, **MORE}
-HAVE_WEIGHTS = (
-    "segment_anything, class",
-    "transformers, SAM",
-)  # their attention modules: tables of relative position
+# The attention modules of these have weights: tables of relative position.
+HAVE_WEIGHTS = ("segment_anything, class", "transformers, SAM")
 BY_CONFIG = ("transformers, its registry", "transformers, SAM 2", "transformers, memory")
 ATTENTION = ("attn", "attention", "self_attention", "self_attn", "cross_attn_image")
 
@@ -63,7 +62,7 @@ def family(request):
 
 @pytest.fixture
 def made(family):
-    """A model, its image, and its dense output."""
+    """A model, an image, and the dense output."""
     model, pixels = FAMILIES[family]()
     return model, pixels, run(model, pixels)
 
@@ -76,7 +75,7 @@ def alone():
     dist.destroy_process_group()
 
 
-def is_ours(hook):
+def is_encoder_hook(hook):
     return isinstance(getattr(hook, "__self__", None), EncoderState)
 
 
@@ -86,7 +85,7 @@ def put(model, path, module):
 
 
 def block_paths(model):
-    """Of the blocks that hold attention layers; a layer's path goes on with one of `ATTENTION`."""
+    """Return the paths of the blocks that hold attention layers."""
     return list(dict.fromkeys(layer.name.rpartition(".")[0] for layer in bsa.inspect(model).layers))
 
 
@@ -95,11 +94,10 @@ def classes(model):
 
 
 class TestOffloaded:
-    """accelerate takes weights away between calls, and sets a forward on every module that has weights of its own."""
+    """accelerate offloads weights, and sets a forward on every module with weights."""
 
-    @pytest.fixture(
-        params=sorted(set(FAMILIES) - {"torchvision, MultiheadAttention"})
-    )  # which does not run offloaded
+    # torchvision's model does not run offloaded.
+    @pytest.fixture(params=sorted(set(FAMILIES) - {"torchvision, MultiheadAttention"}))
     def family(self, request):
         return request.param
 
@@ -110,25 +108,26 @@ class TestOffloaded:
         model, pixels, dense = made
         bsa.sparsify_(model, plan_for(model))
         expected = run(model, pixels)
-        assert relative(expected, dense) > 1e-3
+        assert relative_error(expected, dense) > 1e-3
         cpu_offload(model, execution_device="cpu")
-        assert relative(run(model, pixels), expected) < 1e-6
+        assert relative_error(run(model, pixels), expected) < 1e-6
         if family not in HAVE_WEIGHTS:
             bsa.restore_(model)
             assert torch.equal(run(model, pixels), dense)
             return
         before = classes(model)
-        with pytest.raises(
-            ValueError, match=r"has a forward of its own.*remove_hook_from_module.*then restore_"
-        ):
+        message = (
+            r"has its forward replaced on the module since .*remove_hook_from_module.*then call"
+        )
+        with pytest.raises(ValueError, match=message + " restore_"):
             bsa.restore_(model)
         assert classes(model) == before
-        assert relative(run(model, pixels), expected) < 1e-6  # nothing was touched
+        assert relative_error(run(model, pixels), expected) < 1e-6  # nothing was touched
         remove_hook_from_module(model, recurse=True)
         bsa.restore_(model)
         assert torch.equal(run(model, pixels), dense)
         bsa.sparsify_(model, plan_for(model))
-        assert relative(run(model, pixels), expected) < 1e-6
+        assert relative_error(run(model, pixels), expected) < 1e-6
 
     def test_before(self, family, made):
         from accelerate import cpu_offload
@@ -137,23 +136,21 @@ class TestOffloaded:
         model, pixels, dense = made
         plan = plan_for(model)
         cpu_offload(model, execution_device="cpu")
-        assert relative(run(model, pixels), dense) < 1e-6
+        assert relative_error(run(model, pixels), dense) < 1e-6
         assert len(bsa.describe(model).layers) == len(bsa.inspect(model).layers)
         if family in HAVE_WEIGHTS:
             with pytest.raises(
                 ValueError,
-                match=r"has a forward of its own.*sparsify_ first and wrap after, or unwrap",
+                match=r"has its forward replaced.*call sparsify_ before wrapping, or unwrap",
             ):
                 bsa.sparsify_(model, plan)
-            assert relative(run(model, pixels), dense) < 1e-6
-            remove_hook_from_module(
-                model, recurse=True
-            )  # leaves a forward behind that is the class's own
+            assert relative_error(run(model, pixels), dense) < 1e-6
+            remove_hook_from_module(model, recurse=True)  # leaves the class's forward on modules
         bsa.sparsify_(model, plan)
-        assert relative(run(model, pixels), dense) > 1e-3
+        assert relative_error(run(model, pixels), dense) > 1e-3
         assert not any(layer.fallbacks for layer in layers_of(model))
         bsa.restore_(model)
-        assert relative(run(model, pixels), dense) < 1e-6
+        assert relative_error(run(model, pixels), dense) < 1e-6
 
     def test_tune(self, tmp_path):
         from accelerate import cpu_offload
@@ -164,16 +161,15 @@ class TestOffloaded:
         weights = digest(model.state_dict().items())
         cpu_offload(model, execution_device="cpu")
         assert digest(state(model)) == weights
-        assert digest(model.state_dict().items()) != weights  # the twin: they are on meta
+        assert digest(model.state_dict().items()) != weights  # offloaded weights are on meta
         found = bsa.tune(model, images, **options, statistics=file, resume=True)  # the same model
         assert found.layers == expected.layers
-        assert bsa.tune(model, images, **options).report["measured"] == pytest.approx(
-            expected.report["measured"]
-        )
+        again = bsa.tune(model, images, **options)
+        assert again.report["measured"] == pytest.approx(expected.report["measured"])
 
 
 def test_a_method_set_since(family, made):
-    """By another wrapper; named, and nothing is touched."""
+    """A method that a wrapper has set since is reported, and nothing is changed."""
     model, pixels, dense = made
     bsa.sparsify_(model, plan_for(model))
     name = "attend" if family == "our encoder, attend" else "forward"
@@ -183,7 +179,7 @@ def test_a_method_set_since(family, made):
     if family not in BY_CONFIG:
         before = classes(model)
         with pytest.raises(
-            ValueError, match=rf"has a {name} of its own, set on the module since sparsify_"
+            ValueError, match=rf"has its {name} replaced on the module since sparsify_"
         ):
             bsa.restore_(model)
         assert classes(model) == before
@@ -196,31 +192,32 @@ def test_a_method_set_since(family, made):
     "family", ["transformers, its registry", "transformers, SAM 2", "timm's plain ViT"]
 )
 def test_sharded_attention(alone, family):
-    """FSDP2 gives modules another class, which only a new model takes away."""
+    """FSDP2 changes the class of modules for good."""
     model, pixels = FAMILIES[family]()
     dense = run(model, pixels)
     bsa.sparsify_(model, plan_for(model))
     expected = run(model, pixels)
     for module in swapped_in(model):
         fully_shard(module)
-    assert relative(run(model, pixels), expected) < 1e-6
+    assert relative_error(run(model, pixels), expected) < 1e-6
     with bsa.dense(model):
-        assert relative(run(model, pixels), dense) < 1e-6
+        assert relative_error(run(model, pixels), dense) < 1e-6
     if family in BY_CONFIG:
         bsa.restore_(model)
-        assert relative(run(model, pixels), dense) < 1e-6
+        assert relative_error(run(model, pixels), dense) < 1e-6
         return
     with pytest.raises(
         ValueError, match=r"became a FSDPSparse\w+ since sparsify_.*bsa.dense\(model\)"
     ):
         bsa.restore_(model)
-    assert relative(run(model, pixels), expected) < 1e-6
+    assert relative_error(run(model, pixels), expected) < 1e-6
 
 
+@pytest.mark.slow
 class TestLayersRemoved:
     @pytest.fixture(params=["gone", "kept", "in a copy"])
     def pruned(self, request, made):
-        """A model with sparse heads that lost its first block with attention that is swapped."""
+        """A model with sparse heads whose first swapped block was removed."""
         model, _, _ = made
         bsa.sparsify_(model, plan_for(model))
         number = len(layers_of(model))
@@ -252,7 +249,7 @@ class TestLayersRemoved:
     def test_parts_are_refused(self, pruned):
         model, _ = pruned
         if len(layers_of(model)) == 1:
-            pytest.skip("what is left is the whole")
+            pytest.skip("one layer is left")
         before = classes(model)
         with pytest.raises(
             ValueError,
@@ -305,10 +302,10 @@ class TestLayersRemoved:
         (embeddings,) = [
             module
             for module in model.modules()
-            if any(map(is_ours, module._forward_pre_hooks.values()))
+            if any(map(is_encoder_hook, module._forward_pre_hooks.values()))
         ]
         if layers_of(embeddings):
-            return  # memory attention: the module itself
+            return  # memory attention, which is its own embedding module
         block = model.get_submodule(layers_of(model)[0].spec.name.rpartition(".")[0])
         for part in (embeddings, nn.ModuleList([embeddings, block])):
             with pytest.raises(ValueError, match=r"holds [01] of \d+ swapped layers"):
@@ -327,7 +324,7 @@ class TestLayersRemoved:
 
 
 class Int8(torch.Tensor):
-    """A quantised weight as torchao makes them: says it is float, and has hardly any operators."""
+    """A quantised weight as in torchao: its dtype is float, and it has hardly any operators."""
 
     def __new__(cls, values, scale):
         return torch.Tensor._make_wrapper_subclass(
@@ -370,7 +367,7 @@ def quantise(model):
 
 
 class TestQuantised:
-    def test_the_stand_in_is_as_bad(self):
+    def test_the_stand_in_lacks_operators(self):
         weight = quantise(nn.Linear(4, 4)).weight
         assert weight.is_floating_point()
         with pytest.raises(NotImplementedError):
@@ -387,7 +384,7 @@ class TestQuantised:
         quantise(bsa.sparsify_(twin, plan))
         out = run(model, pixels)
         assert torch.equal(out, run(twin, pixels))
-        assert relative(out, dense) > 1e-3
+        assert relative_error(out, dense) > 1e-3
         assert str(bsa.describe(model)) == str(bsa.describe(twin))
         assert torch.equal(run(bsa.restore_(model), pixels), dense)
 
@@ -412,7 +409,7 @@ class TestQuantised:
         assert bsa.tune(model, images, sparsity=0.4, block_size=16).report["measured"] < 1
 
     def test_the_projection_that_is_observed(self):
-        """What a quantised projection makes of the identity is its weight."""
+        """A quantised projection of the identity gives its weight."""
         attention = timm_models.make("vit").blocks[0].attn
         plain = output_weight(attention, 48, torch.empty(0))
         assert plain.data_ptr() == attention.proj.weight.data_ptr()
@@ -421,7 +418,7 @@ class TestQuantised:
         found = output_weight(attention, 48, torch.empty(0))
         assert torch.allclose(found, weight.values_ * weight.scale, atol=1e-6)
         assert output_weight(attention, 47, torch.empty(0)) is None
-        assert relative(found, plain) > 1e-4
+        assert relative_error(found, plain) > 1e-4
 
     def test_contents_are_told_apart(self):
         model = quantise(timm_models.make("vit"))
@@ -432,12 +429,20 @@ class TestQuantised:
 
     @pytest.mark.skipif(
         "x86" not in torch.backends.quantized.supported_engines,
-        reason="torch quantises for x86 here",
+        reason="needs torch's quantisation for x86",
     )
     @pytest.mark.filterwarnings("ignore")
-    @pytest.mark.parametrize("family", ["transformers, its registry", "timm's plain ViT", "segment_anything, class", "torchvision, MultiheadAttention"])  # fmt: skip
+    @pytest.mark.parametrize(
+        "family",
+        [
+            "transformers, its registry",
+            "timm's plain ViT",
+            "segment_anything, class",
+            "torchvision, MultiheadAttention",
+        ],
+    )
     def test_dynamically(self, made, family):
-        """torch's own: linear layers of another class, whose weight is a method."""
+        """torch replaces linear layers by another class, whose weight is a method."""
         model, pixels, _ = made
         spec, plan = bsa.inspect(model), plan_for(model)
         quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
@@ -445,13 +450,14 @@ class TestQuantised:
         assert bsa.inspect(quantised) == spec
         dense = run(quantised, pixels)
         bsa.sparsify_(quantised, plan)
-        assert relative(run(quantised, pixels), dense) > 1e-3
+        assert relative_error(run(quantised, pixels), dense) > 1e-3
         assert len(bsa.describe(quantised).layers) == len(spec.layers)
         bsa.restore_(quantised)
         seen = []
         with bsa.observe(quantised, seen.append):
             run(quantised, pixels)
-        assert all(one.weight is None or one.weight.dtype == torch.float32 for one in seen)
+        weights = [observation.weight for observation in seen]
+        assert all(weight is None or weight.dtype == torch.float32 for weight in weights)
         assert digest(state(quantised)) != digest(state(model))
 
 
@@ -469,14 +475,14 @@ class TestMeta:
         assert str(bsa.describe(empty)) == str(bsa.describe(model))
         expected = run(model, pixels)
         empty.load_state_dict(model.state_dict(), assign=True)
-        for name, buffer in model.named_buffers():  # those that files do not hold
+        for name, buffer in model.named_buffers():  # some are not in the state_dict
             parent, _, child = name.rpartition(".")
             empty.get_submodule(parent)._buffers[child] = buffer
         assert torch.equal(run(empty, pixels), expected)
         bsa.restore_(empty)
 
     def test_nothing_runs_there(self):
-        with pytest.raises(ValueError, match="device='meta': nothing is computed there"):
+        with pytest.raises(ValueError, match="device='meta' computes nothing"):
             bsa.latency(64, device="meta")
         model = models.make("dinov2").to("meta")
         with pytest.raises(ValueError, match=r"features on the meta device.*load them first"):
@@ -499,9 +505,10 @@ class Unknown(nn.Module):
         return self.inner(*args, **kwargs)
 
 
+@pytest.mark.slow
 class TestWrappedFirst:
     def check(self, model, pixels, plain):
-        """Served like `plain`, the same model without wrappers."""
+        """Compare `model` with `plain`, the same model without wrappers."""
         plan, spec = plan_for(plain), bsa.inspect(plain)
         dense, expected = run(plain, pixels), run(bsa.sparsify_(plain, plan), pixels)
         found = bsa.inspect(model)
@@ -523,12 +530,12 @@ class TestWrappedFirst:
         assert list(swapped_in(model)) == [
             model.get_submodule(layer.name) for layer in found.layers
         ]
-        assert relative(run(model, pixels), expected) < 1e-4
+        assert relative_error(run(model, pixels), expected) < 1e-4
         assert not any(layer.fallbacks for layer in layers_of(model))
         assert str(bsa.describe(model))
         bsa.restore_(model)
-        assert relative(run(model, pixels), dense) < 1e-4
-        assert relative(expected, dense) > 1e-3
+        assert relative_error(run(model, pixels), dense) < 1e-4
+        assert relative_error(expected, dense) > 1e-3
 
     @pytest.mark.parametrize("wrapper", WRAPPERS)
     def test_blocks(self, made, wrapper):
@@ -540,7 +547,7 @@ class TestWrappedFirst:
         self.check(model, pixels, plain)
 
     def test_compiled_and_run_before(self):
-        """Programs that are there already must not go on running dense."""
+        """Existing compiled programs must not keep running dense."""
         model, pixels = timm_models.make("vit"), timm_models.image()
         plain = copy.deepcopy(model)
         torch.compiler.reset()
@@ -558,23 +565,35 @@ class TestWrappedFirst:
             for name, _ in model.named_modules()
             if name.split(".")[-1] in ("patch_embed", "embeddings", "conv_proj")
         ]
-        if family == "sam2, memory":  # sam2 itself asks whether this one is a RoPEAttention
+        if family == "sam2, memory":  # sam2 checks the class of this module
             names = [name for name in names if not name.endswith("cross_attn_image")]
         for name in names:
             put(model, name, checkpoint_wrapper(model.get_submodule(name)))
         self.check(model, pixels, plain)
 
-    @pytest.mark.parametrize("wrap", [DistributedDataParallel, lambda model: torch.compile(model, backend="eager")], ids=["DDP", "compile"])  # fmt: skip
+    @pytest.mark.parametrize(
+        "wrap",
+        [DistributedDataParallel, lambda model: torch.compile(model, backend="eager")],
+        ids=["DDP", "compile"],
+    )
     def test_the_model(self, alone, made, wrap):
         model, pixels, _ = made
         plain = copy.deepcopy(model)
         torch.compiler.reset()
         self.check(wrap(model), pixels, plain)
 
-    @pytest.mark.parametrize("family", ["transformers, its registry", "timm's plain ViT", "segment_anything, class", "torchvision, MultiheadAttention"])  # fmt: skip
+    @pytest.mark.parametrize(
+        "family",
+        [
+            "transformers, its registry",
+            "timm's plain ViT",
+            "segment_anything, class",
+            "torchvision, MultiheadAttention",
+        ],
+    )
     @pytest.mark.parametrize("flat", [True, False], ids=["FSDP", "FSDP2"])
     def test_sharded(self, alone, made, flat):
-        """FSDP leaves no weights in the modules; FSDP2 gives blocks, attention and the model other classes."""
+        """FSDP removes weights from modules; FSDP2 changes the classes of modules."""
         model, pixels, _ = made
         plain = copy.deepcopy(model)
         paths = block_paths(model)
@@ -590,28 +609,29 @@ class TestWrappedFirst:
                 fully_shard(model.get_submodule(path))
         self.check(model, pixels, plain)
 
-    def test_by_what_is_not_known(self, family, made):
-        """Named, with what to do; nothing is said to be served and not served."""
+    def test_unknown_wrappers_of_blocks(self, family, made):
+        """The error names the wrapper and what to do."""
         model, pixels, dense = made
         for path in block_paths(model):
             put(model, path, Unknown(model.get_submodule(path)))
-        if family == "transformers, its registry":  # finds attention wherever it is
+        if family == "transformers, its registry":  # finds attention at any path
             bsa.sparsify_(model, plan_for(model))
-            assert relative(run(model, pixels), dense) > 1e-3
+            assert relative_error(run(model, pixels), dense) > 1e-3
             return
         for call in (bsa.inspect, bsa.dense_plan, bsa.describe):
             with pytest.raises(
                 bsa.PlanError,
-                match=r"a block of this model is a Unknown.*sparsify_ first and wrap after",
+                match=r"a block of this model is a Unknown.*call sparsify_ before wrapping",
             ):
                 call(model)
 
-    def test_attention_inside_of_what_is_not_known(self):
+    def test_unknown_wrappers_of_attention(self):
         model = timm_models.make("vit")
         for block in model.blocks:
             block.attn = nn.Sequential(block.attn)
         with pytest.raises(
-            bsa.PlanError, match=r"served in the encoders named below.*a wrapper changed it"
+            bsa.PlanError,
+            match=r"only inside the encoders named below.*call sparsify_ before wrapping",
         ) as error:
             bsa.inspect(model)
-        assert not re.search("not a class this version serves", str(error.value))
+        assert not re.search("unsupported attention class", str(error.value))

@@ -1,4 +1,4 @@
-"""What people do to models, done to swapped ones: one model per seam, each with sparse heads."""
+"""Common operations on swapped models: precision, checkpointing, copies, compile, LoRA, DDP."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from bsa_vision.adapters.swap.sparse_layer import layers_of
 from tests import neighbours
 from tests.adapters import test_torchvision_vit
 from tests.helpers import models, sam2_models, sam_models, timm_models
+from tests.helpers.errors import relative_error
 
 SMALL = dict(radius=1, tile=(4, 4), block_size=16)
 
@@ -47,27 +48,23 @@ def sam() -> tuple[nn.Module, torch.Tensor]:
     return sam_models.make("segment_anything"), sam_models.image()
 
 
-def own() -> tuple[nn.Module, torch.Tensor]:
-    return sam_models.make("bsa_vision.encoder"), sam_models.image()
+def bsa_encoder() -> tuple[nn.Module, torch.Tensor]:
+    return sam_models.make("create_encoder"), sam_models.image()
 
 
 def sam2() -> tuple[nn.Module, torch.Tensor]:
     return sam2_models.make("sam2"), sam2_models.image()
 
 
-# seam -> (model and image, linear layers for LoRA, blocks for checkpointing)
+# Kind of swap -> (function that makes model and image, linear layers for LoRA, name of blocks).
 SEAMS: dict[str, tuple[Callable[[], tuple[nn.Module, torch.Tensor]], list[str], str]] = {
     "transformers, its registry": (hugging_face, ["q_proj", "v_proj"], "layer"),
     "timm, intercepted": (timm, ["q_proj", "v_proj"], "blocks"),
     "torchvision, MultiheadAttention": (torchvision, ["mlp.0"], "layers"),
     "segment_anything, class": (sam, ["qkv"], "blocks"),
-    "our encoder, attend": (own, ["qkv"], "blocks"),
+    "our encoder, attend": (bsa_encoder, ["qkv"], "blocks"),
     "sam2, intercepted": (sam2, ["qkv"], "blocks"),
 }
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 def plan_for(model):
@@ -75,14 +72,11 @@ def plan_for(model):
 
 
 def run(model, pixels):
-    """Everything the model makes of the image that its last features depend on, in one vector."""
+    """Return the features of the last layer, in one vector."""
     out = model(pixels)
     if isinstance(out, dict):
-        return (
-            out["vision_features"].flatten()
-            if "vision_features" in out
-            else out.last_hidden_state.flatten()
-        )
+        key = "vision_features" if "vision_features" in out else "last_hidden_state"
+        out = out[key]
     return out.flatten()
 
 
@@ -93,13 +87,13 @@ def seam(request):
 
 @pytest.fixture
 def swapped(seam):
-    """A model with sparse heads, its image, and its output, which differs from the dense one."""
+    """A model with sparse heads, an image, and the output, which differs from the dense one."""
     model, pixels = SEAMS[seam][0]()
     with torch.no_grad():
         dense = run(model, pixels)
         bsa.sparsify_(model, plan_for(model))
         expected = run(model, pixels)
-    assert relative(expected, dense) > 1e-3
+    assert relative_error(expected, dense) > 1e-3
     return model, pixels, expected
 
 
@@ -117,8 +111,10 @@ def test_autocast(swapped):
     model, pixels, expected = swapped
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         out = run(model, pixels)
-    assert out.dtype == torch.bfloat16 or relative(out, expected) > 0  # it did compute in bfloat16
-    assert relative(out.float(), expected) < 0.1
+    assert (
+        out.dtype == torch.bfloat16 or relative_error(out, expected) > 0
+    )  # it computed in bfloat16
+    assert relative_error(out.float(), expected) < 0.1
     assert no_fallbacks(model)
 
 
@@ -126,19 +122,18 @@ def test_lower_precision(swapped):
     model, pixels, expected = swapped
     with torch.no_grad():
         out = run(model.bfloat16(), pixels.bfloat16())
-    assert relative(out.float(), expected) < 0.15
+    assert relative_error(out.float(), expected) < 0.15
     assert no_fallbacks(model)
 
 
 def test_gradient_checkpointing(seam, swapped):
-    """Each block computed again in backward, by torch's own function around it."""
+    """Each block is recomputed in backward, by torch's `checkpoint` around it."""
     model, pixels, _ = swapped
     expected = gradient(model, pixels)
     recomputed = []
     for name, block in model.named_modules():
-        if name.rpartition(".")[0].rpartition(".")[2] == SEAMS[seam][2] and hasattr(
-            block, "forward"
-        ):
+        parent = name.rpartition(".")[0].rpartition(".")[2]
+        if parent == SEAMS[seam][2] and hasattr(block, "forward"):
             forward = block.forward
 
             def again(*args, forward=forward, **kwargs):
@@ -148,7 +143,7 @@ def test_gradient_checkpointing(seam, swapped):
             block.forward = lambda *args, again=again, **kwargs: checkpoint(
                 again, *args, use_reentrant=False, **kwargs
             )
-    assert relative(gradient(model, pixels), expected) < 1e-5
+    assert relative_error(gradient(model, pixels), expected) < 1e-5
     assert any(recomputed)
 
 
@@ -167,11 +162,11 @@ def test_copies_pickles_and_files(swapped):
             assert torch.equal(run(other, pixels), expected)
             bsa.restore_(other)
             assert not torch.equal(run(other, pixels), expected)
-        assert torch.equal(run(model, pixels), expected)  # untouched by what happened to its copies
+        assert torch.equal(run(model, pixels), expected)  # the copies are independent
 
 
 def test_weights_go_both_ways(seam, swapped):
-    """Into an unswapped model and back, by state_dict."""
+    """Load the state_dict of a swapped model into an unswapped one."""
     model, pixels, expected = swapped
     plain, _ = SEAMS[seam][0]()
     plain.load_state_dict(model.state_dict(), strict=True)
@@ -181,7 +176,7 @@ def test_weights_go_both_ways(seam, swapped):
 
 
 def test_moving_average(swapped):
-    """torch's EMA copies the model and averages parameters; the copy is sparse as well, and follows."""
+    """torch's EMA copies the model and averages parameters; the copy is sparse as well."""
     model, pixels, expected = swapped
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     assert len(layers_of(average)) == len(layers_of(model))
@@ -192,24 +187,25 @@ def test_moving_average(swapped):
             parameter.mul_(1.1)
         average.update_parameters(model)
         out = run(average, pixels)
-        assert relative(out, expected) > 1e-4
+        assert relative_error(out, expected) > 1e-4
         by_hand = copy.deepcopy(model)
         for parameter in by_hand.parameters():
             parameter.mul_(1.05 / 1.1)  # halfway between 1 and 1.1
-        assert relative(out, run(by_hand, pixels)) < 1e-4
+        assert relative_error(out, run(by_hand, pixels)) < 1e-4
 
 
+@pytest.mark.slow
 def test_compile_fullgraph(swapped):
     model, pixels, expected = swapped
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        assert relative(run(compiled, pixels), expected) < 1e-5
+        assert relative_error(run(compiled, pixels), expected) < 1e-5
 
 
 @pytest.mark.parametrize("first", ["sparsify_", "lora"])
 def test_lora(seam, swapped, first):
-    """peft puts its layers into swapped modules, or we swap modules that hold some; merged weights give the same."""
+    """peft adds layers before or after the swap; merged weights give the same output."""
     from peft import LoraConfig, get_peft_model
 
     model, pixels, expected = swapped
@@ -220,7 +216,7 @@ def test_lora(seam, swapped, first):
     if first == "lora":
         bsa.sparsify_(tuned, plan_for(tuned))
     with torch.no_grad():
-        assert relative(run(tuned, pixels), expected) < 1e-5  # B starts at zero
+        assert relative_error(run(tuned, pixels), expected) < 1e-5  # B starts at zero
     loss = gradient(tuned, pixels)
     trained = [name for name, p in tuned.named_parameters() if p.grad is not None]
     assert trained
@@ -231,16 +227,16 @@ def test_lora(seam, swapped, first):
             if "lora_B" in name:
                 parameter.normal_(0, 0.1)
         out = run(tuned, pixels)
-        assert relative(out, expected) > 1e-4
+        assert relative_error(out, expected) > 1e-4
         with bsa.dense(tuned):
-            assert relative(run(tuned, pixels), out) > 1e-4
+            assert relative_error(run(tuned, pixels), out) > 1e-4
         merged = tuned.merge_and_unload()
-        assert relative(run(merged, pixels), out) < 1e-5
+        assert relative_error(run(merged, pixels), out) < 1e-5
         assert no_fallbacks(merged)
         bsa.restore_(merged)
 
 
-# Projections that something wrapped first. seam -> what they are called: into the heads, out of them.
+# Names of the projections before and after the heads, for each kind of swap.
 PROJECTIONS = {
     "transformers, its registry": ("q_proj", "o_proj"),
     "timm, intercepted": ("q_proj", "proj"),
@@ -263,9 +259,7 @@ def peft_of(kind, model, names):
 
     config, options = PEFT[kind]
     torch.manual_seed(3)
-    if (
-        kind != "LoRA"
-    ):  # which takes the convolution that makes patches as well, where its name is among these
+    if kind != "LoRA":  # only LoRA supports the convolution of the patch embedding
         names = [key for key, m in model.named_modules() if m in linears(model, names)]
     return peft.get_peft_model(
         model, getattr(peft, config)(target_modules=list(names), **options)
@@ -300,7 +294,7 @@ def weight_normed(model, names):
 
 
 def old_weight_norm(model, names):
-    """By a hook that makes the weight before each call."""
+    """Apply `weight_norm`, a hook that computes the weight before each call."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         for linear in linears(model, names):
@@ -317,8 +311,11 @@ def hooked(model, names):
 
 
 def quantized(model, names):
-    kinds = {key: torch.ao.quantization.default_dynamic_qconfig for key, m in model.named_modules()
-             if key.rpartition(".")[2] in names}  # fmt: skip
+    kinds = {
+        key: torch.ao.quantization.default_dynamic_qconfig
+        for key, m in model.named_modules()
+        if key.rpartition(".")[2] in names
+    }
     return torch.ao.quantization.quantize_dynamic(model, kinds, dtype=torch.qint8)
 
 
@@ -333,22 +330,24 @@ WRAPPERS = {
 
 
 class TestWrappedProjections:
-    """What wraps a projection, or hooks it, has in a swapped model the effect that it has in the original."""
+    """Wrappers and hooks of a projection have the same effect in swapped and original models."""
 
     @pytest.mark.parametrize("kind", WRAPPERS)
     @pytest.mark.parametrize("name", PROJECTIONS)
     @torch.no_grad()
     def test_in_every_family(self, name, kind):
         if kind == "OFT" and name in ("segment_anything, class", "sam2, intercepted"):
-            pytest.skip("peft's OFT takes (B, N, C) only, these hand it (B, h, w, C)")
+            pytest.skip("peft's OFT takes (B, N, C), not (B, h, w, C)")
         plain, pixels = SEAMS[name][0]()
         before = run(plain, pixels)
         model = WRAPPERS[kind](plain, PROJECTIONS[name])
         expected = run(model, pixels)
-        assert relative(expected, before) > 1e-3  # the twin: without it, another result
+        assert relative_error(expected, before) > 1e-3  # the wrapper has an effect
         bsa.sparsify_(model, bsa.dense_plan(model), backend="gather", on_unsupported="error")
-        # Quantized anew from activations that differ in the last bit.
-        assert relative(run(model, pixels), expected) < (1e-2 if kind == "quantized" else 1e-5)
+        # Dynamic quantization amplifies rounding differences of the activations.
+        assert relative_error(run(model, pixels), expected) < (
+            1e-2 if kind == "quantized" else 1e-5
+        )
         bsa.restore_(model)
         assert torch.equal(run(model, pixels), expected)
 
@@ -357,7 +356,7 @@ class TestWrappedProjections:
         ["LoRA", "in_proj parametrized", "out_proj parametrized", "out_proj hooked", "weight norm"],
     )
     def test_torchvision(self, kind):
-        """The original reads `out_proj` and calls it never; peft wraps the whole module."""
+        """The original reads `out_proj` without calling it; peft wraps the whole module."""
         model, pixels = torchvision()
         with torch.no_grad():
             before = run(model, pixels)
@@ -375,21 +374,21 @@ class TestWrappedProjections:
                 module.out_proj.register_forward_hook(lambda module, args, out: 0 * out)
         with torch.no_grad():
             expected = run(model, pixels)
-        assert (relative(expected, before) > 1e-3) == (kind != "out_proj hooked")
+        assert (relative_error(expected, before) > 1e-3) == (kind != "out_proj hooked")
         wanted = gradient(model, pixels)
         bsa.sparsify_(model, bsa.dense_plan(model), backend="gather", on_unsupported="error")
         with torch.no_grad():
-            assert relative(run(model, pixels), expected) < 1e-5
-        assert relative(gradient(model, pixels), wanted) < 1e-4
+            assert relative_error(run(model, pixels), expected) < 1e-5
+        assert relative_error(gradient(model, pixels), wanted) < 1e-4
         if kind == "LoRA":
             with model.disable_adapter(), torch.no_grad():
-                assert relative(run(model, pixels), before) < 1e-5
+                assert relative_error(run(model, pixels), before) < 1e-5
             model.merge_and_unload()
             with torch.no_grad():
-                assert relative(run(model, pixels), expected) < 1e-5
+                assert relative_error(run(model, pixels), expected) < 1e-5
         bsa.restore_(model)
         with torch.no_grad():
-            assert relative(run(model, pixels), expected) < 1e-5
+            assert relative_error(run(model, pixels), expected) < 1e-5
 
     def test_lora_on_torchvision_after_the_swap(self):
         model, pixels = torchvision()
@@ -397,7 +396,7 @@ class TestWrappedProjections:
         twin = peft_of("LoRA", torchvision()[0], ["self_attention"])
         tuned = peft_of("LoRA", model, ["self_attention"])
         with torch.no_grad():
-            assert relative(run(tuned, pixels), run(twin, pixels)) < 1e-5
+            assert relative_error(run(tuned, pixels), run(twin, pixels)) < 1e-5
         bsa.restore_(tuned)
 
     def test_multihead_attention_of_another_kind_is_refused(self):
@@ -407,23 +406,21 @@ class TestWrappedProjections:
                 return 2 * out, weights
 
         others = {
-            "with a forward of its own": Scaled(48, 4, batch_first=True),
-            "not as torchvision makes it": nn.MultiheadAttention(
+            "is a .*with a custom forward": Scaled(48, 4, batch_first=True),
+            "has other options than in torchvision": nn.MultiheadAttention(
                 48, 4, batch_first=True, add_zero_attn=True
             ),
-            "expected torch's nn.MultiheadAttention": nn.Identity(),
+            "is a .*: expected torch's nn.MultiheadAttention": nn.Identity(),
         }
         for message, other in others.items():
             model, _ = torchvision()
             model.encoder.layers[1].self_attention = other
-            with pytest.raises(
-                bsa.PlanError, match=rf"encoder_layer_1\.self_attention is .*{message}"
-            ):
+            with pytest.raises(bsa.PlanError, match=rf"encoder_layer_1\.self_attention {message}"):
                 bsa.inspect(model)
 
 
 def train_a_step(rank, name, address, folder):
-    """One process of two: half of the batch, then what the gradients became."""
+    """Run one of two processes on half of the batch, and save its gradients."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(address)}
     neighbours.enable()
     torch.set_num_threads(1)
@@ -445,11 +442,12 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["transformers, its registry", "timm, intercepted", "our encoder, attend"]
 )
 def test_two_processes(name):
-    """DistributedDataParallel over gloo: each process half of the batch, the gradients those of the whole."""
+    """With DDP over gloo, half batches give the gradients of the whole batch."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(train_a_step, args=(name, free_port(), folder), nprocs=2)
         found = [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(2)]
@@ -461,5 +459,7 @@ def test_two_processes(name):
     assert expected.keys() == found[0].keys()
     for key in expected:
         assert torch.equal(found[0][key], found[1][key])
-    both, one = (torch.cat([x.flatten() for x in grads.values()]) for grads in (found[0], expected))
-    assert relative(both, one) < 1e-5
+    got, wanted = (
+        torch.cat([x.flatten() for x in grads.values()]) for grads in (found[0], expected)
+    )
+    assert relative_error(got, wanted) < 1e-5

@@ -1,4 +1,4 @@
-"""SAM 2 in every code base: Hiera's global blocks, and memory attention over a growing number of frames."""
+"""SAM 2 in all implementations: Hiera's global blocks, and memory attention over frames."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from bsa_vision.adapters.swap.sdpa_intercept import Interception
 from bsa_vision.adapters.swap.sparse_layer import layers_of
 from bsa_vision.masks import Pattern, TokenLayout
 from tests.helpers import sam_models
+from tests.helpers.errors import relative_error
 from tests.helpers.sam2_models import (
     ENCODERS,
     GLOBAL,
@@ -33,16 +34,12 @@ ALL = [("encoder", name) for name in ENCODERS] + [("memory", name) for name in M
 SMALL = dict(tile=(4, 4), block_size=16)
 
 
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
-
-
 def local(model, **options):
     return bsa.uniform_plan(model, "local_window", radius=1, **SMALL, **options)
 
 
 def build(kind, name, dtype=torch.float32):
-    """A model, and a function that runs it."""
+    """Return a model, and a function that runs it."""
     model = make(name, ENCODERS if kind == "encoder" else MEMORIES).to(dtype)
     if kind == "encoder":
         return model, lambda **more: features(model, image(**more).to(dtype))
@@ -50,7 +47,7 @@ def build(kind, name, dtype=torch.float32):
 
 
 def sdpa_twin(kind, name, dtype=torch.float32):
-    """The same weights, in a class that calls torch's attention."""
+    """Return the model with the same weights in a class that calls torch's attention."""
     return build(kind, name.replace(", eager", "").replace(", not fused", ""), dtype)
 
 
@@ -60,15 +57,16 @@ def kind_and_name(request):
 
 
 def token_mask(blocks, size, layout, keys):
-    """(R, C) blocks in packed order -> (N, M) bool in model order."""
-    packed = blocks.repeat_interleave(size, 0)[: layout.num_tokens].repeat_interleave(size, 1)[
-        :, : keys.num_tokens
-    ]
+    """Expand (R, C) blocks in packed order to (N, M) bool in model order."""
+    packed = blocks.repeat_interleave(size, 0).repeat_interleave(size, 1)
     return packed[layout.inverse][:, keys.inverse]
 
 
 def masked(masks):
-    """Answers torch's attention calls in their order with `masks`, None = dense; and counts the logits' standard deviation."""
+    """Return an attention function that uses the next of `masks` in each call, None = dense.
+
+    Its `spread` lists the standard deviations of the logits.
+    """
     calls, spread = iter(masks), []
 
     def attend(q, k, v, scale, dropout):
@@ -80,9 +78,9 @@ def masked(masks):
 
 
 class Lenient(Interception):
-    """Pooling blocks and transformers pass arguments on that the adapters never see."""
+    """An interception that ignores the mask arguments of pooling blocks and transformers."""
 
-    def _serve(
+    def _attend(
         self,
         query,
         key,
@@ -97,7 +95,7 @@ class Lenient(Interception):
 
 
 def expected_masks(kind, plan, spec, grid=GRID, frames=3, pointers=8, side=SIDE, blocks=8):
-    """One token mask per attention call of the model."""
+    """Return one token mask per attention call of the model."""
     if kind == "encoder":
         layout = plan.layout(spec, grid)
         mask = token_mask(plan.compile("self.4", layout).base_blockmask[0, 0], 16, layout, layout)
@@ -123,7 +121,7 @@ class TestEveryCodeBase:
             bsa.restore_(model)
             bsa.sparsify_(model, bsa.dense_plan(model), backend="gather")
             assert list(model.state_dict()) == keys
-            assert 0 < relative(run(), expected) < 1e-5
+            assert 0 < relative_error(run(), expected) < 1e-5
             with bsa.dense(model):
                 assert torch.equal(run(), expected)
 
@@ -139,16 +137,14 @@ class TestEveryCodeBase:
             with Lenient(attend):
                 expected = run_twin()
         assert min(attend.spread) > 1
-        assert relative(sparse, expected) < 1e-5
-        assert relative(sparse, dense) > 1e-2
+        assert relative_error(sparse, expected) < 1e-5
+        assert relative_error(sparse, dense) > 1e-2
         assert not any(layer.fallbacks for layer in layers_of(model))
 
     def test_restore_is_bit_exact(self, kind_and_name):
         model, run = build(*kind_and_name)
-        kinds, dicts = (
-            [type(m) for m in model.modules()],
-            [set(m.__dict__) for m in model.modules()],
-        )
+        kinds = [type(m) for m in model.modules()]
+        dicts = [set(m.__dict__) for m in model.modules()]
         with torch.no_grad():
             expected = run()
             bsa.sparsify_(model, local(model))
@@ -157,6 +153,7 @@ class TestEveryCodeBase:
         assert [type(m) for m in model.modules()] == kinds
         assert [set(m.__dict__) for m in model.modules()] == dicts
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("plan", ["dense", "sparse"])
     def test_compile_fullgraph(self, kind_and_name, plan):
         model, run = build(*kind_and_name)
@@ -165,10 +162,10 @@ class TestEveryCodeBase:
             expected = run()
             torch.compiler.reset()
             model.compile(fullgraph=True, backend="aot_eager")
-            assert relative(run(), expected) < 1e-5
+            assert relative_error(run(), expected) < 1e-5
 
     def test_gradients(self, kind_and_name):
-        """In float64: where pooling takes the largest of two nearly equal queries, rounding decides which gets the gradient."""
+        """Compare in float64: rounding can change which query max pooling selects."""
         model, run = build(*kind_and_name, torch.float64)
         plan, spec = local(model), bsa.inspect(model)
         twin, run_twin = sdpa_twin(*kind_and_name, torch.float64)
@@ -176,11 +173,11 @@ class TestEveryCodeBase:
         run().square().mean().backward()
         with Lenient(masked(expected_masks(kind_and_name[0], plan, spec))):
             run_twin().square().mean().backward()
-        ours, theirs = (
+        got, wanted = (
             torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None])
             for m in (model, twin)
         )
-        assert relative(ours, theirs) < 1e-5
+        assert relative_error(got, wanted) < 1e-5
 
     def test_copies_and_pickles(self, kind_and_name):
         model, run = build(*kind_and_name)
@@ -192,7 +189,7 @@ class TestEveryCodeBase:
                 assert torch.equal(out, expected)
 
     def test_one_plan_serves_all(self, kind_and_name, tmp_path):
-        """A plan file made for one code base, of all layers by their keys, fits the others."""
+        """A plan file for one implementation fits the others."""
         kind, name = kind_and_name
         made_for, _ = build(kind, "sam2")
         local(made_for, layers=[bsa.inspect(made_for).layers[0].key]).save(tmp_path / "plan.json")
@@ -200,7 +197,7 @@ class TestEveryCodeBase:
         with torch.no_grad():
             dense = run()
             bsa.sparsify_(model, bsa.SparsityPlan.load(tmp_path / "plan.json"))
-            assert relative(run(), dense) > 1e-3
+            assert relative_error(run(), dense) > 1e-3
 
 
 class TestEncoder:
@@ -213,7 +210,7 @@ class TestEncoder:
 
     @pytest.mark.parametrize("name", ENCODERS)
     def test_other_sizes(self, name):
-        """The grid is that of the image that comes in, whatever it was before."""
+        """The grid follows the input image."""
         model, run = build("encoder", name)
         plan, spec = local(model), bsa.inspect(model)
         _, run_twin = sdpa_twin("encoder", name)
@@ -226,9 +223,9 @@ class TestEncoder:
                     masked(expected_masks("encoder", plan, spec, (height // 16, width // 16)))
                 ):
                     expected = run_twin(height=height, width=width)
-                assert relative(sparse, expected) < 1e-5
+                assert relative_error(sparse, expected) < 1e-5
 
-    def test_without_global_blocks_there_is_nothing_to_serve(self):
+    def test_without_global_blocks(self):
         from sam2.modeling.backbones.hieradet import Hiera
 
         model = Hiera(
@@ -238,13 +235,10 @@ class TestEncoder:
             window_spec=(8, 4, 4, 4),
             global_att_blocks=(),
         )
-        with pytest.raises(
-            bsa.PlanError, match="no attention layer of Hiera is one this version serves"
-        ):
+        with pytest.raises(bsa.PlanError, match="Hiera has no supported attention layer"):
             bsa.inspect(model)
 
-    def test_members_can_be_looked_at(self):
-        """sam2's modules know nothing of timm's `fused_attn`."""
+    def test_fused_attn_is_an_attribute_in_timm_only(self):
         model = make("sam2")
         attention = bsa.sparsify_(model, local(model)).trunk.blocks[4].attn
         assert not hasattr(attention, "fused_attn")
@@ -253,16 +247,14 @@ class TestEncoder:
     @pytest.mark.parametrize("kind", ["published", "large"])
     @pytest.mark.parametrize("size", [1024, 896])
     def test_flops_equal_torchs_counter(self, kind, size):
-        """Real sizes, without data; windows padded and not."""
+        """Count FLOPs at real sizes on the meta device, with and without padded windows."""
         from sam2.modeling.backbones.hieradet import Hiera
 
         large = dict(
             embed_dim=144, num_heads=2, stages=(2, 6, 36, 4), global_att_blocks=(23, 33, 43)
         )
-        model = Hiera(**(dict(large, window_spec=(8, 4, 16, 8)) if kind == "large" else {})).to(
-            "meta"
-        )
-        model.requires_grad_(False)
+        options = dict(large, window_spec=(8, 4, 16, 8)) if kind == "large" else {}
+        model = Hiera(**options).to("meta").requires_grad_(False)
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(torch.empty(1, 3, size, size, device="meta"))
         assert bsa.cost(bsa.inspect(model, size)).flops == pytest.approx(
@@ -270,7 +262,7 @@ class TestEncoder:
         )
 
     def test_flops_where_pooling_rounds_down(self):
-        """11 x 11 tokens leave 5 x 5."""
+        """Pooling reduces 11 x 11 tokens to 5 x 5."""
         from sam2.modeling.backbones.hieradet import Hiera
 
         options = dict(
@@ -313,10 +305,10 @@ class TestMemory:
                 masked(expected_masks("memory", plan, spec, frames=frames, pointers=pointers))
             ):
                 expected = run_twin(frames=frames, pointers=pointers)
-        assert relative(sparse, expected) < 1e-5
+        assert relative_error(sparse, expected) < 1e-5
 
     def test_pointers_are_always_kept_and_frames_are_told_apart(self):
-        """What a query sees: its neighbourhood in every frame, and all pointers; nothing else."""
+        """A query attends to its neighbourhood in every frame, and to all pointers."""
         model = make("sam2", MEMORIES)
         plan, spec = local(model), bsa.inspect(model)
         layout = plan.layout(spec)
@@ -333,8 +325,7 @@ class TestMemory:
         )
         assert not frames.all()
 
-    def test_twin_pointers_taken_for_patches(self):
-        """Masks laid out as if there were no pointers are not these."""
+    def test_masks_depend_on_pointers(self):
         layout = TokenLayout((SIDE, SIDE), order="tile", **SMALL)
         near = Pattern("local_window", radius=1)
         with_pointers = near(
@@ -346,12 +337,12 @@ class TestMemory:
 
     @pytest.mark.parametrize("name", ["sam2", "transformers sam2_video"])
     def test_pointers_that_fill_frames_fall_back(self, name):
-        """From the number of keys alone they would be taken for a frame."""
+        """They could be mistaken for a frame, from the number of keys alone."""
         model, run = build("memory", name)
         with torch.no_grad():
             expected = run(frames=1, pointers=SIDE**2 + 4)
             bsa.sparsify_(model, local(model))
-            with pytest.warns(UserWarning, match="the grid of this input cannot be told"):
+            with pytest.warns(UserWarning, match="the grid of this input is unknown"):
                 out = run(frames=1, pointers=SIDE**2 + 4)
             assert torch.equal(out, expected)
 
@@ -364,10 +355,10 @@ class TestMemory:
             sparse = run(side=9, frames=2)
             with Lenient(masked(expected_masks("memory", plan, spec, side=9, frames=2))):
                 expected = run_twin(side=9, frames=2)
-        assert relative(sparse, expected) < 1e-5
+        assert relative_error(sparse, expected) < 1e-5
 
     def test_the_grid_is_read_from_the_rotations(self):
-        """sam2 keeps only those: 9 rows of 16 are not the square that as many tokens would make."""
+        """sam2 stores only the rotations: 9 x 16 tokens are not taken for a 12 x 12 square."""
         model = make("sam2", MEMORIES)
         for layer in model.layers:
             for attn in (layer.self_attn, layer.cross_attn_image):
@@ -384,7 +375,7 @@ class TestMemory:
         bsa.sparsify_(model, local(model))
         model.train()
         with torch.no_grad():
-            assert relative(run(), run()) > 1e-3
+            assert relative_error(run(), run()) > 1e-3
 
     def test_flops(self):
         """A full memory: 7 frames of 64 x 64 and 64 pointers."""
@@ -406,20 +397,20 @@ class TestMemory:
         assert bsa.cost(spec).flops == pytest.approx(counter.get_total_flops(), rel=0.01)
 
     @pytest.mark.parametrize(
-        ("pattern", "options", "said"),
+        ("pattern", "options", "message"),
         [
-            ("window", dict(size=4), "for others allowed are dense, special, local_window, axial"),
+            ("window", dict(size=4), "for other keys allowed are dense, special, local_window, axial"),
             (
                 "prompt_region",
                 dict(radius=2),
-                "for others allowed are dense, special, local_window, axial",
+                "for other keys allowed are dense, special, local_window, axial",
             ),
         ],
     )
-    def test_patterns_that_do_not_fit(self, pattern, options, said):
+    def test_patterns_that_do_not_fit(self, pattern, options, message):
         model, _ = build("memory", "sam2")
         kinds = [type(module) for module in model.modules()]
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             bsa.sparsify_(model, bsa.uniform_plan(model, pattern, **options, **SMALL))
         assert [type(module) for module in model.modules()] == kinds
 
@@ -430,7 +421,7 @@ class TestMemory:
         masks = bsa.HeadMasks(Pattern("local_window", radius=1)(layout)[None, None], layout=layout)
         bsa.sparsify_(model, bsa.SparsityPlan.from_head_masks(spec, {"mem_self.0": masks}))
         bsa.restore_(model)
-        with pytest.raises(bsa.PlanError, match="a static mask fits one number of keys only"):
+        with pytest.raises(bsa.PlanError, match="a static mask fits one number of keys"):
             bsa.sparsify_(model, bsa.SparsityPlan.from_head_masks(spec, {"mem_cross.0": masks}))
         with pytest.raises(bsa.PlanError, match="attends to remembered frames"):
             local(model).freeze(layout)
@@ -441,11 +432,11 @@ class TestMemory:
         layout = plan.layout(bsa.inspect(model))
         assert plan.sparsity(layout) == pytest.approx(plan.compile("mem_self.0", layout).sparsity)
 
-    def test_what_is_served_but_not_swapped_is_said(self):
+    def test_describe_lists_supported_attention_that_is_not_swapped(self):
         model = torch.nn.ModuleList([make("sam2", MEMORIES), sam_models.make("segment_anything")])
         bsa.sparsify_(model[0], local(model[0]))
         (left,) = bsa.describe(model).left
-        assert "served, but not swapped: pass it to sparsify_ by itself" in str(left)
+        assert "supported, but not swapped: pass it to sparsify_ by itself" in str(left)
 
     def test_a_function_gets_both_layouts(self):
         model, run = build("memory", "sam2")
@@ -462,7 +453,7 @@ class TestMemory:
 
 
 class TestVideoModel:
-    """The whole of transformers' model: two encoders, a plan for each."""
+    """The whole model of transformers has two encoders, each with a plan."""
 
     @pytest.fixture
     def model(self):
@@ -472,14 +463,12 @@ class TestVideoModel:
             return Sam2VideoModel(Sam2VideoConfig())
 
     def test_both_are_named(self, model):
-        with pytest.raises(
-            bsa.PlanError,
-            match=r"holds 2 encoders: sam2 \(.*vision_encoder.*\), sam2_memory \(memory_attention.layers\)",
-        ):
+        message = (
+            r"holds 2 encoders: sam2 \(.*vision_encoder.*\), "
+            r"sam2_memory \(memory_attention.layers\)"
+        )
+        with pytest.raises(bsa.PlanError, match=message):
             bsa.dense_plan(model)
-        assert [layer.head_dim for layer in bsa.inspect(model.vision_encoder).layers] == [
-            96,
-            96,
-            96,
-        ]
+        layers = bsa.inspect(model.vision_encoder).layers
+        assert [layer.head_dim for layer in layers] == [96, 96, 96]
         assert bsa.inspect(model.memory_attention).find("mem_cross.0").pointers == 64

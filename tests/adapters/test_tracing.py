@@ -1,4 +1,4 @@
-"""torch.fx, torch.jit.trace and torch.jit.script of swapped models: they work, or one sentence says what to do."""
+"""torch.fx, torch.jit.trace and torch.jit.script of swapped models: they work or raise an error."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ import bsa_vision as bsa
 from bsa_vision.adapters.swap.sparse_layer import layers_of
 from tests.adapters import test_torchvision_vit
 from tests.helpers import models, sam2_models, sam_models, timm_models
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
+from tests.helpers.errors import relative_error
 
 
 def local(model):
@@ -28,7 +25,7 @@ def run(model, pixels):
 
 
 class Function(nn.Module):
-    """A model and what is made of its outputs: a trace returns tensors."""
+    """A model whose outputs are converted to tensors, for tracing."""
 
     def __init__(self, model, features):
         super().__init__()
@@ -52,7 +49,7 @@ def memory_inputs():
     return tuple(draw(count, 1, channels) for count, channels in sizes)
 
 
-# name -> (model, what it makes of its inputs, inputs)
+# name -> (function that makes the model, function that runs it, inputs)
 TRACED = {
     "dinov3": (partial(models.make, "dinov3"), models.features, (models.image(),)),
     "clip": (partial(models.make, "clip"), models.features, (models.image(),)),
@@ -66,7 +63,7 @@ TRACED = {
             "transformers sam, eager",
             "timm",
             "timm, qk-norm",
-            "bsa_vision.encoder",
+            "create_encoder",
         )
     },
     "sam2": (partial(sam2_models.make, "sam2"), sam2_models.features, (sam2_models.image(),)),
@@ -94,15 +91,15 @@ def test_trace(name):
     dense = model(*inputs)
     bsa.sparsify_(model, local(model), on_unsupported="error")
     expected = model(*inputs)
-    assert relative(expected, dense) > 1e-3
+    assert relative_error(expected, dense) > 1e-3
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(model, inputs, check_trace=False)
-    assert relative(traced(*inputs), expected) < 1e-6
+    assert relative_error(traced(*inputs), expected) < 1e-6
     other = tuple(x.flip(0) + 0.1 for x in inputs)
-    assert relative(traced(*other), model(*other)) < 1e-6
-    tower = layers_of(model)[0].encoder
-    assert all(type(side) is int for side in tower.grid)  # no tensor is left in the model
+    assert relative_error(traced(*other), model(*other)) < 1e-6
+    encoder = layers_of(model)[0].encoder
+    assert all(type(side) is int for side in encoder.grid)  # no tensor is left in the model
 
 
 SCRIPTED = {
@@ -127,10 +124,10 @@ def test_script_is_refused_in_one_sentence(name, kind):
     make, _ = SCRIPTED[name]
     model = make()
     bsa.sparsify_(model, bsa.dense_plan(model) if kind == "dense" else local(model))
-    with pytest.raises(
-        RuntimeError,
-        match=r"^torch\.jit\.script cannot compile layer '.*', which has sparse heads: .*restore_.*trace",
-    ):
+    message = (
+        r"^torch\.jit\.script cannot compile layer '.*', which has sparse heads: .*restore_.*trace"
+    )
+    with pytest.raises(RuntimeError, match=message):
         torch.jit.script(model)
     bsa.restore_(model)
 
@@ -140,10 +137,8 @@ def test_a_restored_model_scripts():
     bsa.restore_(bsa.sparsify_(model, local(model)))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert (
-            relative(torch.jit.script(model)(timm_models.image()), model(timm_models.image()))
-            < 1e-6
-        )
+        scripted, pixels = torch.jit.script(model), timm_models.image()
+        assert relative_error(scripted(pixels), model(pixels)) < 1e-6
 
 
 class TestFx:
@@ -157,7 +152,7 @@ class TestFx:
     @pytest.mark.parametrize("kind", ["dense", "dense by gather", "sparse"])
     @torch.no_grad()
     def test_torchvision(self, kind):
-        """Its attention is a leaf, as torch's own is; the patch embedding is called, so that grids are known."""
+        """The attention is a leaf; the patch embedding is called, so the grid is known."""
         model, pixels = test_torchvision_vit.make(), test_torchvision_vit.image()
         outs = []
         hook = model.get_submodule(self.NODE).register_forward_hook(
@@ -172,16 +167,14 @@ class TestFx:
         hook.remove()
         extractor = self.extract(model, self.NODE)
         assert torch.equal(extractor(pixels)["out"], outs[1])
-        assert (relative(outs[1], outs[0]) > 1e-3) == (kind == "sparse")
-        with bsa.dense(model):
-            assert torch.equal(
-                extractor(pixels)["out"], outs[0]
-            )  # the swapped modules themselves, not copies
+        assert (relative_error(outs[1], outs[0]) > 1e-3) == (kind == "sparse")
+        with bsa.dense(model):  # the extractor has the swapped modules, not copies
+            assert torch.equal(extractor(pixels)["out"], outs[0])
         bsa.restore_(model)
 
     @torch.no_grad()
     def test_timm(self):
-        """Its patch embedding is taken apart, so that nobody sees the image: the original runs, and that is said."""
+        """The patch embedding is traced through, so the grid is unknown: the original runs."""
         model, pixels = timm_models.make("vit"), timm_models.image()
         dense = model(pixels)
         bsa.sparsify_(model, local(model))
@@ -189,13 +182,13 @@ class TestFx:
         from timm.models._features_fx import create_feature_extractor
 
         extractor = create_feature_extractor(model, {"norm": "out"})
-        with pytest.warns(UserWarning, match="the grid of this input cannot be told"):
-            assert relative(extractor(pixels)["out"], dense) < 1e-5
-        assert torch.equal(model(pixels), sparse)  # which it does not change
+        with pytest.warns(UserWarning, match="the grid of this input is unknown"):
+            assert relative_error(extractor(pixels)["out"], dense) < 1e-5
+        assert torch.equal(model(pixels), sparse)  # the extractor does not change it
 
     @torch.no_grad()
     def test_layers_left_alone_are_traced_through(self):
-        """As in the original: the softmax of timm's attention is a node."""
+        """The softmax of timm's attention is a node, as in the original."""
         from timm.utils import AttentionExtract
 
         model = timm_models.not_fused(partial(timm_models.make, "vit"))
@@ -206,12 +199,12 @@ class TestFx:
         assert all(torch.equal(got[key], expected[key]) for key in expected)
         bsa.restore_(model)
         bsa.sparsify_(model, local(model))
-        with pytest.raises(RuntimeError, match="No node names found"):  # no maps, and timm says so
+        with pytest.raises(RuntimeError, match="No node names found"):  # by timm
             AttentionExtract(model, method="fx")
 
     def test_a_graph_cannot_be_swapped(self):
         extractor = self.extract(test_torchvision_vit.make(), self.NODE)
         with pytest.raises(
-            bsa.PlanError, match=r"is a graph that torch\.fx traced.*sparsify_ that one first"
+            bsa.PlanError, match=r"is a graph traced by torch\.fx.*sparsify_ the original first"
         ):
             bsa.inspect(extractor)

@@ -1,4 +1,4 @@
-"""Vision towers in transformers that are more than a plain ViT: inside composite models, with padding masks, with windows."""
+"""Vision towers in transformers with windows, padding masks, or a text tower beside them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ import torch
 from torch import nn
 
 import bsa_vision as bsa
+from tests.helpers.errors import relative_error
 from tests.helpers.models import features, image, make, siglip2
 
 PLAN = dict(radius=1, block_size=8, tile=(2, 4))
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 class TestSam3:
@@ -30,17 +27,15 @@ class TestSam3:
                 outs[backend] = features(bsa.sparsify_(model, plan, backend=backend), image())
                 bsa.restore_(model)
             assert torch.equal(features(model, image()), expected)
-            bsa.sparsify_(
-                model, bsa.dense_plan(model), backend="gather"
-            )  # windowed layers through it as well
-            assert relative(features(model, image()), expected) < 1e-5
+            bsa.sparsify_(model, bsa.dense_plan(model), backend="gather")  # windowed layers too
+            assert relative_error(features(model, image()), expected) < 1e-5
             torch.compiler.reset()
             bsa.sparsify_(bsa.restore_(model), plan)
             compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-            assert relative(features(compiled, image()), outs["auto"]) < 1e-5
-        assert relative(outs["auto"], outs["reference"]) < 1e-5
-        assert relative(outs["sdpa"], outs["reference"]) < 1e-5
-        assert relative(outs["auto"], expected) > 1e-2
+            assert relative_error(features(compiled, image()), outs["auto"]) < 1e-5
+        assert relative_error(outs["auto"], outs["reference"]) < 1e-5
+        assert relative_error(outs["sdpa"], outs["reference"]) < 1e-5
+        assert relative_error(outs["auto"], expected) > 1e-2
 
     def test_windowed_layers_stay_dense(self):
         model = make("sam3")
@@ -49,15 +44,15 @@ class TestSam3:
 
 
 class TestNaFlex:
-    """SigLIP 2: images as patches, with padding up to the largest number of them."""
+    """SigLIP 2: images as patches, padded to the largest number of patches."""
 
     def inputs(self, grids):
         torch.manual_seed(2)
-        longest = max(height * width for height, width in grids)
-        mask = torch.zeros(len(grids), longest, dtype=torch.long)
+        max_patches = max(height * width for height, width in grids)
+        mask = torch.zeros(len(grids), max_patches, dtype=torch.long)
         for row, (height, width) in zip(mask, grids):
             row[: height * width] = 1
-        pixels = torch.randn(len(grids), longest, 3 * 8 * 8)
+        pixels = torch.randn(len(grids), max_patches, 3 * 8 * 8)
         return dict(
             pixel_values=pixels, pixel_attention_mask=mask, spatial_shapes=torch.tensor(grids)
         )
@@ -84,10 +79,10 @@ class TestNaFlex:
             turned = {**inputs, "spatial_shapes": torch.tensor([[4, 10], [10, 4]])}
             dense = model(**turned).last_hidden_state
             bsa.sparsify_(model, plan)
-            model(**inputs)  # a known grid must not serve the next input
-            with pytest.warns(UserWarning, match="the grid of this input cannot be told"):
+            model(**inputs)  # its grid must not be used for the next input
+            with pytest.warns(UserWarning, match="the grid of this input is unknown"):
                 assert torch.equal(model(**turned).last_hidden_state, dense)
-        assert relative(outs[0], outs[1]) < 1e-5
+        assert relative_error(outs[0], outs[1]) < 1e-5
 
 
 class TestComposite:
@@ -143,5 +138,5 @@ def two_towers(family) -> nn.Module:
     return getattr(transformers, f"{name}Model")(config).eval()
 
 
-def test_siglip2_is_square_where_nothing_says_otherwise():
+def test_siglip2_is_square_by_default():
     assert bsa.inspect(siglip2(num_patches=256)).grid == (16, 16)

@@ -18,11 +18,8 @@ TOKENS = 2048
 
 def good():
     q = torch.empty(1, 4, TOKENS, 64)
-    return (
-        q,
-        q,
-        generate_vit_random_sparse_mask((512, 1024), 16, 128, 1, 4, include_cls_token=False),
-    )
+    mask = generate_vit_random_sparse_mask((512, 1024), 16, 128, 1, 4, include_cls_token=False)
+    return q, q, mask
 
 
 def packed(**changes):
@@ -36,7 +33,7 @@ def test_a_good_call_has_no_finding():
     for masks in (mask, bsa.HeadMasks(mask)):
         report = bsa.check(q, k, masks)
         assert report.ok
-        assert str(report) == "nothing wrong found, and blocks to skip"
+        assert str(report) == "ok: no problems found, blocks will be skipped"
     q, k, mask, options = packed()
     assert bsa.check(q, k, mask, **options).ok
 
@@ -117,10 +114,8 @@ def test_nothing_to_gain():
     assert report.topics == ("all-true", "little-sparsity")
     assert not report.ok
     small = torch.empty(1, 4, 256, 64)
-    assert (
-        "few-tokens"
-        in bsa.check(small, small, mask[..., :2, :2] | torch.eye(2, dtype=torch.bool)).topics
-    )
+    small_mask = mask[..., :2, :2] | torch.eye(2, dtype=torch.bool)
+    assert "few-tokens" in bsa.check(small, small, small_mask).topics
     mask[0, 1] = True
     assert "every block of heads [1] is True" in str(bsa.check(q, k, mask))
     dense = bsa.HeadMasks(None, [0] * 4)
@@ -141,7 +136,7 @@ TILES = TokenLayout((32, 64), order="tile")
 
 
 class TestOrder:
-    """Masks and tokens in one order, as far as that is known."""
+    """Comparison of the order of the masks with the order of the tokens."""
 
     def blocks(self, layout=TILES):
         return stack_heads([local_window(layout, 4)] * 4, 1)
@@ -151,8 +146,8 @@ class TestOrder:
         report = bsa.check(q, k, bsa.HeadMasks(self.blocks()))
         assert (report.topics, report.findings[0].level, report.ok) == (("order",), "error", False)
         assert "order='tile'" in str(report)
-        assert "tokens are taken as they come" in str(report)
-        assert "nothing wrong" not in str(report)
+        assert "but tokens are used in the order given" in str(report)
+        assert "ok: no problems" not in str(report)
 
     @pytest.mark.parametrize("right", ["given", "in one call", "raster", "a plan's"])
     def test_twin_with_the_layout(self, right):
@@ -167,7 +162,7 @@ class TestOrder:
         assert bsa.check(q, k, made[right]()).findings == ()
 
     def test_another_layout_than_the_masks(self):
-        """A generator's masks, given a layout they were not made for; and one whose tiles are rows, which is the same order."""
+        """Tiles that are rows of the grid are raster order: no finding."""
         q, k, mask = good()
         assert "made for TokenLayout(grid=(32, 64)" in str(
             bsa.check(q, k, bsa.HeadMasks(mask, layout=TILES))
@@ -179,9 +174,9 @@ class TestOrder:
         q, k, _ = good()
         report = bsa.check(q, k, bsa.HeadMasks(self.blocks().clone()))
         assert (report.topics, report.findings[0].level, report.ok) == (("order",), "note", True)
-        assert str(report).startswith(
-            "nothing wrong found, and blocks to skip\n[note] tokens are taken as they come"
-        )
+        summary, note = str(report).split("\n")
+        assert summary == "ok: no problems found, blocks will be skipped"
+        assert note.startswith("[note] tokens are used in the order given")
         assert bsa.check(q, k, bsa.HeadMasks(self.blocks() | True)).topics == (
             "all-true",
             "little-sparsity",
@@ -201,8 +196,6 @@ class TestOrder:
         q, k, _ = good()
         joined = (Pattern("axial") | Pattern("strided", stride=5))(TILES)
         assert bsa.check(q, k, bsa.HeadMasks(stack_heads([joined] * 4, 1))).topics == ("order",)
-        some = [
-            local_window(TILES, 4),
-            local_window(TILES, 2) | joined,
-        ] * 2  # of the latter nothing is known
+        # The layout of a mask that torch computed is unknown.
+        some = [local_window(TILES, 4), local_window(TILES, 2) | joined] * 2
         assert bsa.check(q, k, bsa.HeadMasks(stack_heads(some, 1))).findings[0].level == "error"

@@ -1,4 +1,4 @@
-"""Tensors where nothing of ours was made for them: other devices, AMD's GPUs, nested ones; and derivatives of derivatives."""
+"""Tensors on other devices and AMD GPUs, nested tensors, and second derivatives."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FOR_NVIDIA = ("kernel", "cudnn", "flex")
 
 
 def masks():
-    """Of 257 tokens: each block sees itself and the first."""
+    """Masks of 257 tokens: each block attends to itself and to the first."""
     blocks = torch.eye(3, dtype=torch.bool)
     blocks[:, 0] = True
     return HeadMasks(blocks.expand(1, 4, 3, 3))
@@ -28,20 +28,21 @@ def problem(device, masks):
 
 
 class TestOtherDevices:
-    """By tensors that only pretend to be there."""
+    """Fake tensors stand for the devices."""
 
     @pytest.mark.parametrize("device", ["mps", "xpu"])
     def test_gather_or_sdpa(self, device):
         real = masks()
         with FakeTensorMode(allow_non_fake_inputs=True):
-            one = problem(device, real)
-            why = reasons(one)
-            assert choose(one) == "gather"
-            assert sparse_attention(one.q, one.q, one.q, one.masks).device.type == device
+            call = problem(device, real)
+            why = reasons(call)
+            assert choose(call) == "gather"
+            assert sparse_attention(call.q, call.q, call.q, call.masks).device.type == device
             with pytest.raises(
-                bsa.BackendUnavailable, match=f"on {device}. Able here: gather, sdpa, reference"
+                bsa.BackendUnavailable,
+                match=f"on {device}. Backends that can: gather, sdpa, reference",
             ):
-                choose(one, "kernel")
+                choose(call, "kernel")
         assert {name: reason is None for name, reason in why.items()} == {
             name: name not in FOR_NVIDIA for name in why
         }
@@ -49,16 +50,16 @@ class TestOtherDevices:
             assert why[name].endswith(f"the tensors are on {device}")
 
     def test_rocm(self, monkeypatch):
-        """Where torch calls AMD's GPUs "cuda"."""
+        """AMD GPUs, whose device type in torch is "cuda" as well."""
         monkeypatch.setattr(torch.version, "hip", "6.4")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "AMD Instinct MI300X")
         real = masks()
         with FakeTensorMode(allow_non_fake_inputs=True):
-            one = problem("cuda", real)
-            why = reasons(one)
-            assert choose(one) == "gather"
-            assert sparse_attention(one.q, one.q, one.q, one.masks).device.type == "cuda"
+            call = problem("cuda", real)
+            why = reasons(call)
+            assert choose(call) == "gather"
+            assert sparse_attention(call.q, call.q, call.q, call.masks).device.type == "cuda"
         for name in FOR_NVIDIA:
             assert why[name].endswith("this torch is built for ROCm")
         assert [name for name in why if why[name] is None] == ["gather", "sdpa", "reference"]
@@ -69,7 +70,7 @@ class TestOtherDevices:
             out = sparse_attention(q, q, q, masks(), backend=backend)
             assert (out.shape, out.device.type) == (q.shape, "meta")
 
-    def test_what_attention_costs_there_is_not_what_it_costs_here(self):
+    def test_latency_models_differ_by_device(self):
         known = [
             describe(64, torch.float32, torch.device(device)) for device in ("cpu", "mps", "xpu")
         ]
@@ -77,19 +78,16 @@ class TestOtherDevices:
 
 
 class TestNested:
-    def test_one_sentence(self):
-        q = torch.nested.nested_tensor(
-            [torch.randn(77, 4, 8), torch.randn(257, 4, 8)], layout=torch.jagged
-        )
+    def test_nested_tensors_are_refused(self):
+        images = [torch.randn(77, 4, 8), torch.randn(257, 4, 8)]
+        q = torch.nested.nested_tensor(images, layout=torch.jagged)
         with pytest.raises(
             TypeError,
             match=r"q is a nested tensor: expected \(B, H, N, D\).*q\.unbind\(\).*bsa\.pack",
         ):
             sparse_attention(q.transpose(1, 2), q.transpose(1, 2), q.transpose(1, 2), masks())
-        bounds, types = (
-            torch.tensor([0, 77, 334], dtype=torch.int32),
-            torch.zeros(4, dtype=torch.int32),
-        )
+        bounds = torch.tensor([0, 77, 334], dtype=torch.int32)
+        types = torch.zeros(4, dtype=torch.int32)
         with pytest.raises(
             TypeError, match=r"q is a nested tensor: expected \(total, H, D\).*bsa\.pack"
         ):
@@ -98,23 +96,24 @@ class TestNested:
             bsa.check(q.transpose(1, 2), q.transpose(1, 2), masks())
         )
 
-    def test_what_the_sentence_says_works(self):
+    def test_the_advice_of_the_error_works(self):
         images = [torch.randn(4, n, 8) for n in (40, 100)]
-        q = torch.nested.nested_tensor(
+        nested = torch.nested.nested_tensor(
             [x.transpose(0, 1) for x in images], layout=torch.jagged
-        ).transpose(1, 2)
+        )
+        q = nested.transpose(1, 2)
         each = [
             HeadMasks(torch.eye(-(-n // 32), dtype=torch.bool).expand(1, 4, -1, -1), block_size=32)
             for n in (40, 100)
         ]
         lists = [list(q.unbind())] * 3
-        for out, image, own in zip(sparse_attention(*lists, each), images, each, strict=True):
-            torch.testing.assert_close(out, sparse_attention(*[image[None]] * 3, own)[0])
+        for out, image, hm in zip(sparse_attention(*lists, each), images, each, strict=True):
+            torch.testing.assert_close(out, sparse_attention(*[image[None]] * 3, hm)[0])
         assert bsa.pack(list(q.unbind())).cu_seqlens.tolist() == [0, 40, 140]
 
 
 class TestSecondDerivatives:
-    def norm_of_the_gradient(self, backend, masks, compiled=False):
+    def norm_of_the_gradient(self, backend, masks):
         generator = torch.Generator().manual_seed(0)
         q, k, v = (
             torch.randn(1, 4, 257, 16, generator=generator, requires_grad=True) for _ in range(3)
@@ -124,13 +123,14 @@ class TestSecondDerivatives:
         return torch.autograd.grad(first.square().sum(), k)[0]
 
     @pytest.mark.parametrize("backend", ["auto", "gather"])
-    def test_the_message_names_the_backend_that_can(self, backend):
+    def test_the_error_names_a_backend_that_has_them(self, backend):
         with pytest.raises(
-            RuntimeError, match=r"do not reach through 'gather'.*name backend='reference'"
+            RuntimeError,
+            match=r"backend 'gather' has no second derivatives.*use backend='reference'",
         ):
             self.norm_of_the_gradient(backend, masks())
 
-    def test_and_it_can(self):
+    def test_reference_has_second_derivatives(self):
         torch.testing.assert_close(
             self.norm_of_the_gradient("reference", masks()),
             self.norm_of_the_gradient("sdpa", masks()),

@@ -86,7 +86,7 @@ class TestMeaning:
             (10, 15, ()),
         ]
 
-    def test_what_follows_is_computed_once(self):
+    def test_block_rows_are_cached(self):
         masks = HeadMasks(base())
         assert masks.block_rows(300, 300) is masks.block_rows(300, 300)
 
@@ -96,7 +96,7 @@ class TestMeaning:
         assert masks.sparsity == 0
         assert not HeadMasks(base()).all_dense
 
-    def test_repr_says_what_it_is(self):
+    def test_repr(self):
         assert "3 heads: 1 dense, 2 block-sparse, 0 streaming" in repr(
             HeadMasks(base(2), [1, 0, 1])
         )
@@ -113,9 +113,9 @@ class TestCopies:
             assert other.handle != masks.handle
             assert from_handle(other.handle) is other
 
-    def test_a_dead_handle_says_so(self):
+    def test_a_dead_handle_is_an_error(self):
         handle = HeadMasks(base()).handle
-        with pytest.raises(RuntimeError, match=rf"handle {handle}\) are gone.*keep the HeadMasks"):
+        with pytest.raises(RuntimeError, match=rf"handle {handle}\) no longer exist.*HeadMasks"):
             from_handle(handle)
 
     def test_later_writes_to_the_callers_tensor_do_not_count(self):
@@ -145,7 +145,7 @@ BAD = {
     "nothing": (
         dict(base_blockmask=None),
         ValueError,
-        "neither base_blockmask nor head_mask_type.*pass one",
+        "base_blockmask and head_mask_type are both None: pass one",
     ),
     "too few slices": (
         dict(base_blockmask=base(), head_mask_type=[1, 1, 1]),
@@ -165,12 +165,12 @@ BAD = {
     "mixed conventions": (
         dict(base_blockmask=base(3), head_mask_type=[1, 1, 2]),
         ValueError,
-        r"\(1, 1, 2\) mixes counted ones with explicit slices.*write 1 to 3 out",
+        r"\(1, 1, 2\) mixes ones with larger entries.*write 1 to 3, or only ones",
     ),
     "below -1": (
         dict(base_blockmask=base(), head_mask_type=[1, -2]),
         ValueError,
-        r"head_mask_type=\(1, -2\).*correct it",
+        r"head_mask_type=\(1, -2\): expected entries -1 \(streaming\), 0 \(dense\)",
     ),
     "types float": (
         dict(base_blockmask=base(), head_mask_type=torch.ones(2)),
@@ -195,7 +195,8 @@ BAD = {
     "empty row": (
         dict(base_blockmask=torch.eye(3, dtype=torch.bool)[None, None] & (torch.arange(3) != 1)),
         ValueError,
-        r"query block 1 of image 0, slice 1 keeps no key block \(1 such rows\).*allow_empty_rows=True",
+        r"query block 1 of image 0, slice 1 keeps no key block \(1 such rows\).*"
+        "allow_empty_rows=True",
     ),
     "layout rows": (
         dict(base_blockmask=base(2, 4, 3), layout=LAYOUT),
@@ -217,10 +218,10 @@ BAD = {
         ValueError,
         "kv_layout.block_size=64 differs from 128",
     ),
-    "block size said twice": (
+    "two block sizes": (
         dict(base_blockmask=base(), layout=LAYOUT, block_size=64),
         ValueError,
-        "leave block_size out",
+        "block_size=64 but layout.block_size=128: they must be equal",
     ),
 }
 
@@ -253,7 +254,7 @@ class TestPackHeadMasks:
 
     def test_errors(self):
         with pytest.raises(
-            ValueError, match=r"image 1 has head types \(0, 1\).*one set of head types"
+            ValueError, match=r"image 1 has head types \(0, 1\).*the same head types"
         ):
             pack_head_masks([HeadMasks(base(2)), HeadMasks(base(1), [0, 1])])
         with pytest.raises(ValueError, match="image 0 has a base_blockmask for 2 images"):
@@ -264,13 +265,15 @@ class TestFromPatterns:
     layout = TokenLayout((9, 14), num_prefix_tokens=5, order="tile", tile=(2, 4), block_size=8)
 
     def test_one_pattern_per_head(self):
-        def own(layout):
+        def diagonal(layout):
             return torch.eye(layout.num_blocks, dtype=torch.bool)
 
         mask = torch.rand(17, 17) < 0.5
         mask.fill_diagonal_(True)
         near = Pattern("local_window", radius=2)
-        masks = HeadMasks.from_patterns(self.layout, ["dense", near, "axial", own, mask, "dense"])
+        masks = HeadMasks.from_patterns(
+            self.layout, ["dense", near, "axial", diagonal, mask, "dense"]
+        )
         special = self.layout.special_blocks
         assert masks.slices == (0, 1, 2, 3, 4, 0)
         assert masks.layout is masks.kv_layout is self.layout
@@ -278,12 +281,12 @@ class TestFromPatterns:
         expected = [
             near(self.layout),
             Pattern("axial")(self.layout),
-            own(self.layout) | special[:, None] | special,
+            diagonal(self.layout) | special[:, None] | special,
             mask,
         ]
         assert torch.equal(masks.base_blockmask[0], torch.stack(expected))
 
-    def test_is_what_a_plan_makes(self):
+    def test_equals_the_masks_of_a_plan(self):
         heads = [
             "dense",
             Pattern("random_blocks", sparsity=0.6, seed=3),
@@ -324,7 +327,7 @@ class TestFromPatterns:
         ).slices == (0, 1)
         assert HeadMasks.from_patterns(self.layout, "dense", heads=2).all_dense
 
-    def test_keys_of_their_own(self):
+    def test_keys_with_another_layout(self):
         keys = TokenLayout(
             (9, 14), num_suffix_tokens=3, order="tile", tile=(2, 4), block_size=8, frames=2
         )
@@ -335,18 +338,16 @@ class TestFromPatterns:
         assert masks.kv_layout is keys
         assert torch.equal(masks.base_blockmask[0], near(self.layout, keys=keys).expand(2, -1, -1))
         with pytest.raises(
-            ValueError, match="pattern 'strided' is for keys that are the queries' own tokens"
+            ValueError, match="pattern 'strided' needs keys that are the queries' tokens"
         ):
             HeadMasks.from_patterns(self.layout, "strided", heads=1, kv_layout=keys)
 
     def test_prompts_and_masks_of_several_images(self):
-        region, boxes = (
-            Pattern("prompt_region", radius=1, near=0),
-            [[(0, 0, 0, 0)], [(8, 13, 8, 13), (4, 4, 5, 5)]],
-        )
+        region = Pattern("prompt_region", radius=1, near=0)
+        boxes = [[(0, 0, 0, 0)], [(8, 13, 8, 13), (4, 4, 5, 5)]]
         both = torch.stack([local_window(self.layout, 0), local_window(self.layout, 1)])
         masks = HeadMasks.from_patterns(self.layout, [region, both, "axial"], boxes=boxes)
-        expected = [region(self.layout, boxes=one) for one in boxes]
+        expected = [region(self.layout, boxes=image) for image in boxes]
         assert torch.equal(masks.base_blockmask[:, 0], torch.stack(expected))
         assert torch.equal(masks.base_blockmask[:, 1], both)
         assert not torch.equal(*expected)
@@ -360,7 +361,7 @@ class TestFromPatterns:
         assert HeadMasks.from_patterns(self.layout, [nothing], allow_empty_rows=True).sparsity == 1
 
     def test_what_masks_were_made_for_is_in_no_file(self):
-        """As an attribute of the tensor it would be, and torch.load with weights_only=True would refuse the file."""
+        """A tensor attribute would be saved, and torch.load(weights_only=True) would refuse it."""
         mask, file = local_window(self.layout, 1), io.BytesIO()
         assert layouts_of(mask) == (self.layout, self.layout)
         torch.save(mask, file)

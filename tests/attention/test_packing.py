@@ -12,7 +12,7 @@ from bsa_vision.masks import TokenLayout
 layouts = st.builds(
     TokenLayout,
     st.tuples(st.integers(1, 12), st.integers(1, 17)),
-    start=st.integers(0, 5),
+    num_prefix_tokens=st.integers(0, 5),
     num_suffix_tokens=st.integers(0, 4),
     order=st.sampled_from(["raster", "tile"]),
     tile=st.tuples(st.integers(1, 5), st.integers(1, 5)),
@@ -71,7 +71,9 @@ def test_twin_another_order_is_another_tensor():
 
 def test_errors():
     x = torch.randn(2, 30, 4)
-    with pytest.raises(ValueError, match=r"shapes \[\(30, 4\)\]: expected \(B, H, N, D\).*reshape"):
+    with pytest.raises(
+        ValueError, match=r"shapes \[\(30, 4\)\]: expected \(B, H, N, D\), or a list"
+    ):
         pack([x[0]])
     with pytest.raises(ValueError, match=r"expected .* the same heads and head dim"):
         pack([x, x[:1]])

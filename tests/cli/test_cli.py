@@ -1,4 +1,4 @@
-"""`bsa-vision bench`: what a user types, sees, and gets as exit code."""
+"""`bsa-vision bench`: options, output and exit codes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL += " --implementation bsa --implementation sdpa-mask"
 
 
 def run(capsys, line: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of `bsa-vision line`."""
+    """Run `bsa-vision line`; return the exit code, standard output and standard error."""
     with pytest.raises(SystemExit) as left:
         main.main(line.split())
     return left.value.code or 0, *capsys.readouterr()
@@ -32,7 +32,7 @@ def process(*arguments: str, code: str | None = None) -> subprocess.CompletedPro
     return subprocess.run([*bench, *arguments], capture_output=True, text=True, cwd=ROOT)
 
 
-def test_a_run_with_all_its_outputs(capsys, tmp_path):
+def test_all_outputs(capsys, tmp_path):
     files = f"--json {tmp_path}/new/rows.json --plot {tmp_path}/rows.png"
     code, out, err = run(capsys, f"bench {SMALL} --density 0.25 --density 0.5 {files}")
     assert (code, err) == (0, "")
@@ -40,20 +40,20 @@ def test_a_run_with_all_its_outputs(capsys, tmp_path):
     assert "torch threads" in lines[0]
     assert lines[1].startswith("grid 20x13, heads 3, head_dim 16, dtype float32, device cpu,")
     assert sum(line.startswith("random ") for line in lines) == 2
-    assert "\x1b" not in out  # plain when piped
+    assert "\x1b" not in out  # no colours in a pipe
     data = json.loads((tmp_path / "new" / "rows.json").read_text())
     assert data["command"].startswith("bsa-vision bench --tokens 20x13 ")
     assert data["complete"]
     assert [f"{row['density']:.3f}" in out for row in data["rows"]] == [True] * 2
-    found = [one for row in data["rows"] for one in row["implementations"].values()]
-    assert [len(one["timing"]["seconds"]) for one in found] == [2] * 6
+    found = [each for row in data["rows"] for each in row["implementations"].values()]
+    assert [len(each["timing"]["seconds"]) for each in found] == [2] * 6
     with Image.open(tmp_path / "rows.png") as picture:
         assert min(picture.size) > 500
         colors = picture.convert("RGB").getcolors(1 << 24)
-        assert len(colors) > 50  # lines and text, not an empty sheet
+        assert len(colors) > 50  # lines and text, not an empty picture
 
 
-def test_a_wrong_result_gives_exit_code_1(capsys, monkeypatch, tmp_path):
+def test_wrong_result_gives_exit_code_1(capsys, monkeypatch, tmp_path):
     line = f"bench {SMALL} --density 0.5 --json {tmp_path}/rows.json"
     assert run(capsys, line)[0] == 0
 
@@ -77,7 +77,7 @@ def test_attention_is_the_default_and_can_be_named(capsys):
     assert first[1].splitlines()[1] == named[1].splitlines()[1]
 
 
-def test_patterns_can_be_several(capsys):
+def test_several_patterns(capsys):
     _, out, _ = run(capsys, f"bench {SMALL} --pattern local:1 --pattern local:2")
     assert [line.split()[0] for line in out.splitlines() if " ms" in line] == ["local:1", "local:2"]
 
@@ -95,8 +95,11 @@ def test_implementations_that_cannot_run_say_why(capsys):
     [
         ("--tokens 1000", "--tokens '1000': allowed are grids"),
         ("--density 0.5 --pattern local:8", "--density: only random and nearest take one"),
-        ("--pattern local:x", "radius='x': expected a whole number"),
-        ("--pattern region:30x1 --tokens 8x8", "patch (30, 1) lies outside the grid"),
+        ("--pattern local:x", "radius='x': expected an integer"),
+        (
+            "--pattern region:30x1 --tokens 8x8",
+            "patch (30, 1) lies outside the grid of 8 x 8 patches",
+        ),
         ("--implementation xformers", "--implementation 'xformers': allowed are sdpa, bsa,"),
         ("--backend cudnnn", "--backend 'cudnnn': allowed are auto, kernel,"),
         ("--dtype int8", "--dtype 'int8': allowed are float32, bfloat16, float16, float64"),
@@ -117,7 +120,7 @@ def test_wrong_input(capsys, line, message, monkeypatch, tmp_path):
     assert not list(tmp_path.rglob("rows.*"))
 
 
-def test_numbers_options_and_commands_that_do_not_exist(capsys):
+def test_invalid_numbers_options_and_commands(capsys):
     for line in ("--density 2", "--rounds 0", "--heads x", "--block-size 0"):
         code, out, err = run(capsys, f"bench {line}")
         assert (code, out) == (2, "")
@@ -137,6 +140,24 @@ def test_help_names_the_options(capsys):
     assert "model" in run(capsys, "bench --help")[1]
 
 
+@pytest.mark.parametrize(
+    ("command", "default"),
+    [
+        ("bench attention", "all that this device can run"),
+        ("bench model", "64 patches per side"),
+        ("describe", "the model's own"),
+        ("masks", "the middle of the grid"),
+        ("tune", "cuda if available, else cpu"),
+    ],
+)
+def test_help_shows_defaults_in_words(capsys, monkeypatch, command, default):
+    """rich reads `[...]` in help texts as markup and drops it."""
+    monkeypatch.setenv("COLUMNS", "160")
+    code, out, _ = run(capsys, f"{command} --help")
+    assert code == 0
+    assert f"[default: ({default}" in out
+
+
 class TestModel:
     line = "bench model --model tests.helpers.models:dinov3 --block-size 16 --rounds 1"
 
@@ -145,14 +166,14 @@ class TestModel:
         code, out, _ = run(capsys, f"{self.line} {options} --json {tmp_path}/rows.json")
         assert code == 0
         assert "3 layers of 4 heads of 12" in out
-        assert "RANDOM WEIGHTS" not in out  # a factory's weights are its own affair
+        assert "RANDOM WEIGHTS" not in out  # the weights of a factory are unknown
         (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
         assert row["case"]["image_size"] == [96, 64]
         sparse = row["implementations"]["sparse"]
         assert sparse["errors"]["features"]["found"] <= sparse["errors"]["features"]["allowed"]
         assert sparse["timing"]["seconds"]
 
-    def test_random_weights_are_named_as_such(self, capsys, monkeypatch):
+    def test_random_weights_are_reported(self, capsys, monkeypatch):
         small = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4)
         small |= dict(intermediate_size=96)
         monkeypatch.setitem(random_weights.BUILT_IN, "dinov3", ("DINOv3ViT", 8, small))
@@ -165,9 +186,12 @@ class TestModel:
         ("line", "message"),
         [
             ("--model resnet", "--model 'resnet': allowed are vit, dinov2, dinov3, sam and"),
-            ("--image-size 65", "both sides must be whole numbers of (8, 8) pixel patches"),
-            ("--dense-heads 9", "dense_heads=9: the model has 4 heads"),
-            ("--model torch.nn:Identity --image-size 64", "no attention layer of Identity"),
+            ("--image-size 65", "both sides must be multiples of the patch size (8, 8)"),
+            ("--dense-heads 9", "--dense-heads 9: the model has 4 heads"),
+            (
+                "--model torch.nn:Identity --image-size 64",
+                "Identity has no supported attention layer",
+            ),
         ],
     )
     def test_wrong_input(self, capsys, line, message):
@@ -195,8 +219,8 @@ def test_without_the_cli_extra(missing):
     assert "Traceback" not in result.stderr
 
 
-def test_ctrl_c_leaves_cleanly(capsys, monkeypatch, tmp_path):
-    """Rows measured so far are shown and written."""
+def test_ctrl_c(capsys, monkeypatch, tmp_path):
+    """Rows measured so far are printed and saved."""
     real, calls = bench.run_case, []
 
     def interrupted(case, *rest):
@@ -215,6 +239,5 @@ def test_ctrl_c_leaves_cleanly(capsys, monkeypatch, tmp_path):
     data = json.loads((tmp_path / "rows.json").read_text())
     assert (data["complete"], len(data["rows"])) == (False, 1)
     calls[:] = [None]
-    assert (
-        run(capsys, f"bench {SMALL} --density 0.5 --json {tmp_path}/none.json")[0] == 130
-    )  # before any row
+    # before any row
+    assert run(capsys, f"bench {SMALL} --density 0.5 --json {tmp_path}/none.json")[0] == 130

@@ -21,6 +21,7 @@ from bsa_vision.models import by_name, hub_configs
 from tests.helpers import models
 
 ROOT = Path(__file__).parents[2]
+# Runs the command with a broken torchvision and without timm.
 BREAK = """
 import sys
 class Broken:
@@ -36,20 +37,21 @@ cli.main({arguments})
 
 
 def run(capsys, line: str) -> tuple[int, str, str]:
+    """Run `bsa-vision line`; return the exit code, standard output and standard error."""
     with pytest.raises(SystemExit) as left:
         main.main(line.split())
     return left.value.code or 0, *capsys.readouterr()
 
 
 class TestDoctor:
-    def test_what_is_here(self):
+    def test_findings(self):
         found = {finding.name: finding for finding in doctor.doctor()}
         assert found["torch"].detail == torch.__version__
         assert set(BACKENDS) <= set(found)
         assert found["gather"].state == found["reference"].state == doctor.OK
         if not torch.cuda.is_available():
-            assert found["kernel"].state == found["GPU"].state == doctor.NOT_HERE
-            assert "CUDA" in found["kernel"].detail
+            assert found["kernel"].state == found["GPU"].state == doctor.UNAVAILABLE
+            assert found["kernel"].detail == "needs a CUDA device"  # there are no tensors to name
         assert found["transformers"].state == found["timm"].state == doctor.OK
         assert found["timm"].detail[0].isdigit()
         assert found["block_sparse_attn"].state == doctor.ABSENT
@@ -64,15 +66,16 @@ class TestDoctor:
         kinds = [finding["kind"] for finding in json.loads(out)]
         assert kinds == sorted(kinds, key=["package", "machine", "backend", "library"].index)
 
-    def test_reasons_are_not_read_as_markup(self, capsys, monkeypatch):
+    def test_details_are_not_parsed_as_markup(self, capsys, monkeypatch):
         found = [doctor.Finding("library", "timm", doctor.BROKEN, "[Errno 2] no such file")]
         monkeypatch.setattr("bsa_vision.cli.show.doctor", lambda: found)
         code, out, _ = run(capsys, "doctor")
         assert code == 1
         assert "[Errno 2] no such file" in out
 
+    @pytest.mark.slow
     def test_with_torchvision_broken(self):
-        """Broken and absent are told apart, neither breaks the rest, and the exit code says so."""
+        """Broken libraries give exit code 1; neither they nor missing ones affect other rows."""
         result = subprocess.run(
             [sys.executable, "-c", BREAK.format(arguments=["doctor", "--json"])],
             capture_output=True,
@@ -94,11 +97,11 @@ class TestDoctor:
             text=True,
             cwd=ROOT,
         )
-        assert "torchvision does not fit torch" in table.stdout
+        assert "torchvision does not match torch" in table.stdout
         assert table.stdout.count("uninstall torchvision") == 1
 
-    def test_what_models_need_is_imported_and_its_cause_named(self, monkeypatch):
-        """timm beside a torchvision for another torch breaks transformers' DINOv3, not `import transformers`."""
+    def test_models_are_imported_and_the_cause_of_errors_is_shown(self, monkeypatch):
+        """timm with a mismatched torchvision breaks DINOv3, but not `import transformers`."""
         real = doctor.importlib.import_module
 
         class Transformers:
@@ -120,12 +123,12 @@ class TestDoctor:
         assert (
             "DINOv3ViTModel: RuntimeError: operator torchvision::nms does not exist" in found.detail
         )
-        assert "install the torchvision made for this torch" in doctor.advice(found)
-        assert "reinstall it to fit your torch" in doctor.advice(
+        assert "Install the torchvision built for this torch" in doctor.advice(found)
+        assert "Reinstall a version that matches torch" in doctor.advice(
             doctor.Finding("library", "timm", doctor.BROKEN, "1.0: OSError: x")
         )
 
-    def test_sources_that_hide_an_installation(self, tmp_path, monkeypatch):
+    def test_sources_that_shadow_an_installation(self, tmp_path, monkeypatch):
         installed = tmp_path / "bsa_vision"
         installed.mkdir()
         (installed / "__init__.py").touch()
@@ -135,7 +138,7 @@ class TestDoctor:
                 return tmp_path / name
 
         assert doctor._package().state == doctor.OK
-        assert version("bsa-vision") in doctor._package().detail
+        assert doctor._package().detail == f"{version('bsa-vision')}, {ROOT / 'bsa_vision'}"
         monkeypatch.setattr(doctor, "distribution", lambda name: Distribution())
         found = doctor._package()
         assert found.state == doctor.SHADOWED
@@ -145,7 +148,7 @@ class TestDoctor:
 
 class TestMasks:
     def test_text(self, capsys):
-        code, out, _ = run(capsys, "masks local:8 --grid 32x48 --start 5")
+        code, out, _ = run(capsys, "masks local:8 --grid 32x48 --prefix-tokens 5")
         layout = TokenLayout((32, 48), num_prefix_tokens=5, order="tile")
         mask = local_window(layout, 8)
         assert code == 0
@@ -172,14 +175,16 @@ class TestMasks:
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            ("masks nope", "allowed are random, local"),
+            ("masks nope", "masks: pattern 'nope': allowed are random, local"),
             ("masks local --grid 3x", "allowed are grids such as 48x80"),
-            ("masks local --order spiral", "order='spiral': allowed are 'raster', 'tile'"),
+            ("masks local --order spiral", "--order 'spiral': allowed are 'raster', 'tile'"),
             (
                 "masks local --grid 8x8 --query 9x1 --png out/x.png",
                 "patch (9, 1) lies outside the grid",
             ),
-            ("masks local --grid 8x8 --query 9 --png out/x.png", "expected a patch, row x column"),
+            ("masks local --query 9", "--query '9': expected a patch, ROWxCOLUMN"),
+            ("masks local --query axb", "--query 'axb': expected a patch, ROWxCOLUMN"),
+            ("masks local --block-size 0", "Invalid value for '--block-size'"),
         ],
     )
     def test_wrong_input(self, capsys, line, message):
@@ -200,7 +205,8 @@ class TestDescribe:
     def test_json(self, capsys):
         code, out, _ = run(
             capsys,
-            "describe timm:vit_tiny_patch16_224 --random --image-size 448 --pattern random_blocks:0.5 --json",
+            "describe timm:vit_tiny_patch16_224 --random --image-size 448 "
+            "--pattern random_blocks:0.5 --json",
         )
         data = json.loads(out)
         assert code == 0
@@ -218,11 +224,12 @@ class TestDescribe:
         assert code == 0
         assert "axial()" in out
 
-    def test_without_a_pattern_it_says_what_could_be_gained(self, capsys):
+    def test_without_a_pattern(self, capsys):
         code, out, _ = run(capsys, "describe tests.helpers.models:dinov3")
         assert code == 0
         assert "sparsity can gain at most" in out
 
+    @pytest.mark.slow
     def test_with_torchvision_broken(self):
         arguments = ["describe", "sam:vit_b", "--random", "--image-size", "256"]
         result = subprocess.run(
@@ -244,7 +251,7 @@ class TestDescribe:
             ("timm:vit_tinny_patch16 --random", "nearest are vit_tiny_patch16"),
             (
                 "timm:resnet18 --random",
-                "no attention layer of ResNet is one this version serves; it has none",
+                "ResNet has no supported attention layer (found: none)",
             ),
             ("transformers:no/such/folder", "gave "),
             ("sam:vit_x --random", "allowed are vit_b, vit_l, vit_h"),
@@ -254,17 +261,17 @@ class TestDescribe:
             ("tests.helpers.models:nothing", "gave AttributeError"),
             (
                 "tests.helpers.models:dinov3 --pattern local --plan p.json",
-                "--pattern and --plan: one of the two",
+                "--pattern and --plan are both given",
             ),
             ("tests.helpers.models:dinov3 --pattern nope", "allowed are random, local"),
             ("tests.helpers.models:dinov3 --pattern windw:8", "nearest are window"),
             (
                 "tests.helpers.models:dinov3 --pattern local:8.5",
-                "radius=8.5: expected a whole number",
+                "radius=8.5: expected an integer",
             ),
             (
                 "tests.helpers.models:dinov3 --image-size 65",
-                "both sides must be whole numbers of (8, 8) pixel patches",
+                "both sides must be multiples of the patch size (8, 8)",
             ),
         ],
     )
@@ -318,10 +325,10 @@ class TestLoading:
                 SIZES[name] * 1e6, rel=3e-4
             )
 
-    def test_sizes_are_of_names_there_are(self):
+    def test_sizes_belong_to_known_names(self):
         assert set(SIZES) <= set(hub_configs.CONFIGS)
 
-    def test_other_names_do(self, monkeypatch):
+    def test_other_names_need_the_network(self, monkeypatch):
         import transformers
 
         def refuse(*_):
@@ -329,14 +336,17 @@ class TestLoading:
 
         for kind in (transformers.AutoConfig, transformers.AutoModel):
             monkeypatch.setattr(kind, "from_pretrained", refuse)
-        said = r"its configuration, which is not built in, must be fetched: .*config\.json.*nearest .*facebook/dinov2-base"
-        with pytest.raises(ValueError, match=said):
+        message = (
+            r"its configuration, which is not built in, must be fetched: .*config\.json.*"
+            r"nearest .*facebook/dinov2-base"
+        )
+        with pytest.raises(ValueError, match=message):
             by_name.load("transformers:facebook/dinov2-bas", random=True)
         with pytest.raises(ValueError, match="no network here; its weights must be fetched"):
             by_name.load("transformers:facebook/dinov2-base")
 
     def test_transformers_from_a_folder(self, tmp_path):
-        """With its weights, and from its configuration alone."""
+        """Load a folder with its weights, and only its configuration."""
         folder = save(tmp_path)
         expected = models.make("dinov3")
         loaded, fresh = (

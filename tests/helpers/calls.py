@@ -1,4 +1,4 @@
-"""Run one attention call with every option that some backend has, below the checks of the public functions."""
+"""Run attention with every option that some backend has, below the public functions' checks."""
 
 import torch
 
@@ -17,7 +17,7 @@ def attend(
     dropout_p=0.0,
     backend="auto",
     cu_seqlens=(None, None),
-    longest=(0, 0),
+    max_seqlens=(0, 0),
     is_causal=False,
     exact_streaming=False,
     return_lse=False,
@@ -26,8 +26,8 @@ def attend(
     """Return the `Result`; `source` is HeadMasks, or the kernel's three tensors."""
     raw = source if isinstance(source, tuple) else (None, None, None)
     call = Call(q, k, v, *(rel_pos or (None, None)), *cu_seqlens, *raw)._replace(
-        max_seqlen_q=longest[0],
-        max_seqlen_k=longest[1],
+        max_seqlen_q=max_seqlens[0],
+        max_seqlen_k=max_seqlens[1],
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         is_causal=is_causal,
         exact_streaming=exact_streaming,

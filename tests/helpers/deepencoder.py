@@ -1,7 +1,8 @@
-"""A stand-in for the code that DeepSeek-OCR brings along, under the name of its file.
+"""Stand-in for the code that DeepSeek-OCR ships, under the name of its file.
 
-What is known of it: class and member names, position embeddings resized for square inputs, tables as in segment_anything, SDPA with the
-bias built, two more convolutions, and a CLIP tower whose attention is called `NoTPAttention`.
+It mimics class and member names, position embeddings that are resized for square inputs, the tables
+of segment_anything, SDPA with a full bias, two more convolutions, and a CLIP encoder whose
+attention is called `NoTPAttention`.
 """
 
 from __future__ import annotations
@@ -19,11 +20,9 @@ class Attention(image_encoder.Attention):
         )
         bias = None
         if self.use_rel_pos:
-            nothing = q.new_zeros(batch * self.num_heads, height * width, height * width)
-            tables = (self.rel_pos_h, self.rel_pos_w)
-            bias = image_encoder.add_decomposed_rel_pos(
-                nothing, q.flatten(0, 1), *tables, grid, grid
-            )
+            zeros = q.new_zeros(batch * self.num_heads, height * width, height * width)
+            arguments = (zeros, q.flatten(0, 1), self.rel_pos_h, self.rel_pos_w, grid, grid)
+            bias = image_encoder.add_decomposed_rel_pos(*arguments)
             bias = bias.unflatten(0, (batch, self.num_heads))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(out.transpose(1, 2).reshape(batch, height, width, -1))
@@ -42,9 +41,8 @@ class ImageEncoderViT(image_encoder.ImageEncoderViT):
         x = self.patch_embed(x)
         positions, side = self.pos_embed, x.shape[1]
         if positions.shape[1] != side:
-            positions = F.interpolate(
-                positions.permute(0, 3, 1, 2), (side, side), mode="bicubic", antialias=True
-            )
+            positions = positions.permute(0, 3, 1, 2)
+            positions = F.interpolate(positions, (side, side), mode="bicubic", antialias=True)
             positions = positions.permute(0, 2, 3, 1)
         x = x + positions
         for block in self.blocks:
@@ -53,7 +51,7 @@ class ImageEncoderViT(image_encoder.ImageEncoderViT):
 
 
 class NoTPAttention(nn.Module):
-    """Of the CLIP tower: never more than 401 tokens."""
+    """Attention of the CLIP encoder, which has at most 401 tokens."""
 
     def __init__(self, dim: int = 16) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
-"""A stand-in for `cudnn.block_sparse_attention` of nvidia-cudnn-frontend 1.32.0, as its source for compute capability 9.0 reads, on the CPU.
+"""Stand-in for `cudnn.block_sparse_attention` on the CPU.
 
-It checks what the package checks, and leaves undone what that leaves undone: default scale from the padded width, entries past a row's count
-never read, log-sum-exp -inf where nothing is seen, no gradient of its own.
+It follows the source of nvidia-cudnn-frontend 1.32.0 for compute capability 9.0, with the same
+checks and omissions: the default scale comes from the padded head dim, list entries past a row's
+count are never read, the log-sum-exp of queries without keys is -inf, and there is no autograd.
 """
 
 from __future__ import annotations
@@ -31,24 +32,14 @@ def block_sparse_attention_forward(
     kv_splits: int = 1,
     use_clc: bool | None = None,
 ) -> dict[str, Tensor]:
-    _check(
-        q_tensor,
-        k_tensor,
-        v_tensor,
-        q2k_block_index,
-        q2k_block_nums,
-        block_sizes,
-        sparse_block_size,
-        layout,
-    )
+    tensors = (q_tensor, k_tensor, v_tensor)
+    _check(*tensors, q2k_block_index, q2k_block_nums, block_sizes, sparse_block_size, layout)
     if pack_gqa is not False and q_tensor.shape[1] > k_tensor.shape[1]:
-        raise ValueError("as on 10.x: packed, lists are per key head")
+        raise ValueError("packed grouped queries need lists per key head, as on 10.x")
     if not allow_empty_block_nums:
         assert (q2k_block_nums > 0).all(), "garbage on 10.x"
-    assert not any(x.requires_grad for x in (q_tensor, k_tensor, v_tensor))
-    out, lse = _attend(
-        q_tensor, k_tensor, v_tensor, q2k_block_index, q2k_block_nums, block_sizes, softmax_scale
-    )
+    assert not any(x.requires_grad for x in tensors)
+    out, lse = _attend(*tensors, q2k_block_index, q2k_block_nums, block_sizes, softmax_scale)
     return TupleDict(o_tensor=out.to(q_tensor.dtype).contiguous(), lse_tensor=lse.float())
 
 
@@ -82,24 +73,23 @@ def block_sparse_attention_backward(
         leaves = [x.detach().double().requires_grad_() for x in tensors]
         out, _ = _attend(*leaves, q2k_block_index, q2k_block_nums, block_sizes, softmax_scale)
         grads = torch.autograd.grad(out, leaves, do_tensor.double())
-    return TupleDict(
-        zip(("dq_tensor", "dk_tensor", "dv_tensor"), (x.to(q_tensor.dtype) for x in grads))
-    )
+    names = ("dq_tensor", "dk_tensor", "dv_tensor")
+    return TupleDict(zip(names, (x.to(q_tensor.dtype) for x in grads)))
 
 
 class TupleDict(dict):
+    """A dict that unpacks to its values, as the package returns it."""
+
     def __iter__(self):
         return iter(self.values())
 
 
 def _check(q, k, v, index, nums, sizes, block, layout):
     if layout != "bhsd" or block != 128:  # 64 is the default on 9.0
-        raise NotImplementedError("the stand-in knows bhsd and blocks of 128")
-    if (
-        not q.dim() == k.dim() == v.dim() == 4
-        or q.shape[1] % k.shape[1]
-        or q.shape[-1] != k.shape[-1]
-    ):
+        raise NotImplementedError("the stand-in supports bhsd and blocks of 128")
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError("dimensions")
+    if q.shape[1] % k.shape[1] or q.shape[-1] != k.shape[-1]:
         raise ValueError("shapes")
     if q.dtype not in (torch.float16, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
         raise ValueError("dtypes")
@@ -125,22 +115,20 @@ def _attend(q, k, v, index, nums, sizes, scale):
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     listed = torch.arange(index.shape[-1]) < nums[..., None]
     index = torch.where(listed, index, -1).long()
-    kept = (
-        torch.nn.functional.one_hot(index + 1, len(sizes) + 1)[..., 1:].sum(-2).bool()
-    )  # (B, H, R, C)
-    seen = kept.repeat_interleave(128, 2)[:, :, : q.shape[2]].repeat_interleave(128, 3)[
-        ..., : k.shape[2]
-    ]
+    one_hot = torch.nn.functional.one_hot(index + 1, len(sizes) + 1)[..., 1:]
+    mask = one_hot.sum(-2).bool()  # (B, H, R, C)
+    mask = mask.repeat_interleave(128, 2)[:, :, : q.shape[2]]
+    mask = mask.repeat_interleave(128, 3)[..., : k.shape[2]]
     position = torch.arange(k.shape[2])
-    seen = seen & (position % 128 < sizes[position // 128])
-    logits = (scale * q @ k.mT).masked_fill(~seen, -torch.inf)
+    mask = mask & (position % 128 < sizes[position // 128])
+    logits = (scale * q @ k.mT).masked_fill(~mask, -torch.inf)
     lse = logits.logsumexp(-1)
     probs = (logits - lse.masked_fill(lse.isneginf(), 0)[..., None]).exp()
     return probs @ v, lse
 
 
 def make_modules() -> dict[str, types.ModuleType]:
-    """By import name."""
+    """Return the stand-in modules by import name."""
     names = ("cudnn", "cudnn.block_sparse_attention", "cudnn.block_sparse_attention._interface")
     modules = {name: types.ModuleType(name) for name in names}
     for module in modules.values():

@@ -1,6 +1,6 @@
-"""A stand-in for the package block_sparse_attn that behaves as v0.0.2 does, traps included, on the CPU.
+"""Stand-in for the package block_sparse_attn v0.0.2 on the CPU, pitfalls included.
 
-It checks what upstream checks and leaves undone what upstream leaves undone, so that marshalling is tested without a GPU.
+It has the same checks and omissions as upstream, so that the backend is tested without a GPU.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def block_sparse_attn_func(
     heads, dim = q.shape[1:]
     assert head_mask_type.shape == (heads,)
     assert streaming_info is None or streaming_info.shape == (2 * heads,)
-    # Only entries equal to 1 are counted; others >= 2 are taken as they are.
+    # Entries equal to 1 are numbered; entries >= 2 are used unchanged.
     ones = head_mask_type == 1
     numbered = torch.where(ones, ones.cumsum(0), head_mask_type.long()).tolist()
     images = len(cu_seqlens_q) - 1
@@ -54,7 +54,7 @@ def block_sparse_attn_func(
         assert base_blockmask.shape == (images, int(ones.sum()), *blocks)
     assert not exact_streaming or is_causal
     assert v.shape[-1] == dim, "v must have q's head dim"
-    if dim % 8:  # padded on the way in, never sliced on the way out
+    if dim % 8:  # upstream pads the inputs and never slices the output
         q, k, v = (F.pad(x, (0, 8 - dim % 8)) for x in (q, k, v))
     assert q.shape[-1] <= 256
     if q.shape[-1] > 128:  # no kernel is launched
@@ -62,30 +62,28 @@ def block_sparse_attn_func(
         lse = torch.full((images, heads, max_seqlen_q_), GARBAGE)
     else:
         scale = dim**-0.5 if softmax_scale is None else softmax_scale
-        if max(numbered) == 1:
-            numbered = [
-                2 * (kind == 1) or kind for kind in numbered
-            ]  # tell the oracle these are explicit
-            base_blockmask = torch.cat([base_blockmask[:, :1]] * 2, 1)
+        numbered, base_blockmask = _explicit(numbered, base_blockmask)
         out, lse = attend(
-            q,
-            k,
-            v,
-            cu_seqlens_q.tolist(),
-            cu_seqlens_k.tolist(),
-            numbered,
+            *(q, k, v, cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), numbered),
             None if streaming_info is None else streaming_info.tolist(),
             base_blockmask,
             causal=is_causal,
             exact=exact_streaming,
             scale=scale,
-            longest=max_seqlen_q_,
+            max_seqlen=max_seqlen_q_,
         )
         out, lse = out.to(q.dtype), lse.float()
     return (out, lse, q.new_empty(0)) if return_attn_probs else out
 
 
-# The operators below the public function, which get masks already converted
+def _explicit(numbered: list[int], base: Tensor | None) -> tuple[list[int], Tensor | None]:
+    """Use slice 2 if only slice 1 is used, because the oracle would number entries of 1 itself."""
+    if max(numbered) != 1:
+        return numbered, base
+    return [2 * (kind == 1) or kind for kind in numbered], torch.cat([base[:, :1]] * 2, 1)
+
+
+# The operators below the public function, which get converted masks
 
 
 def forward_operator(
@@ -110,13 +108,16 @@ def forward_operator(
     window_size_right: int,
 ):
     assert (m_block_dim, n_block_dim, window_size_left, window_size_right) == (128, 128, -1, -1)
-    assert p_dropout == 0, "the stand-in draws nothing"
+    assert p_dropout == 0, "the stand-in has no dropout"
     assert q.shape[-1] == k.shape[-1] == v.shape[-1]
     assert q.shape[-1] in (32, 64, 128)
     ends, limits = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q_, max_seqlen_k_)
     base = decode(row_blockmask, head_mask_type, streaming_info, ends, limits)
     with torch.no_grad():
-        out, lse = _attend(q, k, v, ends, head_mask_type, streaming_info, base, max_seqlen_q_, softmax_scale, is_causal, exact_streaming)  # fmt: skip
+        out, lse = _attend(
+            *(q, k, v, ends, head_mask_type, streaming_info, base, max_seqlen_q_),
+            *(softmax_scale, is_causal, exact_streaming),
+        )
     return out.to(q.dtype), lse.float(), q.new_empty(0), torch.zeros(2, dtype=torch.int64)
 
 
@@ -157,10 +158,11 @@ def backward_operator(
     )
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     with torch.enable_grad():
-        again, _ = _attend(*leaves, ends, head_mask_type, streaming_info, None if base is None else base.mT, max_seqlen_q_, softmax_scale, is_causal, False)  # fmt: skip
-        again = again + 0 * sum(
-            x.sum() for x in leaves
-        )  # where nothing is seen nothing depends on them
+        again, _ = _attend(
+            *(*leaves, ends, head_mask_type, streaming_info, None if base is None else base.mT),
+            *(max_seqlen_q_, softmax_scale, is_causal, False),
+        )
+        again = again + 0 * sum(x.sum() for x in leaves)  # a graph even if no query has keys
     for to, grad in zip((dq, dk, dv), torch.autograd.grad(again, leaves, dout.double())):
         to.copy_(grad)
 
@@ -172,7 +174,10 @@ def decode(
     ends: tuple[Tensor, Tensor],
     limits: tuple[int, int],
 ) -> Tensor | None:
-    """(images, S, R, C) lists -> bool, checked as the C++ code does; their order, descending and then -1, is what its loops rely on."""
+    """Convert (images, S, R, C) lists to bool, with the checks of the C++ code.
+
+    Its loops rely on the order: descending, then -1.
+    """
     for x in (*ends, head_mask_type, streaming_info):
         assert x.dtype == torch.int32
         assert x.is_contiguous()
@@ -184,36 +189,27 @@ def decode(
         return None
     assert lists.dtype == torch.int32
     assert lists.is_contiguous()
-    assert lists.shape == (
-        len(ends[0]) - 1,
-        len(slices),
-        *(math.ceil(limit / 128) for limit in limits),
-    )
+    blocks = [math.ceil(limit / 128) for limit in limits]
+    assert lists.shape == (len(ends[0]) - 1, len(slices), *blocks)
     assert ((lists.diff(dim=-1) < 0) | (lists[..., 1:] == -1)).all()
-    # Of each list, as many entries are read as the image itself has blocks.
-    own = -(-ends[1].diff() // 128)
-    lists = lists.masked_fill(torch.arange(lists.shape[-1]) >= own[:, None, None, None], -1)
+    # Only as many entries of a list are read as the image has blocks.
+    read = -(-ends[1].diff() // 128)
+    lists = lists.masked_fill(torch.arange(lists.shape[-1]) >= read[:, None, None, None], -1)
     listed = F.one_hot(lists.long() + 1, lists.shape[-1] + 1)[..., 1:]  # (images, S, R, entries, C)
     return listed.sum(-2).bool()
 
 
-def _attend(q, k, v, ends, head_mask_type, streaming_info, base, longest, scale, causal, exact):
-    numbered = head_mask_type.tolist()
-    if max(numbered) == 1:  # tell the oracle that it is explicit
-        numbered, base = (
-            [2 * (kind == 1) or kind for kind in numbered],
-            torch.cat([base[:, :1]] * 2, 1),
-        )
+def _attend(q, k, v, ends, head_mask_type, streaming_info, base, max_seqlen, scale, causal, exact):
+    numbered, base = _explicit(head_mask_type.tolist(), base)
     bounds = [x.tolist() for x in ends]
-    return attend(q, k, v, *bounds, numbered, streaming_info.tolist(), base, causal=causal, exact=exact, scale=scale, longest=longest)  # fmt: skip
+    options = dict(causal=causal, exact=exact, scale=scale, max_seqlen=max_seqlen)
+    return attend(q, k, v, *bounds, numbered, streaming_info.tolist(), base, **options)
 
 
 def make_modules() -> dict[str, types.ModuleType]:
-    """By import name."""
-    package, interface = (
-        types.ModuleType(f"block_sparse_attn{rest}")
-        for rest in ("", ".block_sparse_attn_interface")
-    )
+    """Return the stand-in modules by import name."""
+    package = types.ModuleType("block_sparse_attn")
+    interface = types.ModuleType("block_sparse_attn.block_sparse_attn_interface")
     for module in (package, interface):
         module.__file__ = __file__
         module.block_sparse_attn_func = block_sparse_attn_func

@@ -1,4 +1,4 @@
-"""Small models of the real transformers classes, with weights redrawn so that attention is far from uniform."""
+"""Build small transformers models, with random weights that give non-uniform attention."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def siglip2(**changes) -> nn.Module:
 
 
 def sam3(**changes) -> nn.Module:
-    """Windowed and global layers, and one image size: its tests are its own."""
+    """Build SAM 3's encoder; not in `MODELS`, because it has windows and one image size."""
     from transformers import Sam3ViTConfig, Sam3ViTModel
 
     more = dict(
@@ -98,7 +98,7 @@ START = {
 
 
 def make(name: str, seed: int = 0, **changes) -> nn.Module:
-    """The model in eval mode with redrawn weights: logits of standard deviation 1 and more, checked."""
+    """Build the model in eval mode with new weights; logits have std >= 1, which is tested."""
     torch.manual_seed(seed)
     model = {**MODELS, "sam3": sam3}[name](**changes).eval()
     with torch.no_grad():
@@ -116,24 +116,20 @@ def image(height: int = 64, width: int = 64, batch: int = 1, seed: int = 1) -> t
 
 def features(model: nn.Module, pixels: torch.Tensor, **options) -> torch.Tensor:
     kind = type(getattr(model, "_orig_mod", model)).__name__  # compiled or not
-    if kind in ("ViTModel", "CLIPVisionModel", "SiglipVisionModel") and pixels.shape[-2:] != (
-        64,
-        64,
-    ):
+    resizable = kind in ("ViTModel", "CLIPVisionModel", "SiglipVisionModel")
+    if resizable and pixels.shape[-2:] != (64, 64):
         options["interpolate_pos_encoding"] = True
     if kind == "Siglip2VisionModel":
         batch, _, height, width = pixels.shape
         options = {"pixel_attention_mask": None, **options}
         options["spatial_shapes"] = torch.tensor([[height // 8, width // 8]] * batch)
-        pixels = nn.functional.unfold(pixels, 8, stride=8).transpose(
-            1, 2
-        )  # (B, patches, channels * 8 * 8)
+        pixels = nn.functional.unfold(pixels, 8, stride=8).mT  # (B, patches, channels * 8 * 8)
     out = model(pixels, **options)
     return out if isinstance(out, torch.Tensor) else out.last_hidden_state
 
 
 def attention_logits(model: nn.Module, pixels: torch.Tensor) -> list[torch.Tensor]:
-    """The scaled logits of every layer, recorded through the official interface."""
+    """Return the scaled logits of every layer, recorded by a registered attention function."""
     from transformers import AttentionInterface
 
     recorded = []

@@ -1,6 +1,6 @@
-"""Attention written a second time, from the kernel's documentation: one image, one head, one query at a time.
+"""An independent implementation of attention, query by query, to test `reference` against.
 
-Shares no code with bsa_vision, so that `reference` has something to be wrong against.
+It follows the documentation of the kernel and shares no code with bsa_vision.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def number_slices(head_mask_type: list[int]) -> list[int]:
-    """The kernel's numbering: ones are counted in head order, unless any entry is >= 2."""
+    """Number the slices as the kernel does: ones in head order, unless any entry is >= 2."""
     if max(head_mask_type) >= 2:
         return head_mask_type
     count = 0
@@ -24,7 +24,7 @@ def number_slices(head_mask_type: list[int]) -> list[int]:
     return numbered
 
 
-def sees(
+def attends(
     kind: int,
     sink_local: tuple[int, int],
     blocks: Tensor | None,
@@ -36,7 +36,10 @@ def sees(
     exact: bool,
     size: int,
 ) -> bool:
-    """Whether query i sees key j in a head of this kind; blocks (R, C) is the head's own slice."""
+    """Return whether query i attends to key j in a head of type `kind`.
+
+    blocks  (R, C) the slice of the head
+    """
     if causal and j > i + n_k - n_q:
         return False
     if kind == 0:
@@ -70,36 +73,35 @@ def attend(
     exact: bool = False,
     scale: float | None = None,
     size: int = 128,
-    longest: int | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Packed (T, H, D) -> (out, lse (images, H, longest)), float64."""
+    """Compute attention in float64: (out (T, H, Dv), lse (images, H, max_seqlen)).
+
+    q, k, v  (T, H, D), the images one after the other
+    bounds_* first token of each image, then the number of tokens
+    """
     q, k, v = q.double(), k.double(), v.double()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[1] // k.shape[1]
     images = len(bounds_q) - 1
-    longest = longest or max(b - a for a, b in pairwise(bounds_q))
+    max_seqlen = max_seqlen or max(b - a for a, b in pairwise(bounds_q))
     out = torch.zeros(q.shape[0], q.shape[1], v.shape[-1], dtype=torch.float64)
-    lse = torch.full((images, q.shape[1], longest), math.inf, dtype=torch.float64)
+    lse = torch.full((images, q.shape[1], max_seqlen), math.inf, dtype=torch.float64)
     for image in range(images):
         n_q, n_k = bounds_q[image + 1] - bounds_q[image], bounds_k[image + 1] - bounds_k[image]
         for head, kind in enumerate(number_slices(head_mask_type)):
-            pair = (
-                (0, 0) if streaming_info is None else tuple(streaming_info[2 * head : 2 * head + 2])
-            )
-            blocks = (
-                base_blockmask[min(image, len(base_blockmask) - 1), kind - 1] if kind > 0 else None
-            )
+            pair = streaming_info[2 * head : 2 * head + 2] if streaming_info else (0, 0)
+            blocks = None
+            if kind > 0:
+                blocks = base_blockmask[min(image, len(base_blockmask) - 1), kind - 1]
             keys = k[bounds_k[image] : bounds_k[image + 1], head // group]
             values = v[bounds_k[image] : bounds_k[image + 1], head // group]
             for i in range(n_q):
-                seen = [
-                    j
-                    for j in range(n_k)
-                    if sees(kind, pair, blocks, i, j, n_q, n_k, causal, exact, size)
-                ]
-                if not seen:
+                rule = (n_q, n_k, causal, exact, size)
+                kept = [j for j in range(n_k) if attends(kind, pair, blocks, i, j, *rule)]
+                if not kept:
                     continue
-                logits = scale * keys[seen] @ q[bounds_q[image] + i, head]
-                out[bounds_q[image] + i, head] = logits.softmax(0) @ values[seen]
+                logits = scale * keys[kept] @ q[bounds_q[image] + i, head]
+                out[bounds_q[image] + i, head] = logits.softmax(0) @ values[kept]
                 lse[image, head, i] = logits.logsumexp(0)
     return out, lse

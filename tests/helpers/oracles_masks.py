@@ -1,4 +1,4 @@
-"""Block masks by brute force over token pairs: what `masks/` must equal, written without looking at how it does it."""
+"""Block masks by brute force over token pairs, independent of `bsa_vision.masks`."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Position = tuple[int, int] | None  # (row, column) of a patch, None for a specia
 
 
 def model_order(grid: tuple[int, int], start: int = 0, end: int = 0) -> list[Position]:
-    """Tokens as the model has them."""
+    """List the tokens in model order."""
     patches = list(product(range(grid[0]), range(grid[1])))
     return [*[None] * start, *patches, *[None] * end]
 
 
 def packed_order(layout: TokenLayout) -> list[int]:
-    """The model-order index of each packed token."""
+    """Return the model-order index of each packed token."""
     tokens = model_order(layout.grid, layout.num_prefix_tokens, layout.num_suffix_tokens)
     if layout.order == "raster":
         return list(range(len(tokens)))
     (height, width), (tile_h, tile_w) = layout.grid, layout.tile
 
-    def place(index: int) -> tuple[int, ...]:
+    def sort_key(index: int) -> tuple[int, ...]:
         if tokens[index] is None:
             return (2, index)
         row, column = tokens[index]
@@ -37,12 +37,12 @@ def packed_order(layout: TokenLayout) -> list[int]:
         ragged = (tile_row + 1) * tile_h > height or (tile_column + 1) * tile_w > width
         return (int(ragged), tile_row, tile_column, row, column)
 
-    return sorted(range(len(tokens)), key=place)
+    return sorted(range(len(tokens)), key=sort_key)
 
 
 @dataclass
 class Blocks:
-    """Tokens in packed order, cut into blocks; pairs of tokens are (N, N), pairs of blocks (R, R)."""
+    """Tokens in packed order, cut into blocks; token pairs are (N, N), block pairs (R, R)."""
 
     positions: Sequence[Position]
     grid: tuple[int, int]
@@ -51,9 +51,8 @@ class Blocks:
     @classmethod
     def of(cls, layout: TokenLayout) -> Blocks:
         tokens = model_order(layout.grid, layout.num_prefix_tokens, layout.num_suffix_tokens)
-        return cls(
-            [tokens[index] for index in packed_order(layout)], layout.grid, layout.block_size
-        )
+        packed = [tokens[index] for index in packed_order(layout)]
+        return cls(packed, layout.grid, layout.block_size)
 
     @cached_property
     def count(self) -> int:
@@ -61,10 +60,8 @@ class Blocks:
 
     @cached_property
     def contents(self) -> list[list[Position]]:
-        return [
-            list(self.positions[i : i + self.block_size])
-            for i in range(0, len(self.positions), self.block_size)
-        ]
+        size = self.block_size
+        return [list(self.positions[i * size : (i + 1) * size]) for i in range(self.count)]
 
     @cached_property
     def special_tokens(self) -> np.ndarray:
@@ -80,35 +77,34 @@ class Blocks:
         return filled[:, 0], filled[:, 1]
 
     def reduce(self, pairs: np.ndarray, ufunc: np.ufunc) -> np.ndarray:
-        """(N, N) -> (R, R)."""
+        """Reduce (N, N) token pairs to (R, R) block pairs."""
         cuts = np.arange(0, len(self.positions), self.block_size)
         return ufunc.reduceat(ufunc.reduceat(pairs, cuts, axis=0), cuts, axis=1)
 
     def token_distance(self, metric: str) -> np.ndarray:
-        """(N, N); h + w where one of the two is special."""
+        """Return the (N, N) distances; h + w for pairs with a special token."""
         row, column = self.rows_columns
         rows, columns = abs(row[:, None] - row), abs(column[:, None] - column)
         if metric == "l1":
             distance = rows + columns
         else:
             distance = {"chebyshev": np.maximum, "axis": np.minimum}[metric](rows, columns)
-        nowhere = self.special_tokens[:, None] | self.special_tokens
-        return np.where(nowhere, sum(self.grid), distance)
+        special = self.special_tokens[:, None] | self.special_tokens
+        return np.where(special, sum(self.grid), distance)
 
     def distance(self, metric: str = "chebyshev") -> np.ndarray:
         return self.reduce(self.token_distance(metric), np.minimum)
 
     def any_rule(self, qualifies: np.ndarray) -> np.ndarray:
-        """Blocks with at least one pair of tokens that qualifies; special tokens see all and are seen by all."""
-        return self.reduce(
-            qualifies | self.special_tokens[:, None] | self.special_tokens, np.logical_or
-        )
+        """Return the blocks with at least one qualifying pair of tokens; special tokens qualify."""
+        special = self.special_tokens[:, None] | self.special_tokens
+        return self.reduce(qualifies | special, np.logical_or)
 
     def within(self, radius: int, metric: str = "l1") -> np.ndarray:
         return self.any_rule(self.token_distance(metric) <= radius)
 
     def focus(self, positions: Sequence[tuple[int, int]], radius: int) -> np.ndarray:
-        """(N,): patches within L1 `radius` of any of `positions`."""
+        """Return (N,) bool: patches within L1 `radius` of any of `positions`."""
         row, column = self.rows_columns
         near = np.zeros(len(self.positions), dtype=bool)
         for r, c in positions:
@@ -120,15 +116,12 @@ class Blocks:
 
     @cached_property
     def centroids(self) -> list[tuple[Fraction, ...] | None]:
-        patches = [
-            [position for position in block if position is not None] for block in self.contents
-        ]
-        return [
-            tuple(Fraction(sum(axis), len(block)) for axis in zip(*block, strict=True))
-            if block
-            else None
-            for block in patches
-        ]
+        def mean(patches: list[Position]) -> tuple[Fraction, ...] | None:
+            if not patches:
+                return None
+            return tuple(Fraction(sum(axis), len(patches)) for axis in zip(*patches, strict=True))
+
+        return [mean([patch for patch in block if patch is not None]) for block in self.contents]
 
     def centroid_distance(self, a: int, b: int) -> Fraction | float:
         first, second = self.centroids[a], self.centroids[b]
@@ -139,14 +132,11 @@ class Blocks:
     def nearest(
         self, k: int, among: Sequence[int] | None = None, metric: str = "chebyshev"
     ) -> np.ndarray:
-        """Each of `among` keeps the k nearest of `among`: by distance, then centroids, then the lower index."""
+        """Keep the k nearest of `among` for each: by distance, then centroids, then lower index."""
         among = range(self.count) if among is None else among
         distance, mask = self.distance(metric), np.zeros((self.count, self.count), dtype=bool)
         for row in among:
-            ranked = sorted(
-                (distance[row, column], self.centroid_distance(row, column), column)
-                for column in among
-            )
+            ranked = sorted((distance[row, c], self.centroid_distance(row, c), c) for c in among)
             mask[row, [column for *_, column in ranked[:k]]] = True
         return mask
 
@@ -157,7 +147,7 @@ def kept(sparsity: float, columns: int) -> int:
 
 @st.composite
 def layouts(draw, orders: Sequence[str] = ("raster", "tile")) -> TokenLayout:
-    """Rectangles of any shape, tiles that need not divide them, blocks that may straddle tiles."""
+    """Draw layouts whose tiles need not divide the grid, and whose blocks may straddle tiles."""
     return TokenLayout(
         (draw(st.integers(1, 12)), draw(st.integers(1, 17))),
         num_prefix_tokens=draw(st.integers(0, 3)),

@@ -1,4 +1,4 @@
-"""Random attention problems: every head type, grouped queries, ragged lengths, empty rows, causal and not."""
+"""Draw random attention problems of all head types, grouped, ragged and causal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Varlen:
     head_mask_type: Tensor
     streaming_info: Tensor | None
     base_blockmask: Tensor | None
-    longest: tuple[int, int]
+    max_seqlens: tuple[int, int]
     causal: bool
     exact: bool
     scale: float | None
@@ -37,7 +37,7 @@ class Varlen:
             self.head_mask_type,
             self.streaming_info,
             self.base_blockmask,
-            *self.longest,
+            *self.max_seqlens,
             0.0,
             softmax_scale=self.scale,
             is_causal=self.causal,
@@ -50,7 +50,7 @@ class Varlen:
 def varlens(
     draw, max_tokens: int = 300, dtype: torch.dtype = torch.float64, exact: bool | None = None
 ) -> Varlen:
-    """Packed problems in blocks of 128, logits of standard deviation about 1."""
+    """Draw a ragged problem in blocks of 128, with logits of standard deviation about 1."""
     lengths_q = draw(st.lists(st.integers(1, max_tokens), min_size=1, max_size=2))
     other_keys = draw(st.booleans())
     lengths_k = [draw(st.integers(1, max_tokens)) for _ in lengths_q] if other_keys else lengths_q
@@ -67,15 +67,15 @@ def varlens(
     )
     types = [draw(st.sampled_from([-1, 0, 1])) for _ in range(heads)]
     slices = types.count(1)
-    if draw(st.booleans()):  # the explicit convention, heads sharing slices
+    if draw(st.booleans()):  # explicit slice numbers, so that heads share slices
         types = [draw(st.integers(1, 2)) if kind == 1 else kind for kind in types]
         slices = 2 if 2 in types else types.count(1)
     if types.count(1) > 1 and 2 in types and types.count(1) + types.count(2) == slices:
-        slices += 1  # not the ambiguous form, which is refused
-    longest = (max(lengths_q) + draw(st.integers(0, 9)), max(lengths_k) + draw(st.integers(0, 9)))
+        slices += 1  # avoid the ambiguous form, which is rejected
+    max_seqlens = tuple(max(x) + draw(st.integers(0, 9)) for x in (lengths_q, lengths_k))
     base = None
     if slices:
-        rows, columns = (-(-n // 128) for n in longest)
+        rows, columns = (-(-n // 128) for n in max_seqlens)
         density = draw(st.sampled_from([0.0, 0.3, 0.7, 1.0]))
         base = torch.rand(len(lengths_q), slices, rows, columns, generator=generator) < density
     streaming = None
@@ -93,7 +93,7 @@ def varlens(
         torch.tensor(types, dtype=torch.int32),
         streaming,
         base,
-        longest,
+        max_seqlens,
         causal,
         exact,
         draw(st.sampled_from([None, 0.5])),

@@ -1,8 +1,8 @@
-"""Run saved programs and print how far each is from the model it was made from, as JSON.
+"""Run saved programs and print their errors relative to the original models, as JSON.
 
     python -m tests.helpers.run_programs FOLDER [other]
 
-"other": with another sparse model alive, made before anything is loaded.
+other   first build another sparse model, and keep it alive
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ KINDS = ("torch.export", "AOTInductor", "torch.jit.trace", "ONNX")
 
 
 def other_model() -> torch.nn.Module:
-    """Return a sparse model with as many layers as any that is saved, and other masks."""
+    """Build a sparse model with at least as many layers as the saved ones, and other masks."""
     encoder = bsa.create_encoder(4, 48, 4, image_size=96, patch_size=8, out_channels=None)
     plan = bsa.uniform_plan(encoder, "local_window", radius=0, tile=(4, 4), block_size=16)
     return bsa.sparsify_(encoder, plan)
 
 
 def load(kind: str, path: Path):
-    """Return a function of the pixels."""
+    """Load a program as a function of the pixels."""
     if kind == "torch.export":
         return torch.export.load(path).module()
     if kind == "AOTInductor":

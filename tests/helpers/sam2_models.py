@@ -1,4 +1,4 @@
-"""Small models of the real SAM 2 classes in every code base, with weights redrawn so that attention is far from uniform."""
+"""Build small SAM 2 models of every code base, with weights that give non-uniform attention."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Image encoder: 16 pixels per token in the third stage, where blocks 3 and 5 attend to the whole image.
+# Image encoder: 16 pixels per token in the third stage; its blocks 3 and 5 attend globally.
 SIZE = (256, 192)
 WIDTH, STAGES, GLOBAL, WINDOWS, NECK = 16, (1, 2, 4, 1), (4, 6), (8, 4, 4, 4), 24
 GRID = (16, 12)
@@ -110,10 +110,8 @@ def video(attention: str = "sdpa", library: str = "sam2_video") -> nn.Module:
         memory_attention_feed_forward_hidden_size=2 * CHANNELS,
         memory_encoder_output_channels=MEMORY_CHANNELS,
     )
-    config.memory_attention_rope_feat_sizes = [
-        SIDE,
-        SIDE,
-    ]  # Sam3TrackerVideo derives its own from the image size
+    # Sam3TrackerVideo derives another default from the image size.
+    config.memory_attention_rope_feat_sizes = [SIDE, SIDE]
     config._attn_implementation = attention
     modeling = getattr(transformers.models, library)
     return getattr(getattr(modeling, f"modeling_{library}"), f"{name}MemoryAttention")(config)
@@ -128,7 +126,7 @@ MEMORIES: dict[str, Callable[..., nn.Module]] = {
 
 
 def redraw(model: nn.Module) -> nn.Module:
-    """Every weight drawn anew, so that logits are wide."""
+    """Redraw all weights, so that logits have a large variance."""
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "pos_embed" in key:
@@ -153,7 +151,7 @@ def image(height: int = SIZE[0], width: int = SIZE[1], batch: int = 2) -> Tensor
 
 
 def features(model: nn.Module, pixels: Tensor) -> Tensor:
-    """What the encoder makes, all of it in one vector per image."""
+    """Return all outputs of the encoder as one vector per image."""
     out = model(pixels)
     if isinstance(out, dict) and "backbone_fpn" in out:
         maps = [out["vision_features"], *out["backbone_fpn"]]
@@ -161,7 +159,7 @@ def features(model: nn.Module, pixels: Tensor) -> Tensor:
         maps = [out.last_hidden_state, *out.fpn_hidden_states]
     else:
         maps = [out]
-    return torch.cat([one.flatten(1) for one in maps], dim=1)
+    return torch.cat([x.flatten(1) for x in maps], dim=1)
 
 
 def remember(
@@ -172,7 +170,7 @@ def remember(
     batch: int = 2,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The memory attention's output for so much memory, in one vector: libraries order its axes differently."""
+    """Return the memory attention's output as one vector; libraries order its axes differently."""
     generator = torch.Generator().manual_seed(2)
 
     def draw(tokens: int, channels: int) -> Tensor:

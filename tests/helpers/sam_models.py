@@ -1,4 +1,4 @@
-"""SAM's image encoder in every code base, small, with weights redrawn so that logits and relative terms are wide."""
+"""Build small SAM image encoders of every code base, with wide logits and relative terms."""
 
 from __future__ import annotations
 
@@ -16,17 +16,10 @@ SIZE, PATCH, DIM, DEPTH, HEADS, WINDOW, GLOBAL, OUT, MLP = 96, 8, 32, 4, 2, 5, (
 
 
 def _transformers(size: int, attention: str, depth: int, more: dict[str, Any]) -> dict[str, Any]:
-    own = dict(
-        hidden_size=DIM,
-        num_hidden_layers=depth,
-        num_attention_heads=HEADS,
-        image_size=size,
-        patch_size=PATCH,
-    )
-    windows = dict(
-        window_size=WINDOW, global_attn_indexes=list(GLOBAL), output_channels=OUT, mlp_dim=MLP
-    )
-    return {**own, **windows, "attn_implementation": attention, **more}
+    layers = dict(hidden_size=DIM, num_hidden_layers=depth, num_attention_heads=HEADS, mlp_dim=MLP)
+    sizes = dict(image_size=size, patch_size=PATCH, output_channels=OUT)
+    windows = dict(window_size=WINDOW, global_attn_indexes=list(GLOBAL))
+    return {**layers, **sizes, **windows, "attn_implementation": attention, **more}
 
 
 def sam(size: int = SIZE, attention: str = "sdpa", depth: int = DEPTH, **more: Any) -> nn.Module:
@@ -77,7 +70,7 @@ def segment_anything(
 
 
 def deepseek_ocr(**changes: Any) -> nn.Module:
-    """Of a stand-in for the code that DeepSeek-OCR brings along."""
+    """Build the stand-in for the code that DeepSeek-OCR ships."""
     from tests.helpers.deepencoder import ImageEncoderViT
 
     return segment_anything(kind=ImageEncoderViT, **changes)
@@ -144,16 +137,15 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "timm, qk-norm": partial(timm, qk_norm=True),
     "timm, rope": partial(timm, use_rope=True),
     "deepseek-ocr": deepseek_ocr,
-    "bsa_vision.encoder": own,
+    "create_encoder": own,
 }
-# Other sizes than their own: these interpolate, the others refuse.
-ANY_SIZE = {name for name in MODELS if "deepseek" in name or "timm" in name} - {"timm, rope"} | {
-    "bsa_vision.encoder"
-}
+# These interpolate to other image sizes; the others reject them.
+ANY_SIZE = {name for name in MODELS if "deepseek" in name or "timm" in name} - {"timm, rope"}
+ANY_SIZE |= {"create_encoder"}
 
 
 def redraw(model: nn.Module) -> nn.Module:
-    """Every weight drawn anew: fresh relative tables are zero, and in transformers everything else is nearly so."""
+    """Redraw every weight; by default relative tables are zero, and most weights nearly so."""
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "rel_pos" in key or "pos_embed" in key:
@@ -183,12 +175,12 @@ def features(model: nn.Module, pixels: Tensor, **options: Any) -> Tensor:
 
 
 def attention_of(model: nn.Module) -> list[Any]:
-    """The attention modules of the encoder, in order."""
+    """Return the attention modules of the encoder, in order."""
     return [module for name, module in model.named_modules() if name.endswith(".attn")]
 
 
 def from_segment_anything(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """segment_anything's encoder weights under the names of another code base."""
+    """Rename segment_anything's encoder weights for another code base."""
     renames: dict[str, str] = {}
     if "transformers" in name:
         renames = {

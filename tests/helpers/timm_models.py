@@ -1,4 +1,4 @@
-"""Small models of timm's real classes, every branch of their attention, with weights redrawn so that attention is far from uniform."""
+"""Build small timm models for every branch of their attention, with random weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def post_norm(**changes: Any) -> nn.Module:
 
 
 def gated(**changes: Any) -> nn.Module:
-    """`Attention` with a gate and a norm on its output, put into the blocks: no registered ViT argument reaches both."""
+    """Use `Attention` with a gate and an output norm, which no argument of a ViT enables."""
     from timm.layers.attention import Attention
 
     model = vit(**changes)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import re
 
 import numpy as np
 import pytest
@@ -59,17 +59,19 @@ def same(mask: torch.Tensor, expected: np.ndarray) -> bool:
 
 
 def shares_window(blocks: Blocks, size: int, shift: int) -> np.ndarray:
-    """(N, N): patches with no window boundary between them; boundaries lie before shift, shift +- size, ..."""
-    row, column = blocks.rows_columns
+    """Return which pairs of patches have no window boundary between them, (N, N).
+
+    Boundaries are before patches shift, shift +- size, ...
+    """
     boundaries = [b for b in range(1, 64) if (b - shift) % size == 0]
     row, column = (
-        np.array([sum(b <= place for b in boundaries) for place in axis]) for axis in (row, column)
+        np.array([sum(b <= x for b in boundaries) for x in axis]) for axis in blocks.rows_columns
     )
     return (row[:, None] == row) & (column[:, None] == column)
 
 
 class TestAgainstBruteForce:
-    def test_every_pattern_is_here(self):
+    def test_every_pattern_has_an_example(self):
         assert set(EXAMPLES) == set(PATTERNS)
 
     @property_test
@@ -86,16 +88,14 @@ class TestAgainstBruteForce:
         assert same(local_window(layout, radius, metric), Blocks.of(layout).within(radius, metric))
 
     def test_local_window_radius_counts(self):
-        """Twin: one patch more or less, or another metric, is another mask."""
+        """Twin: another radius, metric or order gives another mask."""
         blocks = Blocks.of(PLAIN)
         mask = local_window(PLAIN, 3)
         assert same(mask, blocks.within(3, "chebyshev"))
         for radius, metric in ((2, "chebyshev"), (4, "chebyshev"), (3, "l1"), (3, "axis")):
             assert not same(mask, blocks.within(radius, metric))
-        assert not same(
-            local_window(dataclasses.replace(PLAIN, order="tile", tile=(3, 4)), 3),
-            blocks.within(3, "chebyshev"),
-        )
+        tiles = dataclasses.replace(PLAIN, order="tile", tile=(3, 4))
+        assert not same(local_window(tiles, 3), blocks.within(3, "chebyshev"))
 
     @property_test
     @given(layout=layouts(), width=st.integers(0, 12))
@@ -106,10 +106,9 @@ class TestAgainstBruteForce:
         assert same(axial(layout, width), blocks.any_rule(cross))
 
     def test_axial_width_counts(self):
-        """Twin: every width is another mask where every patch is a block."""
-        kept_blocks = [
-            int(axial(TokenLayout((6, 8), block_size=1), width).sum()) for width in range(6)
-        ]
+        """Twin: with one patch per block, every width gives another mask."""
+        layout = TokenLayout((6, 8), block_size=1)
+        kept_blocks = [int(axial(layout, width).sum()) for width in range(6)]
         assert len(set(kept_blocks)) == 6
         assert kept_blocks[0] == 48 * (6 + 8 - 1)
 
@@ -125,16 +124,15 @@ class TestAgainstBruteForce:
             assert expected.sum(1).tolist() == [k] * blocks.count
 
     def test_nearest_breaks_ties(self):
-        """Twin: centroids, and then indices, decide on these layouts; without them the mask is another."""
+        """Twin: without centroids or indices as tie-breakers the masks differ."""
         blocks = Blocks.of(PLAIN)
         distance = blocks.distance()
 
         def rank(*keys):
             mask = np.zeros_like(distance, dtype=bool)
             for row in range(blocks.count):
-                order = sorted(
-                    range(blocks.count), key=lambda column: [key(row, column) for key in keys]
-                )
+                values = [[key(row, column) for key in keys] for column in range(blocks.count)]
+                order = sorted(range(blocks.count), key=values.__getitem__)
                 mask[row, order[: kept(0.7, blocks.count)]] = True
             return mask
 
@@ -147,7 +145,7 @@ class TestAgainstBruteForce:
         assert same(nearest(PLAIN, 0.7), rank(by_distance, blocks.centroid_distance, by_index))
         assert not same(nearest(PLAIN, 0.7), rank(by_distance, by_index))
         assert not same(nearest(PLAIN, 0.7), rank(blocks.centroid_distance, by_index))
-        # A checkerboard of equal tiles: four neighbours at the same distance, two of them kept.
+        # Equal tiles: four neighbours are at the same distance, and two of them are kept.
         board = TokenLayout((6, 6), order="tile", tile=(2, 2), block_size=4)
         middle = nearest(board, 1 - 3 / 9)[4]
         assert middle.nonzero().flatten().tolist() == [1, 3, 4]
@@ -185,14 +183,13 @@ class TestAgainstBruteForce:
     @given(layout=layouts(), size=st.integers(1, 20), shift=st.integers(0, 25))
     def test_window(self, layout, size, shift):
         blocks = Blocks.of(layout)
-        assert same(
-            window(layout, size, shift), blocks.any_rule(shares_window(blocks, size, shift))
-        )
+        expected = blocks.any_rule(shares_window(blocks, size, shift))
+        assert same(window(layout, size, shift), expected)
 
     @property_test
     @given(layout=layouts(), size=st.integers(1, 20), shift=st.integers(0, 25))
-    def test_windows_say_whether_they_are_exact(self, layout, size, shift):
-        """Pair of patches by pair of patches."""
+    def test_window_is_exact(self, layout, size, shift):
+        """Brute force over all pairs of patches."""
         blocks = Blocks.of(layout)
         of_block = layout.block_of.numpy()
         computed = window(layout, size, shift).numpy()[of_block][:, of_block]
@@ -200,22 +197,18 @@ class TestAgainstBruteForce:
         pairs = patches[:, None] & patches
         wanted = shares_window(blocks, size, shift)
         assert not (wanted & pairs & ~computed).any()
-        assert window_is_exact(layout, size, shift) == np.array_equal(
-            computed[pairs], wanted[pairs]
-        )
+        exact = np.array_equal(computed[pairs], wanted[pairs])
+        assert window_is_exact(layout, size, shift) == exact
 
     def test_labels_name_windows_and_nothing_else(self):
-        swin = (
-            Pattern("window", size=4)
-            | Pattern("window", size=4, shift=2)
-            | Pattern("strided", stride=3)
-        )
+        windows = Pattern("window", size=4) | Pattern("window", size=4, shift=2)
+        swin = windows | Pattern("strided", stride=3)
         exact, cover = swin.labels(TokenLayout((8, 12), order="tile", tile=(4, 4), block_size=16))
         assert exact == "window(size=4) is exact: every block lies in one window"
         assert cover.startswith("window(size=4, shift=2) is a cover (any-rule)")
         assert Pattern("local_window").labels(PLAIN) == []
 
-    def test_windows_are_exact_where_each_is_a_block(self):
+    def test_windows_are_exact_if_each_is_a_block(self):
         layout = TokenLayout((8, 12), order="tile", tile=(4, 4), block_size=16)
         assert torch.equal(window(layout, 4), torch.eye(6, dtype=torch.bool))
         assert torch.equal(window(layout, 4, shift=4), window(layout, 4))
@@ -262,16 +255,13 @@ class TestRandomBlocks:
 
     def test_every_other_block_is_as_likely(self):
         layout = TokenLayout((6, 6), block_size=4)
-        share = (
-            torch.stack([random_blocks(layout, 0.5, 0, stream) for stream in range(2000)])
-            .double()
-            .mean(0)
-        )
+        draws = [random_blocks(layout, 0.5, 0, stream) for stream in range(2000)]
+        share = torch.stack(draws).double().mean(0)
         others = share[~torch.eye(9, dtype=torch.bool)]
         assert (share.diagonal() == 1).all()
         assert (others - (kept(0.5, 9) - 1) / 8).abs().max() < 0.06
 
-    def test_global_generator_is_left_alone(self):
+    def test_global_generator_is_not_used(self):
         before = torch.get_rng_state()
         first = random_blocks(PLAIN)
         assert torch.equal(torch.get_rng_state(), before)
@@ -294,9 +284,9 @@ class TestEveryPattern:
         "layout", [LAYOUT, PLAIN, dataclasses.replace(LAYOUT, order="raster"), TokenLayout((1, 1))]
     )
     def test_special_rows_and_columns_are_kept(self, name, layout):
-        params = (
-            EXAMPLES[name] if layout.grid != (1, 1) or name != "region" else {"centers": [(0, 0)]}
-        )
+        params = EXAMPLES[name]
+        if layout.grid == (1, 1) and name == "region":
+            params = {"centers": [(0, 0)]}
         mask = PATTERNS[name](layout, **params)
         specials = torch.from_numpy(Blocks.of(layout).special)
         assert mask.shape == (layout.num_blocks, layout.num_blocks)
@@ -304,8 +294,8 @@ class TestEveryPattern:
         assert mask[specials].all()
         assert mask[:, specials].all()
 
-    def test_nothing_else_decides(self, name):
-        """Twin: without special tokens, all patterns but `dense` leave something out, so the rule above says something."""
+    def test_blocks_are_skipped_without_special_tokens(self, name):
+        """Twin of the test above: all patterns except `dense` skip blocks."""
         assert PATTERNS[name](TILED, **EXAMPLES[name]).all() == (name == "dense")
 
     def test_default_device(self, name):
@@ -315,7 +305,7 @@ class TestEveryPattern:
         assert mask.device.type == "cpu"
         assert torch.equal(mask, expected)
 
-    def test_results_are_the_callers_own(self, name):
+    def test_results_are_not_shared(self, name):
         mask = PATTERNS[name](LAYOUT, **EXAMPLES[name])
         expected = mask.clone()
         mask.logical_not_()
@@ -325,20 +315,20 @@ class TestEveryPattern:
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: local_window(LAYOUT, -1), r"radius=-1: .*at least 0; give"),
-        (lambda: local_window(LAYOUT, 2.5), r"radius=2\.5: .*whole number.*; give"),
-        (lambda: local_window(LAYOUT, True), r"radius=True: .*whole number.*; give"),
-        (lambda: local_window(LAYOUT, 2, "l2"), r"metric='l2': allowed are .*; choose"),
-        (lambda: axial(LAYOUT, -1), r"width=-1: .*at least 0; give"),
-        (lambda: nearest(LAYOUT, 1.01), r"sparsity=1\.01: .*0 to 1; give"),
-        (lambda: nearest(LAYOUT, -0.5), r"sparsity=-0\.5: .*0 to 1; give"),
-        (lambda: nearest(LAYOUT, float("nan")), r"sparsity=nan: .*0 to 1; give"),
-        (lambda: nearest(LAYOUT, "0.5"), r"sparsity='0\.5': .*0 to 1; give"),
-        (lambda: nearest(LAYOUT, 0.5, "l2"), r"metric='l2': allowed are .*; choose"),
-        (lambda: strided(LAYOUT, 0), r"stride=0: .*at least 1; give"),
-        (lambda: random_blocks(LAYOUT, 2), r"sparsity=2: .*0 to 1; give"),
-        (lambda: random_blocks(LAYOUT, 0.5, -1), r"seed=-1: .*at least 0; give"),
-        (lambda: random_blocks(LAYOUT, 0.5, 1.0), r"seed=1\.0: .*whole number.*; give"),
+        (lambda: local_window(LAYOUT, -1), r"radius=-1: expected an integer >= 0"),
+        (lambda: local_window(LAYOUT, 2.5), r"radius=2\.5: expected an integer >= \d"),
+        (lambda: local_window(LAYOUT, True), r"radius=True: expected an integer >= \d"),
+        (lambda: local_window(LAYOUT, 2, "l2"), r"metric='l2': allowed are .*"),
+        (lambda: axial(LAYOUT, -1), r"width=-1: expected an integer >= 0"),
+        (lambda: nearest(LAYOUT, 1.01), r"sparsity=1\.01: .*of blocks to skip, 0 to 1"),
+        (lambda: nearest(LAYOUT, -0.5), r"sparsity=-0\.5: .*of blocks to skip, 0 to 1"),
+        (lambda: nearest(LAYOUT, float("nan")), r"sparsity=nan: .*of blocks to skip, 0 to 1"),
+        (lambda: nearest(LAYOUT, "0.5"), r"sparsity='0\.5': .*of blocks to skip, 0 to 1"),
+        (lambda: nearest(LAYOUT, 0.5, "l2"), r"metric='l2': allowed are .*"),
+        (lambda: strided(LAYOUT, 0), r"stride=0: expected an integer >= 1"),
+        (lambda: random_blocks(LAYOUT, 2), r"sparsity=2: .*of blocks to skip, 0 to 1"),
+        (lambda: random_blocks(LAYOUT, 0.5, -1), r"seed=-1: expected an integer >= 0"),
+        (lambda: random_blocks(LAYOUT, 0.5, 1.0), r"seed=1\.0: expected an integer >= \d"),
         (
             lambda: region(LAYOUT, [(9, 0)]),
             r"\(9, 0\) lies outside the grid of 9 x 13 .*0 to 8.*0 to 12; divide",
@@ -347,214 +337,17 @@ class TestEveryPattern:
             lambda: region(LAYOUT, [(0, 13)]),
             r"\(0, 13\) lies outside the grid of 9 x 13 .*0 to 8.*0 to 12; divide",
         ),
-        (lambda: region(LAYOUT, [(0, -1)]), r"-1: .*at least 0; give"),
-        (lambda: region(LAYOUT, [(0, 1, 2)]), r"\(0, 1, 2\): .*pair.*; give"),
-        (lambda: region(LAYOUT, [(0, 1)], -3), r"radius=-3: .*at least 0; give"),
-        (lambda: region(LAYOUT, [(0, 1)], 3, "l2"), r"metric='l2': allowed are .*; choose"),
-        (lambda: window(LAYOUT, 0), r"size=0: .*at least 1; give"),
-        (lambda: window(LAYOUT, 7, -1), r"shift=-1: .*at least 0; give"),
+        (lambda: region(LAYOUT, [(0, -1)]), r"-1: expected an integer >= 0"),
+        (lambda: region(LAYOUT, [(0, 1, 2)]), r"\(0, 1, 2\): expected a pair"),
+        (lambda: region(LAYOUT, [(0, 1)], -3), r"radius=-3: expected an integer >= 0"),
+        (lambda: region(LAYOUT, [(0, 1)], 3, "l2"), r"metric='l2': allowed are .*"),
+        (lambda: window(LAYOUT, 0), r"size=0: expected an integer >= 1"),
+        (lambda: window(LAYOUT, 7, -1), r"shift=-1: expected an integer >= 0"),
     ],
 )
 def test_bad_parameters(call, match):
     with pytest.raises(ValueError, match=match):
         call()
-
-
-class TestPattern:
-    @pytest.mark.parametrize("name", PATTERNS)
-    def test_is_its_function(self, name):
-        for layout in (LAYOUT, PLAIN):
-            expected = PATTERNS[name](layout, **EXAMPLES[name])
-            assert torch.equal(Pattern(name, **EXAMPLES[name])(layout), expected)
-
-    @pytest.mark.parametrize("name", [name for name in PATTERNS if EXAMPLES[name]])
-    def test_parameters_are_used(self, name):
-        """Twin: with its defaults (regions: other centers) each pattern is another mask."""
-        other = {"centers": [[8, 0]]} if name == "region" else {}
-        assert not torch.equal(
-            Pattern(name, **EXAMPLES[name])(TILED), Pattern(name, **other)(TILED)
-        )
-
-    def test_streams(self):
-        pattern = Pattern("random_blocks", seed=3)
-        assert torch.equal(pattern(PLAIN), random_blocks(PLAIN, seed=3, stream=0))
-        assert torch.equal(pattern(PLAIN, stream=5), random_blocks(PLAIN, seed=3, stream=5))
-        assert not torch.equal(pattern(PLAIN, stream=5), pattern(PLAIN))
-        joined = pattern | Pattern("strided", stride=6)
-        assert torch.equal(joined(PLAIN, stream=5), pattern(PLAIN, stream=5) | strided(PLAIN, 6))
-        assert torch.equal(Pattern("strided")(PLAIN, stream=5), strided(PLAIN))
-
-    @pytest.mark.parametrize("layout", [LAYOUT, PLAIN])
-    def test_or_and_and(self, layout):
-        near, grid = Pattern("local_window", radius=2, metric="l1"), Pattern("strided", stride=3)
-        boxes = Pattern("window", size=4)
-        a, b, c = near(layout), grid(layout), boxes(layout)
-        assert torch.equal((near | grid)(layout), a | b)
-        assert torch.equal((near & grid)(layout), a & b)
-        assert torch.equal((near | grid | boxes)(layout), a | b | c)
-        assert torch.equal((near & (grid | boxes))(layout), a & (b | c))
-        assert torch.equal((near & grid | boxes)(layout), a & b | c)
-        assert torch.equal(((near | grid) & (grid | boxes) & near)(layout), (a | b) & (b | c) & a)
-
-    def test_or_and_and_differ(self):
-        """Twin: the masks above are not all the same."""
-        a, b, c = (
-            Pattern(name, **EXAMPLES[name])(PLAIN) for name in ("local_window", "strided", "window")
-        )
-        masks = (a, b, c, a | b, a & b, a & (b | c), a & b | c)
-        assert len({tuple(mask.flatten().tolist()) for mask in masks}) == len(masks)
-
-    @pytest.mark.parametrize(
-        "pattern",
-        [
-            *(Pattern(name, **params) for name, params in EXAMPLES.items()),
-            Pattern("region", centers=((1, 2), (3, 4))),
-            Pattern("local_window") | Pattern("strided", stride=3),
-            Pattern("local_window")
-            & (Pattern("strided", stride=3) | Pattern("region", centers=[(1, 2)])),
-        ],
-        ids=repr,
-    )
-    def test_spec_survives_json(self, pattern):
-        again = Pattern.from_spec(json.loads(json.dumps(pattern.spec)))
-        assert again == pattern
-        assert hash(again) == hash(pattern)
-        assert again.spec == pattern.spec
-        assert repr(again) == repr(pattern)
-        assert torch.equal(again(LAYOUT), pattern(LAYOUT))
-
-    def test_spec_is_plain_data(self):
-        near, grid = Pattern("local_window", radius=4), Pattern("strided", stride=8)
-        assert near.spec == {"pattern": "local_window", "radius": 4}
-        assert (near | grid).spec == {"any": [near.spec, grid.spec]}
-        assert (near & grid).spec == {"all": [near.spec, grid.spec]}
-
-    def test_equality_and_hash(self):
-        pattern = Pattern("local_window", radius=4, metric="l1")
-        assert pattern == Pattern("local_window", radius=4, metric="l1")
-        assert hash(pattern) == hash(Pattern("local_window", radius=4, metric="l1"))
-        for other in (
-            Pattern("local_window", radius=5, metric="l1"),
-            Pattern("local_window", radius=4),
-            pattern | pattern,
-            pattern & pattern,
-            "local_window",
-            None,
-        ):
-            assert pattern != other
-        assert pattern | Pattern("dense") != pattern & Pattern("dense")
-        assert len({pattern, Pattern("local_window", radius=4, metric="l1"), Pattern("dense")}) == 2
-
-    def test_the_order_of_parameters_does_not_matter(self):
-        first = Pattern("local_window", radius=4, metric="l1")
-        second = Pattern("local_window", metric="l1", radius=4)
-        assert first == second
-        assert hash(first) == hash(second)
-        assert hash(first | Pattern("dense")) == hash(second | Pattern("dense"))
-        assert {first: "found"}.get(second) == "found"
-
-    def test_tuples_are_lists(self):
-        first, second = (
-            Pattern("region", centers=((1, 2), (3, 4))),
-            Pattern("region", centers=[[1, 2], [3, 4]]),
-        )
-        assert first == second
-        assert hash(first) == hash(second)
-
-    def test_equal_numbers_hash_equally(self):
-        whole, decimal = Pattern("nearest", sparsity=1), Pattern("nearest", sparsity=1.0)
-        assert whole != decimal or hash(whole) == hash(decimal)
-
-    def test_repr_names_everything(self):
-        pattern = Pattern("local_window", radius=4) | Pattern("strided", stride=8) & Pattern(
-            "dense"
-        )
-        assert repr(pattern) == "(local_window(radius=4) | (strided(stride=8) & dense()))"
-
-    def test_spec_is_a_copy(self):
-        centers = [[1, 2], [3, 4]]
-        pattern = Pattern("region", centers=centers)
-        joined = pattern | Pattern("dense")
-        known, joined_known = json.dumps(pattern.spec), json.dumps(joined.spec)
-        mask, hashes = pattern(LAYOUT), (hash(pattern), hash(joined))
-        centers[0][0] = 7
-        pattern.spec["centers"][0][0] = 7
-        pattern.spec["pattern"] = "dense"
-        joined.spec["any"][0]["radius"] = 3
-        joined.spec["any"].append({"pattern": "nonsense"})
-        assert (json.dumps(pattern.spec), json.dumps(joined.spec)) == (known, joined_known)
-        assert (hash(pattern), hash(joined)) == hashes
-        assert torch.equal(pattern(LAYOUT), mask)
-
-    def test_from_spec_copies(self):
-        spec = {"any": [{"pattern": "region", "centers": [[1, 2]]}, {"pattern": "dense"}]}
-        pattern = Pattern.from_spec(spec)
-        spec["any"][0]["centers"][0][0] = 9
-        assert pattern == Pattern("region", centers=[(1, 2)]) | Pattern("dense")
-
-    def test_unknown_name(self):
-        for make in (
-            lambda: Pattern("gaussian"),
-            lambda: Pattern.from_spec({"pattern": "gaussian"}),
-        ):
-            with pytest.raises(
-                ValueError, match=r"'gaussian' is unknown: allowed are dense, .*window; choose"
-            ):
-                make()
-
-    @pytest.mark.parametrize(
-        ("name", "param", "allowed"),
-        [
-            ("local_window", "width", "radius, metric"),
-            ("dense", "radius", "none"),
-            ("random_blocks", "stream", "sparsity, seed"),
-            ("strided", "layout", "stride"),
-        ],
-    )
-    def test_unknown_parameter(self, name, param, allowed):
-        for make in (
-            lambda: Pattern(name, **{param: 1}),
-            lambda: Pattern.from_spec({"pattern": name, param: 1}),
-        ):
-            with pytest.raises(
-                ValueError,
-                match=f"'{name}' has no parameter '{param}': allowed are {allowed}; remove",
-            ):
-                make()
-
-    @pytest.mark.parametrize(
-        "spec",
-        [
-            {},
-            {"radius": 3},
-            {"any": [{"pattern": "dense"}], "all": [{"pattern": "dense"}]},
-            {"any": []},
-            {"any": 3},
-            {"all": {"pattern": "dense"}},
-            {"any": ["dense"]},
-            {"any": [{"pattern": "dense"}, {"pattern": "gaussian"}]},
-            {"pattern": ["dense"]},
-            {"pattern": None},
-            {"pattern": "local_window", "name": 3},
-            {"pattern": "local_window", "any": []},
-            "dense",
-            None,
-        ],
-        ids=repr,
-    )
-    def test_damaged_spec(self, spec):
-        """Every damaged spec is refused where it is read, in our words."""
-        with pytest.raises((ValueError, TypeError), match=r"pattern.*: .+; "):
-            Pattern.from_spec(spec)
-
-    @pytest.mark.parametrize(
-        "other", [torch.ones(2, 2, dtype=torch.bool), {"pattern": "dense"}, None]
-    )
-    def test_joins_only_patterns(self, other):
-        with pytest.raises(TypeError):
-            Pattern("local_window") | other
-        with pytest.raises(TypeError):
-            Pattern("local_window") & other
 
 
 class TestStackHeads:
@@ -565,9 +358,7 @@ class TestStackHeads:
         assert base.dtype == torch.bool
         assert base.is_contiguous()
         for image in base:
-            assert all(
-                torch.equal(head, expected) for head, expected in zip(image, heads, strict=True)
-            )
+            assert all(map(torch.equal, image, heads))
 
     def test_images_do_not_share_memory(self):
         base = stack_heads([local_window(PLAIN, 0)], 2)
@@ -582,7 +373,7 @@ class TestStackHeads:
 
     @pytest.mark.parametrize("batch_size", [0, -1, 1.0, True, None])
     def test_bad_batch_size(self, batch_size):
-        with pytest.raises(ValueError, match=f"batch_size={batch_size}: .*at least 1; give"):
+        with pytest.raises(ValueError, match=f"batch_size={batch_size}: expected an integer >= 1"):
             stack_heads([dense(PLAIN)], batch_size)
 
 
@@ -603,9 +394,8 @@ class TestDraw:
     def test_sizes_and_extremes(self, rows, columns):
         size = (min(rows, 32), min(columns, 32))
         for value, shade in ((True, "█"), (False, " ")):
-            assert draw(torch.full((rows, columns), value)) == "\n".join(
-                [shade * 2 * size[1]] * size[0]
-            )
+            lines = [shade * 2 * size[1]] * size[0]
+            assert draw(torch.full((rows, columns), value)) == "\n".join(lines)
 
     def test_a_single_kept_block_stays_visible(self):
         mask = torch.zeros(200, 200, dtype=torch.bool)
@@ -617,8 +407,6 @@ class TestDraw:
 
     @pytest.mark.parametrize("shape", [(4,), (1, 4, 4), (1, 2, 4, 4)])
     def test_wrong_rank(self, shape):
-        with pytest.raises(
-            ValueError,
-            match=rf"mask of shape \({', '.join(map(str, shape))},?\): expected \(R, C\); pick",
-        ):
+        text = re.escape(f"mask of shape {shape}: expected (R, C); pick")
+        with pytest.raises(ValueError, match=text):
             draw(torch.ones(shape, dtype=torch.bool))

@@ -1,8 +1,9 @@
-"""Plan-time honesty: the model of what attention costs, its memory, pruning with it, and what `describe` says."""
+"""The latency model, its cache, pruning with it, and what `describe` prints of it."""
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -26,19 +27,25 @@ def latency_file():
     return cache_file("latency.json")
 
 
-MODULE = __import__("sys").modules["bsa_vision.measure.latency"]
-# Round numbers: a kept pair costs half a dense one, a call and each row of blocks something on top.
-ROUND = Latency("round numbers", dense_call=1e-3, dense_pair=1e-9, sparse_call=5e-3, sparse_row=1e-5, sparse_pair=0.5e-9, dense_in_loop=True)  # fmt: skip
-SLOW = replace(
-    ROUND, sparse_pair=2e-9, dense_in_loop=False
-)  # as without the compiled loop, exaggerated
+MODULE = sys.modules["bsa_vision.measure.latency"]
+# A kept pair costs half a dense one; a call and each row of blocks add to it.
+ROUND = Latency(
+    "round numbers",
+    dense_call=1e-3,
+    dense_pair=1e-9,
+    sparse_call=5e-3,
+    sparse_row=1e-5,
+    sparse_pair=0.5e-9,
+    dense_in_loop=True,
+)
+SLOW = replace(ROUND, sparse_pair=2e-9, dense_in_loop=False)  # like an uncompiled loop
 
 
 @pytest.mark.parametrize(
     "number", [float("nan"), -1.0, 0, float("inf"), True, "x", None, 10**400, [1.0]]
 )
 @pytest.mark.parametrize("field", ["dense_pair", "sparse_call"])
-def test_files_with_numbers_that_cannot_be_are_measured_anew(number, field):
+def test_entries_with_impossible_numbers_are_rejected(number, field):
     good = {name: value for name, value in asdict(ROUND).items() if name != "what"}
     assert MODULE._is_latency(good)
     assert not MODULE._is_latency({**good, field: number})
@@ -49,7 +56,7 @@ def test_files_with_numbers_that_cannot_be_are_measured_anew(number, field):
 @pytest.mark.parametrize(
     "data", [b"[" * 200_000, b"\xff\xfe{}", b"", b"[]", b'{"a": ' + b"9" * 5000 + b"}"]
 )
-def test_damaged_cache_files_hold_nothing(data):
+def test_damaged_cache_files_are_empty(data):
     latency_file().parent.mkdir(parents=True, exist_ok=True)
     latency_file().write_bytes(data)
     try:
@@ -72,11 +79,8 @@ class TestModel:
         assert SLOW.of_heads(masks, 500)[2] == pytest.approx(1e-9 * 250_000)
 
     def test_without_a_sparse_head_it_is_the_dense_call(self):
-        assert (
-            ROUND.of_masks(bsa.HeadMasks(None, [0, 0]), 300)
-            == ROUND.dense(2, 300)
-            == pytest.approx(1e-3 + 2e-9 * 90_000)
-        )
+        seconds = ROUND.of_masks(bsa.HeadMasks(None, [0, 0]), 300)
+        assert seconds == ROUND.dense(2, 300) == pytest.approx(1e-3 + 2e-9 * 90_000)
 
     @given(
         rows=st.integers(1, 400),
@@ -88,17 +92,14 @@ class TestModel:
         generator = torch.Generator().manual_seed(seed)
         base = torch.rand(2, 2, -(-rows // block), -(-columns // block), generator=generator) < 0.5
         masks = bsa.HeadMasks(base, block_size=block, allow_empty_rows=True)
-        spelled = base.repeat_interleave(block, 2)[:, :, :rows].repeat_interleave(block, 3)[
-            ..., :columns
-        ]
-        means = spelled.double().sum((2, 3)).mean(0)
-        assert all(
-            abs(a - b) <= 0.5 for a, b in zip(masks.kept_pairs(rows, columns), means.tolist())
-        )
+        dense = base.repeat_interleave(block, 2)[:, :, :rows]
+        dense = dense.repeat_interleave(block, 3)[..., :columns]
+        means = dense.double().sum((2, 3)).mean(0).tolist()
+        assert all(abs(a - b) <= 0.5 for a, b in zip(masks.kept_pairs(rows, columns), means))
 
     @pytest.mark.parametrize("density", [0.05, 0.3, 0.9])
     def test_break_even(self, density):
-        """One token fewer, and it does not pay."""
+        """Sparse heads are faster at the break-even, and slower with one token less."""
         tokens = ROUND.break_even(12, density)
 
         def pays(count):
@@ -119,17 +120,15 @@ class TestModel:
 class TestMeasured:
     def test_constants_are_those_of_this_machine(self):
         before = torch.get_rng_state()
-        here = measure(head_dim=16)
-        assert torch.equal(
-            torch.get_rng_state(), before
-        )  # describing a model changes nobody's random numbers
-        assert "float32, head dim 16" in here.what
-        assert torch.__version__ in here.what
-        assert here.dense_pair > 0
-        assert here.sparse_call > 0
-        assert min(here.sparse_row, here.sparse_pair) >= 0
-        # 2048 tokens cannot be cheaper than 128: the call's own cost and the pairs' are told apart.
-        assert here.dense(8, 2048) > here.dense(8, 128)
+        measured = measure(head_dim=16)
+        assert torch.equal(torch.get_rng_state(), before)  # measuring draws no random numbers
+        assert "float32, head dim 16" in measured.what
+        assert torch.__version__ in measured.what
+        assert measured.dense_pair > 0
+        assert measured.sparse_call > 0
+        assert min(measured.sparse_row, measured.sparse_pair) >= 0
+        # 2048 tokens cost more than 128: costs per call and per pair are separated.
+        assert measured.dense(8, 2048) > measured.dense(8, 128)
 
     def test_measured_once(self, monkeypatch, tmp_path):
         monkeypatch.setenv("BSA_VISION_CACHE", str(tmp_path / "new"))
@@ -153,7 +152,7 @@ class TestMeasured:
         assert stored[what]["dense_pair"] == 1e-9
 
     @pytest.mark.parametrize("content", ["", "[1]", '{"x": 3}', '{"x": {"dense_call": 1}}', "\x00"])
-    def test_a_spoilt_file_is_measured_over(self, monkeypatch, tmp_path, content):
+    def test_a_damaged_file_is_replaced(self, monkeypatch, tmp_path, content):
         monkeypatch.setenv("BSA_VISION_CACHE", str(tmp_path))
         monkeypatch.setattr(MODULE, "_known", {})
         monkeypatch.setattr(MODULE, "measure", lambda *a: ROUND)
@@ -161,7 +160,7 @@ class TestMeasured:
         assert bsa.latency() == ROUND
         assert len(json.loads(latency_file().read_text())) == 1
 
-    def test_a_place_that_cannot_be_written(self, monkeypatch, tmp_path):
+    def test_a_folder_that_cannot_be_written(self, monkeypatch, tmp_path):
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("BSA_VISION_CACHE", str(tmp_path / "file" / "folder"))
         monkeypatch.setattr(MODULE, "_known", {})
@@ -181,7 +180,7 @@ class TestMeasured:
         assert latency_file() is None
         assert bsa.latency() == ROUND
 
-    def test_where_it_is_kept(self, monkeypatch):
+    def test_path_of_the_file(self, monkeypatch):
         monkeypatch.delenv("BSA_VISION_CACHE")
         monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
         assert str(latency_file()) == "/somewhere/bsa-vision/latency.json"
@@ -194,22 +193,20 @@ SPOILT = [
 
 
 class TestBackends:
-    """Costs of each backend, by which `auto` chooses on GPUs."""
+    """Measured costs of the backends, by which `auto` chooses on GPUs."""
 
     @pytest.fixture(autouse=True)
-    def own_file(self, monkeypatch, tmp_path):
+    def empty_cache(self, monkeypatch, tmp_path):
         monkeypatch.setenv("BSA_VISION_CACHE", str(tmp_path))
         monkeypatch.setattr(measured_costs, "_known", {})
 
-    def test_measured_here(self, monkeypatch):
+    def test_measured_on_this_machine(self, monkeypatch):
         monkeypatch.setattr(MODULE, "LARGE", (16, 32))
         found = MODULE.measure_backends(32)
         plain, with_rel_pos = found.values()
-        assert set(plain) == set(with_rel_pos) == {"gather"}  # what skips nothing is no candidate
-        assert all(
-            cost.call > 0 and cost.row >= 0 and cost.pair >= 0
-            for cost in (*plain.values(), *with_rel_pos.values())
-        )
+        assert set(plain) == set(with_rel_pos) == {"gather"}  # the others skip no blocks
+        costs = (*plain.values(), *with_rel_pos.values())
+        assert all(cost.call > 0 and cost.row >= 0 and cost.pair >= 0 for cost in costs)
         assert plain != with_rel_pos
         what = measured_costs.describe(torch.device("cpu"), torch.float32, 32, False)
         monkeypatch.setattr(measured_costs, "_known", {})  # a new process
@@ -234,42 +231,36 @@ class TestBackends:
 
     def test_auto_takes_the_cheapest(self, monkeypatch):
         what = self.on_a_gpu(monkeypatch)
-        assert (
-            choose(self.problem(1024, 0.5)) == "kernel"
-        )  # nothing is known: the order of the table
+        # No costs are known, so the order of the table decides.
+        assert choose(self.problem(1024, 0.5)) == "kernel"
         measured_costs.remember(
             what,
             {"kernel": Cost(1e-4, 0, 1e-11), "flex": Cost(2e-5, 0, 4e-11), "gather": Cost(1, 0, 0)},
         )
         assert choose(self.problem(256, 0.5)) == "flex"  # a cheap call
         assert choose(self.problem(8192, 0.5)) == "kernel"  # cheap pairs
-        # Few pairs: 2 * 2048**2 / 16 * 3e-11 is less than 8e-5, half of them is more.
+        # 2 * 2048**2 * 3e-11 / 16 is less than the 8e-5 that a call of flex saves; half is more.
         assert choose(self.problem(2048, 1 / 16)) == "flex"
         assert choose(self.problem(2048, 0.5)) == "kernel"
         assert choose(self.problem(2048, 0.5), "gather") == "gather"
 
     def test_asked_once(self, monkeypatch):
-        """Asking every backend takes longer than some calls do: once for masks, shapes and whatever else matters; anew with other costs."""
+        """Backends are asked once per kind of call, and again when measured costs change."""
         what, asked = self.on_a_gpu(monkeypatch), []
         monkeypatch.setattr(BACKENDS["kernel"], "why_not", lambda problem: asked.append(problem))
         problem = self.problem(1024, 0.5)
         assert [choose(problem) for _ in range(3)] == ["kernel"] * 3
         assert len(asked) == 1
-        for change in (
-            dict(scale=0.0),
-            dict(return_lse=True),
-            dict(is_causal=True),
-            dict(dropout_p=0.1),
-        ):
-            choose(replace(problem, **change))
+        changes = {"scale": 0.0, "return_lse": True, "is_causal": True, "dropout_p": 0.1}
+        for name, value in changes.items():
+            choose(replace(problem, **{name: value}))
         assert len(asked) == 5
-        measured_costs.remember(
-            what, dict.fromkeys(("kernel", "gather"), Cost(1, 0, 0)) | {"flex": Cost(0, 0, 0)}
-        )
+        costs = dict.fromkeys(("kernel", "gather"), Cost(1, 0, 0)) | {"flex": Cost(0, 0, 0)}
+        measured_costs.remember(what, costs)
         assert choose(problem) == "flex"
 
-    def test_what_is_not_measured_is_not_passed_over(self, monkeypatch):
-        """A kernel that was built after measuring: the order of the table decides until all are known again."""
+    def test_backends_without_measurement_are_not_skipped(self, monkeypatch):
+        """The order of the table decides until the costs of all backends are measured."""
         what = self.on_a_gpu(monkeypatch)
         measured_costs.remember(what, {"flex": Cost(1e-9, 0, 0), "gather": Cost(1, 0, 0)})
         assert choose(self.problem(1024, 0.5)) == "kernel"
@@ -277,11 +268,12 @@ class TestBackends:
         assert choose(self.problem(1024, 0.5)) == "flex"
 
     def test_what_skips_nothing_is_no_candidate(self, monkeypatch):
-        """However cheap its calls were where they were measured."""
-        measured_costs.remember(self.on_a_gpu(monkeypatch), dict.fromkeys(("kernel", "flex", "gather"), Cost(1, 1, 1)) | {"sdpa": Cost(0, 0, 0)})  # fmt: skip
+        """Backends that compute all N x N pairs are not chosen, however cheap their calls are."""
+        costs = dict.fromkeys(("kernel", "flex", "gather"), Cost(1, 1, 1)) | {"sdpa": Cost(0, 0, 0)}
+        measured_costs.remember(self.on_a_gpu(monkeypatch), costs)
         assert choose(self.problem(1024, 0.5)) == "kernel"
 
-    def test_one_that_breaks_is_left_out(self, monkeypatch):
+    def test_backends_that_raise_are_left_out(self, monkeypatch):
         monkeypatch.setattr(MODULE, "LARGE", (16, 32))
 
         def explode(problem):
@@ -291,12 +283,12 @@ class TestBackends:
         monkeypatch.setattr(BACKENDS["flex"], "run", explode)
         with pytest.warns(
             RuntimeWarning,
-            match="'flex' failed while it was measured, and is left out: RuntimeError: out of",
+            match="'flex' failed while it was measured and is left out: RuntimeError: out of",
         ):
             found = MODULE.measure_backends(32)
-        assert all(set(one) == {"gather"} for one in found.values())
+        assert all(set(costs) == {"gather"} for costs in found.values())
 
-    def test_relative_position_has_costs_of_its_own(self, monkeypatch):
+    def test_relative_position_has_separate_costs(self, monkeypatch):
         measured_costs.remember(self.on_a_gpu(monkeypatch), {"flex": Cost(1e-9, 0, 0)})
         rel_pos = bsa.RelPos(torch.empty(0), torch.empty(0))
         assert choose(self.problem(1024, 0.5, rel_pos)) == "kernel"
@@ -305,7 +297,7 @@ class TestBackends:
         "content",
         ["", "[]", '{"WHAT": 3}', '{"WHAT": {"flex": 1}}', '{"WHAT": {"flex": {"call": "x"}}}'],
     )
-    def test_a_spoilt_file(self, monkeypatch, tmp_path, content):
+    def test_a_damaged_file(self, monkeypatch, tmp_path, content):
         what = self.on_a_gpu(monkeypatch)
         (tmp_path / "backends.json").write_text(content.replace("WHAT", what))
         assert choose(self.problem(1024, 0.5)) == "kernel"
@@ -313,14 +305,8 @@ class TestBackends:
     def test_on_a_cpu_nothing_is_asked(self, monkeypatch):
         monkeypatch.setattr(measured_costs, "cheapest", None)
         q = torch.zeros(1, 2, 256, 16)
-        assert (
-            choose(
-                Problem(
-                    q, q, q, bsa.HeadMasks(torch.eye(2, dtype=torch.bool).expand(1, 2, 2, 2)), 1.0
-                )
-            )
-            == "gather"
-        )
+        masks = bsa.HeadMasks(torch.eye(2, dtype=torch.bool).expand(1, 2, 2, 2))
+        assert choose(Problem(q, q, q, masks, 1.0)) == "gather"
 
 
 class TestPrune:
@@ -337,7 +323,7 @@ class TestPrune:
         assert cheap.better_dense(masks, 1024, min_gain=1.01 * (1 - kept)) == (0,)
 
     def test_calls_that_save_too_little(self):
-        """A head may gain and its call still lose: what a sparse call costs on top is not made up at so few tokens."""
+        """A head may save time while the call does not, because of the call's constant cost."""
         assert ROUND.better_dense(self.masks(2), 1024) == (0,)
         assert ROUND.better_dense(self.masks(2), 1024, images=64) == ()
 
@@ -371,7 +357,7 @@ class TestPrune:
             sparse = bsa.sparsify_(model, plan)(x).last_hidden_state
             bsa.restore_(model)
             after = bsa.sparsify_(model, pruned)(x).last_hidden_state
-        assert (sparse - dense).abs().max() > 1e-3  # a forward is sparse however slow that is
+        assert (sparse - dense).abs().max() > 1e-3  # slow sparse heads still run sparse
         torch.testing.assert_close(after, dense)
 
     def test_errors(self):
@@ -382,12 +368,12 @@ class TestPrune:
         ):
             bsa.prune(plan, model, latency=ROUND)
         for wrong in (-0.1, 1, "much", True):
-            with pytest.raises(ValueError, match=r"min_gain=.*expected a fraction.*give e.g. 0.05"):
+            message = r"min_gain=.*expected a fraction.*0 <= min_gain < 1"
+            with pytest.raises(ValueError, match=message):
                 bsa.prune(plan, spec, latency=ROUND, min_gain=wrong)
         for wrong in (0, -1, 1.5):
-            with pytest.raises(
-                ValueError, match=r"images=.*number of images per call.*give e.g. 1"
-            ):
+            message = r"images=.*number of images per call, an int >= 1"
+            with pytest.raises(ValueError, match=message):
                 bsa.prune(plan, spec, latency=ROUND, images=wrong)
         with pytest.raises(bsa.PlanError, match="another model"):
             bsa.prune(plan, replace(spec, family="other"), latency=ROUND)
@@ -401,33 +387,29 @@ class TestDescribe:
         )
         return bsa.describe(bsa.sparsify_(model, plan), latency=latency)
 
-    def test_says_what_is_to_be_expected(self):
+    def test_expected_time(self):
         free = replace(ROUND, sparse_call=0.0, sparse_row=0.0)
         report = self.report(free)
         layer = report.layers[0]
-        assert layer.expected == pytest.approx(
-            free.of_masks(layer_masks(), layer.tokens) / free.dense(layer.heads, layer.tokens)
-        )
+        seconds = free.of_masks(layer_masks(), layer.tokens)
+        assert layer.expected == pytest.approx(seconds / free.dense(layer.heads, layer.tokens))
         assert layer.break_even == free.break_even(layer.heads, 1 - layer.sparsity, 4)
         assert layer.better_dense == ()
-        assert f"sparsity pays from {layer.break_even} tokens on" in str(report)
-        assert "expected on round numbers" in str(report)
+        assert f"sparse attention is faster from {layer.break_even} tokens" in str(report)
+        assert "expected time: attention only, on round numbers" in str(report)
 
-    def test_says_when_it_is_not_worth_it(self):
+    def test_heads_and_layers_that_gain_nothing(self):
         report = self.report(SLOW)
         assert all(layer.better_dense == tuple(range(layer.heads)) for layer in report.layers)
-        assert "gain nothing here and are better dense; bsa.prune(plan, spec)" in str(report)
+        assert "gain nothing on this machine; bsa.prune(plan, spec) makes them dense" in str(report)
         never = self.report(replace(SLOW, sparse_pair=1e-6))
         assert never.layers[0].break_even is None
-        assert "sparsity pays at no number of tokens in layers" in str(never)
+        assert "sparse attention is never faster than dense on this machine in layers" in str(never)
 
     def test_dense_layers_gain_and_lose_nothing(self):
         report = self.report(SLOW, layers=[0])
-        assert (
-            report.layers[1].expected,
-            report.layers[1].break_even,
-            report.layers[1].better_dense,
-        ) == (1.0, 0, ())
+        layer = report.layers[1]
+        assert (layer.expected, layer.break_even, layer.better_dense) == (1.0, 0, ())
 
 
 def layer_masks():
@@ -438,10 +420,10 @@ def layer_masks():
 
 
 def test_break_even_with_more_keys_than_tokens():
-    """Memory attention: seven times the keys, so that the cost of a call and of rows is made up for earlier."""
-    here = bsa.Latency("made up", 0, 1e-9, 1e-4, 1e-6, 1e-9, True)
-    alone, among_frames = here.break_even(1, 0.5), here.break_even(1, 0.5, keys=7.0)
-    assert among_frames < alone
-    rows = here.sparse_row * -(-among_frames // 128)
-    pays = here.sparse_call + rows + 0.5 * 7 * here.sparse_pair * among_frames**2
-    assert pays == pytest.approx(here.dense(1, among_frames, keys=7 * among_frames), rel=0.01)
+    """With seven times the keys, as in memory attention, the break-even is at fewer tokens."""
+    latency = bsa.Latency("made up", 0, 1e-9, 1e-4, 1e-6, 1e-9, True)
+    alone, with_frames = latency.break_even(1, 0.5), latency.break_even(1, 0.5, keys=7.0)
+    assert with_frames < alone
+    rows = latency.sparse_row * -(-with_frames // 128)
+    pays = latency.sparse_call + rows + 0.5 * 7 * latency.sparse_pair * with_frames**2
+    assert pays == pytest.approx(latency.dense(1, with_frames, keys=7 * with_frames), rel=0.01)

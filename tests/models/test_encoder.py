@@ -1,4 +1,4 @@
-"""`bsa_vision.encoder`: weights of segment_anything, patterns, gradients, checkpointing, other sizes, clear errors."""
+"""`create_encoder`: SAM's weights, patterns, gradients, checkpointing, image sizes, errors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,8 @@ from safetensors.torch import save_file
 import bsa_vision as bsa
 from bsa_vision.masks import Pattern
 from bsa_vision.models.encoder import SAM, create_encoder
+from tests.helpers.errors import relative_error
 from tests.helpers.sam_models import image, make, own, redraw
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 def vit(**changes):
@@ -30,7 +27,7 @@ def vit(**changes):
 
 class TestCheckpoints:
     def whole_sam(self):
-        """As segment_anything saves it: the encoder's part and others."""
+        """Return an encoder and a checkpoint of a whole SAM that contains its weights."""
         encoder = make("segment_anything")
         state = {f"image_encoder.{key}": value for key, value in encoder.state_dict().items()}
         return encoder, {**state, "prompt_encoder.no_mask_embed.weight": torch.zeros(1, 16)}
@@ -45,12 +42,12 @@ class TestCheckpoints:
             save_file(state, source)
         else:
             source = state if way == "state dict" else encoder.state_dict()
-        ours = make("bsa_vision.encoder", seed=1)
+        ours = make("create_encoder", seed=1)
         with torch.no_grad():
             expected = encoder(image())
-            assert relative(ours(image()), expected) > 0.1
+            assert relative_error(ours(image()), expected) > 0.1
             assert ours.load_checkpoint(source) is ours
-            assert relative(ours(image()), expected) < 1e-5
+            assert relative_error(ours(image()), expected) < 1e-5
 
     @pytest.mark.parametrize(
         ("spoil", "message"),
@@ -74,7 +71,7 @@ class TestCheckpoints:
         ],
     )
     def test_a_checkpoint_that_does_not_fit(self, spoil, message):
-        ours, state = make("bsa_vision.encoder"), make("segment_anything", seed=1).state_dict()
+        ours, state = make("create_encoder"), make("segment_anything", seed=1).state_dict()
         before = copy.deepcopy(ours.state_dict())
         spoil(state)
         with pytest.raises(ValueError, match=message):
@@ -93,8 +90,8 @@ class TestCheckpoints:
         ],
         ids=["array", "meta", "sparse", "complex", "int8", "list"],
     )
-    def test_values_that_would_load_by_half(self, value):
-        ours, state = make("bsa_vision.encoder"), make("segment_anything", seed=1).state_dict()
+    def test_values_that_are_not_plain_float_tensors(self, value):
+        ours, state = make("create_encoder"), make("segment_anything", seed=1).state_dict()
         before = copy.deepcopy(ours.state_dict())
         with pytest.raises(
             ValueError,
@@ -105,9 +102,9 @@ class TestCheckpoints:
 
     @pytest.mark.parametrize("size", [(64, 64), (128, 128), (72, 120)], ids=str)
     def test_weights_of_another_image_size(self, size):
-        """Resized when loaded, or at every call: the same. Windows keep their tables, and so does a size that is the same."""
-        trained = make("bsa_vision.encoder", seed=1)
-        other, pixels = make("bsa_vision.encoder", size=size), image(*size)
+        """Resizing when loading equals resizing at every call; windows keep their tables."""
+        trained = make("create_encoder", seed=1)
+        other, pixels = make("create_encoder", size=size), image(*size)
         state = trained.state_dict()
         with pytest.raises(
             ValueError,
@@ -119,8 +116,8 @@ class TestCheckpoints:
         ):
             assert other.load_checkpoint(state, resize=True) is other
         with torch.no_grad():
-            assert relative(other(pixels), trained(pixels)) < 1e-6
-            assert relative(make("bsa_vision.encoder", size=size)(pixels), trained(pixels)) > 1e-2
+            assert relative_error(other(pixels), trained(pixels)) < 1e-6
+            assert relative_error(make("create_encoder", size=size)(pixels), trained(pixels)) > 1e-2
         resized = other.state_dict()
         changed = [key for key in state if state[key].shape != resized[key].shape]
         assert {key.rpartition(".")[2] for key in changed} <= {
@@ -131,13 +128,11 @@ class TestCheckpoints:
         assert all(torch.equal(state[key], resized[key]) for key in state if key not in changed)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            make("bsa_vision.encoder").load_checkpoint(state, resize=True)
+            make("create_encoder").load_checkpoint(state, resize=True)
 
     def test_resizing_is_for_sizes_only(self):
-        ours, state = (
-            make("bsa_vision.encoder", size=(64, 64)),
-            make("segment_anything", seed=1).state_dict(),
-        )
+        ours = make("create_encoder", size=(64, 64))
+        state = make("segment_anything", seed=1).state_dict()
         before = copy.deepcopy(ours.state_dict())
         state["blocks.0.mlp.lin1.weight"] = torch.ones(7, 32)
         with (
@@ -152,11 +147,11 @@ class TestCheckpoints:
         with pytest.raises(
             ValueError, match=r"list\.pth holds list, not a state dict.*pass the state dict itself"
         ):
-            make("bsa_vision.encoder").load_checkpoint(tmp_path / "list.pth")
+            make("create_encoder").load_checkpoint(tmp_path / "list.pth")
 
     @pytest.mark.parametrize("size", SAM)
     def test_published_sizes_have_segment_anythings_parameters(self, size):
-        """Names and shapes, on the meta device; image sizes from 512 to 2048."""
+        """Names and shapes agree on the meta device, for image sizes from 512 to 2048."""
         from segment_anything import sam_model_registry
 
         for pixels in (512, 1024, 2048):
@@ -181,7 +176,7 @@ class TestPatterns:
         ],
         ids=["name", "union", "mapping", "function"],
     )
-    def test_every_way_to_say_them(self, patterns):
+    def test_every_type_of_patterns(self, patterns):
         torch.manual_seed(0)
         encoder = own(size=192, patterns=patterns)  # 24 x 24 patches: 5 blocks of 128
         report = bsa.describe(encoder)
@@ -204,20 +199,19 @@ class TestPatterns:
         masked = redraw(own())
         with torch.no_grad():
             dense = masked(image())
-            assert (
-                relative(sparse(image()), bsa.sparsify_(masked, plan, backend="reference")(image()))
-                < 1e-5
-            )
-            assert relative(sparse(image()), dense) > 1e-2
+            bsa.sparsify_(masked, plan, backend="reference")
+            assert relative_error(sparse(image()), masked(image())) < 1e-5
+            assert relative_error(sparse(image()), dense) > 1e-2
             assert torch.equal(bsa.restore_(sparse)(image()), dense)
 
     def test_swin_and_global_communication_in_one_line(self):
-        """Windows that are blocks, a regular sample of keys, and nothing else: counted."""
+        """The sparsity of windows that are blocks plus strided keys equals a count by hand."""
         pattern = Pattern("window", size=4) | Pattern("strided", stride=3)
         encoder = own()
         bsa.sparsify_(encoder, bsa.uniform_plan(encoder, pattern, tile=(4, 4), block_size=16))
         blocks = 9
-        kept = blocks * 3 + 6  # three columns for all, and its own window for the six other blocks
+        # Every block keeps three columns; six blocks also keep their window.
+        kept = blocks * 3 + 6
         assert bsa.describe(encoder).layers[1].sparsity == pytest.approx(1 - kept / blocks**2)
 
     def test_patterns_that_do_not_fit(self):
@@ -236,14 +230,14 @@ class TestPatterns:
 
 class TestTraining:
     def test_gradients_are_segment_anythings(self):
-        """One step of the same weights on the same images; every parameter, relative tables included."""
-        theirs, ours = make("segment_anything").train(), make("bsa_vision.encoder", seed=1).train()
+        """Gradients of all parameters agree for equal weights and images."""
+        theirs, ours = make("segment_anything").train(), make("create_encoder", seed=1).train()
         ours.load_checkpoint(theirs.state_dict())
         for encoder in (theirs, ours):
             encoder(image()).square().mean().backward()
         wanted = dict(theirs.named_parameters())
         for key, parameter in ours.named_parameters():
-            assert relative(parameter.grad, wanted[key].grad) < 1e-4, key
+            assert relative_error(parameter.grad, wanted[key].grad) < 1e-4, key
             assert parameter.grad.norm() > 0
 
     @pytest.mark.parametrize("patterns", [None, "local_window"])
@@ -265,7 +259,7 @@ class TestTraining:
         assert saved[True] < saved[False] / 3
 
     def test_it_learns(self):
-        """Which quarter of the image is bright: a few steps of AdamW with sparse heads, checkpointed, through every parameter."""
+        """A sparse, checkpointed encoder learns which quarter of the image is bright."""
         torch.manual_seed(0)
         patterns = Pattern("local_window", radius=1)
         encoder = own(size=64, patterns=patterns, gradient_checkpointing=True).train()
@@ -275,8 +269,8 @@ class TestTraining:
         for _ in range(40):
             quarter = torch.randint(4, (16,))
             pixels = 0.1 * torch.randn(16, 3, 64, 64)
-            for one, where in zip(pixels, quarter.tolist()):
-                one[:, 32 * (where // 2) :, 32 * (where % 2) :][:, :32, :32] += 1
+            for picture, where in zip(pixels, quarter.tolist()):
+                picture[:, 32 * (where // 2) :, 32 * (where % 2) :][:, :32, :32] += 1
             features = encoder(pixels).amax((2, 3))
             loss = torch.nn.functional.cross_entropy(head(features), quarter)
             optimizer.zero_grad()
@@ -300,7 +294,7 @@ class TestViT:
             assert vit(num_special=5, out_channels=8)(image()).shape == (2, 8, 12, 12)
 
     def test_dense_is_torchs_attention(self):
-        """One layer against nn.MultiheadAttention with the same weights."""
+        """A dense layer equals nn.MultiheadAttention with the same weights."""
         attention = vit().blocks[0].attn
         theirs = torch.nn.MultiheadAttention(32, 2, batch_first=True)
         theirs.load_state_dict(
@@ -314,8 +308,8 @@ class TestViT:
         x = torch.randn(2, 149, 32)
         with torch.no_grad():
             expected = theirs(x, x, x)[0]
-            assert relative(attention(x, (12, 12)), expected) < 1e-6
-            assert relative(attention(x.flip(1), (12, 12)), expected) > 1e-2
+            assert relative_error(attention(x, (12, 12)), expected) < 1e-6
+            assert relative_error(attention(x.flip(1), (12, 12)), expected) > 1e-2
 
     def test_sparse_with_special_tokens(self):
         encoder = vit(num_special=5, image_size=(96, 120))
@@ -325,27 +319,27 @@ class TestViT:
             sparse = bsa.sparsify_(encoder, plan)(image(96, 120))
             bsa.restore_(encoder)
             masked = bsa.sparsify_(encoder, plan, backend="reference")(image(96, 120))
-        assert relative(sparse, masked) < 1e-5
-        assert relative(sparse, dense) > 1e-2
+        assert relative_error(sparse, masked) < 1e-5
+        assert relative_error(sparse, dense) > 1e-2
 
 
 @pytest.mark.parametrize(
-    ("make_it", "message"),
+    ("call", "message"),
     [
-        (lambda: own(depth=0), r"depth=0: expected a whole number of at least 1"),
+        (lambda: own(depth=0), r"depth=0: expected an integer >= 1"),
         (
             lambda: create_encoder(2, 30, 4),
-            r"dim=30 with heads=4: dim must be a multiple of heads; choose e\.g\. heads=3",
+            r"dim=30 with heads=4: dim must be a multiple of heads, e\.g\. heads=3",
         ),
-        (lambda: create_encoder(2.0, 32, 2), r"depth=2\.0: expected a whole number"),
+        (lambda: create_encoder(2.0, 32, 2), r"depth=2\.0: expected an integer"),
         (
             lambda: create_encoder(2, 32, 2, 1),
-            r"global_attn_indexes=1: expected layer indices; give a list, \[1\]",
+            r"global_attn_indexes=1: expected layer indices; give a list, e\.g\. \[1\]",
         ),
-        (lambda: create_encoder(2, 32, 2, (1,), 2.5), r"window_size=2\.5: expected a whole number"),
+        (lambda: create_encoder(2, 32, 2, (1,), 2.5), r"window_size=2\.5: expected an integer"),
         (
             lambda: create_encoder(2, 32, 2, out_channels=0),
-            r"out_channels=0: expected a whole number of at least 1",
+            r"out_channels=0: expected an integer >= 1",
         ),
         (
             lambda: create_encoder(2, 32, 2, mlp_ratio=-1),
@@ -353,11 +347,11 @@ class TestViT:
         ),
         (
             lambda: create_encoder(2, 32, 2, num_special=-1),
-            r"num_special=-1: expected a whole number",
+            r"num_special=-1: expected an integer",
         ),
         (
             lambda: create_encoder(2, 32, 2, image_size=96.0),
-            r"image_size\[0\]=96\.0: expected a whole number",
+            r"image_size\[0\]=96\.0: expected an integer",
         ),
         (
             lambda: create_encoder(2, 32, 2, (2,)),
@@ -377,10 +371,10 @@ class TestViT:
         ),
         (
             lambda: own()(torch.randn(1, 3, 96, 100)),
-            r"\(1, 3, 96, 100\): expected .* whole numbers of 8 pixel patches",
+            r"\(1, 3, 96, 100\): expected .* multiples of the patch size, 8 pixels",
         ),
     ],
 )
-def test_bad_input(make_it, message):
+def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
-        make_it()
+        call()

@@ -1,4 +1,4 @@
-"""Prompts: from the pixels of a photograph to patches, as the models resize and pad; and masks that follow them."""
+"""Prompts: from image pixels to patches, as models resize and pad, and masks that follow them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import bsa_vision as bsa
 from bsa_vision.masks import Pattern, TokenLayout, generate_sam_region_focused_mask, prompt_region
 from bsa_vision.plans.prompts import resized_to_fit
+from tests.helpers.errors import relative_error
 from tests.helpers.oracles_masks import Blocks, layouts
 from tests.helpers.sam_models import features, image, make
 
@@ -22,10 +23,6 @@ property_test = settings(max_examples=50, deadline=None)
 PLAN = dict(radius=1, near=1, tile=(4, 4), block_size=16)
 CLICK = bsa.Prompts(points=[(12, 12)])  # 96 x 96 pixels, patches of 8
 OTHER = bsa.Prompts(points=[(84, 84)], boxes=[(56.0, 60.0, 70.0, 90.0)])
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.fixture
@@ -58,14 +55,11 @@ class TestGeometry:
     def test_as_transformers_does_it(self, height, width):
         from transformers import SamImageProcessor, SamProcessor
 
-        x, y, box = (
-            0.7 * width,
-            0.4 * height,
-            (0.1 * width, 0.2 * height, 0.6 * width, 0.9 * height),
-        )
-        photograph = np.zeros((height, width, 3), dtype=np.uint8)
+        x, y = 0.7 * width, 0.4 * height
+        box = (0.1 * width, 0.2 * height, 0.6 * width, 0.9 * height)
+        picture = np.zeros((height, width, 3), dtype=np.uint8)
         given = SamProcessor(SamImageProcessor())(
-            photograph, input_points=[[[x, y]]], input_boxes=[[list(box)]], return_tensors="pt"
+            picture, input_points=[[[x, y]]], input_boxes=[[list(box)]], return_tensors="pt"
         )
         column, row = given["input_points"].flatten().tolist()
         x0, y0, x1, y1 = given["input_boxes"].flatten().tolist()
@@ -75,7 +69,7 @@ class TestGeometry:
         assert click == (row // 16, column // 16) * 2
         assert rectangle == (y0 // 16, x0 // 16, -(-y1 // 16) - 1, -(-x1 // 16) - 1)
 
-    def test_a_click_in_the_photograph_is_not_one_in_the_input(self):
+    def test_image_pixels_are_not_input_pixels(self):
         click = [(600, 300)]
         assert bsa.Prompts(click).on_patches((64, 64), (16, 16)) == ((18, 37, 18, 37),)
         assert bsa.Prompts(click, image_size=(2048, 2048)).on_patches((64, 64), (16, 16)) == (
@@ -86,12 +80,12 @@ class TestGeometry:
         boxes = [(16, 16, 32, 48), (15.9, 16, 32.1, 48)]
         assert bsa.Prompts(boxes=boxes).on_patches((4, 4), (16, 16)) == ((1, 1, 2, 1), (1, 0, 2, 2))
         assert bsa.Prompts(boxes=[(0, 0, 64, 64)]).on_patches((4, 4), (16, 16)) == ((0, 0, 3, 3),)
-        # 369 * 1024 / 492 = 768 exactly, a border; in floating point a little more.
+        # 369 * 1024 / 492 is exactly 768, a border, but slightly more in floating point.
         scaled = bsa.Prompts(boxes=[(0, 0, 369, 5)], image_size=(247, 492))
         assert scaled.on_patches((64, 64), (16, 16))[0][3] == 47
 
     def test_inputs_that_are_not_square(self):
-        """Resized to fit, padded at the bottom and the right."""
+        """Images are resized to fit and padded at the bottom and the right."""
         assert resized_to_fit((100, 400), (512, 1024)) == (256, 1024)
         assert bsa.Prompts([(399, 99)], image_size=(100, 400)).on_patches((32, 64), (16, 16)) == (
             (15, 63, 15, 63),
@@ -109,14 +103,14 @@ class TestGeometry:
     @pytest.mark.parametrize(
         ("make_it", "message"),
         [
-            (lambda: bsa.Prompts(), r"without points and boxes: .*give points="),
+            (lambda: bsa.Prompts(), r"without points and boxes: .*e\.g\. points="),
             (
                 lambda: bsa.Prompts([(640, 10)], image_size=(480, 640)),
                 r"point \(640, 10\) lies outside the image of 640 x 480 pixels",
             ),
             (
                 lambda: bsa.Prompts([(10, 500)], image_size=(480, 640)),
-                r"y 0 to below 480; give \(x, y\), x first",
+                r"0 <= y < 480; give \(x, y\), x first",
             ),
             (
                 lambda: bsa.Prompts([(-1, 5)], image_size=(480, 640)),
@@ -132,11 +126,11 @@ class TestGeometry:
             ),
             (
                 lambda: bsa.Prompts(boxes=[(5, 2, 3, 4)]),
-                r"box \(5, 2, 3, 4\) is empty: .*order the corners",
+                r"box \(5, 2, 3, 4\) is empty: .*x0 < x1 and y0 < y1",
             ),
             (
                 lambda: bsa.Prompts((3, 4)),
-                r"points=\(3, 4\): expected a list of \(x, y\) in pixels; wrap",
+                r"points=\(3, 4\): expected a list of \(x, y\) in pixels; put",
             ),
             (lambda: bsa.Prompts([(3, 4, 5)]), r"expected a list of \(x, y\) in pixels"),
             (lambda: bsa.Prompts([(3, 4)], image_size=640), r"image_size=640: expected a pair"),
@@ -168,7 +162,7 @@ class TestPattern:
         focus = blocks.focus(inside, radius)
         close = blocks.token_distance("l1") <= near
         got = prompt_region(layout, radius, near, boxes)
-        # Two blocks in focus see each other, whichever of their patches make them so.
+        # Two blocks in focus attend to each other, whichever patches put them in focus.
         in_focus = np.array(
             [
                 focus[i : i + layout.block_size].any()
@@ -198,10 +192,10 @@ class TestPattern:
 
 class TestModels:
     @pytest.mark.parametrize(
-        "name", ["segment_anything", "transformers sam", "timm", "bsa_vision.encoder"]
+        "name", ["segment_anything", "transformers sam", "timm", "create_encoder"]
     )
     def test_each_image_follows_its_own_prompts(self, name):
-        """Against one image at a time with its mask in a static plan."""
+        """The result equals one image at a time with its mask in a static plan."""
         model = make(name)
         plan, spec = bsa.uniform_plan(model, "prompt_region", **PLAN), bsa.inspect(model)
         with torch.no_grad():
@@ -219,8 +213,8 @@ class TestModels:
                     bsa.sparsify_(model, static, backend="reference"), image()[index : index + 1]
                 )
                 bsa.restore_(model)
-                assert relative(got[index : index + 1], expected) < 1e-5
-                assert relative(got[index : index + 1], dense[index : index + 1]) > 1e-2
+                assert relative_error(got[index : index + 1], expected) < 1e-5
+                assert relative_error(got[index : index + 1], dense[index : index + 1]) > 1e-2
 
     def test_an_embedding_belongs_to_its_prompts(self, model):
         with torch.no_grad():
@@ -229,7 +223,7 @@ class TestModels:
                 with bsa.context(model, prompts=prompts):
                     outs.append(features(model, image(batch=1)))
         assert torch.equal(outs[0], outs[2])
-        assert relative(outs[1], outs[0]) > 1e-2
+        assert relative_error(outs[1], outs[0]) > 1e-2
 
     def test_without_prompts_it_is_an_error_and_dense_needs_none(self, model):
         with pytest.raises(
@@ -246,19 +240,19 @@ class TestModels:
         with torch.no_grad(), bsa.context(model, prompts=CLICK):
             first = features(model, image())
             with bsa.context(model, prompts=OTHER):
-                assert relative(features(model, image()), first) > 1e-3
+                assert relative_error(features(model, image()), first) > 1e-3
                 with (
                     pytest.raises(ValueError, match="outside"),
                     bsa.context(model, prompts=bsa.Prompts([(999, 1)])),
                 ):
                     features(model, image())
-                assert relative(features(model, image()), first) > 1e-3
+                assert relative_error(features(model, image()), first) > 1e-3
             assert torch.equal(features(model, image()), first)
         with pytest.raises(ValueError, match="there are none"):
             features(model, image())
 
     def test_contexts_that_end_out_of_order(self, model):
-        """As generators can that hold one."""
+        """Generators that hold a context may end in any order."""
         first, second = bsa.context(model, prompts=CLICK), bsa.context(model, prompts=OTHER)
         with torch.no_grad():
             first.__enter__()
@@ -272,7 +266,7 @@ class TestModels:
                 features(model, image())
 
     def test_threads_bring_their_own(self, model):
-        """Two threads inside contexts of their own, at the same time, on one model; and a third without."""
+        """Two threads in different contexts and one without use the same model at once."""
         with torch.no_grad():
             expected = {}
             for name, prompts in (("click", CLICK), ("other", OTHER)):
@@ -309,12 +303,12 @@ class TestModels:
         bsa.sparsify_(model, bsa.uniform_plan(model, "prompt_region", radius=100))
         with (
             bsa.context(model, prompts=[CLICK, OTHER]),
-            pytest.raises(ValueError, match="prompts for 2 images, the batch has 3"),
+            pytest.raises(ValueError, match="prompts for 2 images, but the batch has 3"),
         ):
             features(model, image(batch=3))
         with (
             bsa.context(model, prompts=[CLICK]),
-            pytest.raises(ValueError, match="prompts for 1 images, the batch has 2"),
+            pytest.raises(ValueError, match="prompts for 1 images, but the batch has 2"),
         ):
             features(model, image())
 
@@ -323,10 +317,10 @@ class TestModels:
             with bsa.context(model, prompts=CLICK):
                 one = features(model, image())
             with bsa.context(model, prompts=[CLICK, CLICK]):
-                assert relative(features(model, image()), one) < 1e-6
+                assert relative_error(features(model, image()), one) < 1e-6
             with (
                 bsa.context(model, prompts=[CLICK, OTHER]),
-                pytest.raises(ValueError, match="prompts for 2 images, the batch has 3"),
+                pytest.raises(ValueError, match="prompts for 2 images, but the batch has 3"),
             ):
                 features(model, image(batch=3))
 
@@ -338,7 +332,7 @@ class TestModels:
             bsa.sparsify_(model, bsa.uniform_plan(model, "prompt_region", **PLAN), backend=name)
             with torch.no_grad(), bsa.context(model, prompts=[CLICK, OTHER]):
                 outs.append(features(model, image()))
-        assert relative(outs[0], outs[1]) < 1e-5
+        assert relative_error(outs[0], outs[1]) < 1e-5
 
     def test_gradients_and_backward_outside(self, model):
         twin = make("segment_anything")
@@ -350,7 +344,7 @@ class TestModels:
                 features(each, image())
             out.square().mean().backward()
         for a, b in zip(model.parameters(), twin.parameters()):
-            assert relative(a.grad, b.grad) < 1e-4
+            assert relative_error(a.grad, b.grad) < 1e-4
 
     def test_compiled_models_follow_the_prompts_of_the_moment(self, model):
         torch.compiler.reset()
@@ -358,7 +352,7 @@ class TestModels:
         for prompts in (CLICK, OTHER):
             with bsa.context(model, prompts=prompts):
                 with torch.no_grad():
-                    assert relative(compiled(image()), model(image())) < 1e-5
+                    assert relative_error(compiled(image()), model(image())) < 1e-5
                 with pytest.raises(
                     Exception,
                     match=r"follows prompts: a compiled model would look them up again in backward",
@@ -366,7 +360,7 @@ class TestModels:
                     compiled(image())
 
     def test_checkpointing_is_refused(self):
-        model = make("bsa_vision.encoder", gradient_checkpointing=True).train()
+        model = make("create_encoder", gradient_checkpointing=True).train()
         bsa.sparsify_(model, bsa.uniform_plan(model, "prompt_region", **PLAN))
         with bsa.context(model, prompts=CLICK):
             out = model(image())
@@ -381,7 +375,7 @@ class TestModels:
         assert bsa.SparsityPlan.load(tmp_path / "plan.json") == plan
         with pytest.raises(
             bsa.PlanError,
-            match="follows prompts: only what is the same for every image can be frozen",
+            match="follows prompts: only patterns that are the same for every image can be frozen",
         ):
             plan.freeze(plan.layout(bsa.inspect(make("segment_anything"))))
 
@@ -403,7 +397,7 @@ class TestModels:
                 bsa.context(other, prompts=CLICK),
                 bsa.context(model, prompts=OTHER),
             ):
-                assert relative(features(other, image()), features(model, image())) > 1e-2
+                assert relative_error(features(other, image()), features(model, image())) > 1e-2
 
     @pytest.mark.parametrize(
         ("prompts", "error", "message"),
@@ -427,7 +421,8 @@ class TestModels:
             with (
                 pytest.raises(
                     ValueError,
-                    match=r"no layer of this model has a pattern that follows prompts.*sparsify_ it",
+                    match=r"no layer of this model has a pattern that follows prompts.*"
+                    r"sparsify_ it",
                 ),
                 bsa.context(each, prompts=CLICK),
             ):

@@ -1,4 +1,4 @@
-"""The page about a tuned plan: well-formed and complete in itself, its figures those of the notes, its views those of the attention."""
+"""The HTML report: well-formed, self-contained, and consistent with results and attention."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from bsa_vision.storage import atomic_write
 from bsa_vision.tuning import attention_views, html_report, plots
 from bsa_vision.tuning.bounds import mean_at_most
 from tests.helpers import models, sam_models
+from tests.helpers.tuning import SMALL, images
 
-SMALL = dict(tile=(4, 4), block_size=16)
 NAMESPACES = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
 VOID = {"meta", "img"}
 
 
 class Parsed(HTMLParser):
-    """Tags with their attributes, and text; a tag that closes another than the last one open is an error."""
+    """Tags with their attributes, and the text; unbalanced tags raise an error."""
 
     def __init__(self, html):
         super().__init__()
@@ -61,10 +61,6 @@ class Parsed(HTMLParser):
         return self.values("class").count("view")
 
 
-def images(count, size=(96, 96), **options):
-    return [models.image(*size, seed=seed, **options) for seed in range(count)]
-
-
 @pytest.fixture(scope="module")
 def model():
     return models.make("dinov3")
@@ -91,7 +87,7 @@ def drawn(plan, tmp_path, *args, **options):
 
 
 def changed(plan, **values):
-    """The plan with other values in its notes."""
+    """Return the plan with other values in its results."""
     return replace(plan, notes={"tuned": {**copy.deepcopy(plan.notes["tuned"]), **values}})
 
 
@@ -113,14 +109,13 @@ class TestPage:
             *found.values("xlink:href"),
             *(f"#{name}" for name in re.findall(r"url\(#([^)]*)\)", html)),
         ]
-        assert {name for name in refers if not name.startswith("data:")} <= {
-            f"#{name}" for name in ids
-        }
+        internal = {name for name in refers if not name.startswith("data:")}
+        assert internal <= {f"#{name}" for name in ids}
         assert "@import" not in html
         assert re.findall(r"url\((?!#)", html) == []
 
     def test_ids_would_clash(self, plan, monkeypatch, tmp_path):
-        """The twin: without a beginning of their own, ids of several figures are the same."""
+        """Without different prefixes, several figures share ids."""
         monkeypatch.setattr(
             plots, "re", SimpleNamespace(findall=re.findall, sub=lambda pattern, to, text: text)
         )
@@ -136,33 +131,31 @@ class TestPage:
     def test_says_what_the_notes_say(self, name, request, tmp_path):
         chosen = request.getfixturevalue(name)
         tuned, text = chosen.notes["tuned"], drawn(chosen, tmp_path).text
-        for one in tuned["layers"]:
-            assert text.count(one["layer"]) >= 3  # in two figures, and the table
-            assert all(
-                head["pattern"] in text and f"{head['error']:.4g}" in text for head in one["heads"]
-            )
-        assert (
-            f"The plan skips {tuned['sparsity']:.1%} of the blocks of {len(tuned['layers'])} layers"
-            in text
-        )
-        back = tuned["images"]["held_out"]
-        mean = " in the mean" * (back > 1)
-        assert (
-            f"error of the target is {tuned['measured']:.3g}{mean}; {tuned['predicted']:.3g} was predicted"
-            in text
-        )
-        if back > 1:
+        for layer in tuned["layers"]:
+            assert text.count(layer["layer"]) >= 3  # in two figures, and the table
+            for head in layer["heads"]:
+                assert head["pattern"] in text
+                assert f"{head['error']:.4g}" in text
+        blocks = f"{tuned['sparsity']:.1%} of the blocks of {len(tuned['layers'])} layers"
+        assert f"The plan skips {blocks}." in text
+        held_out = tuned["images"]["held_out"]
+        mean = "mean " * (held_out > 1)
+        measured, predicted = f"{tuned['measured']:.3g}", f"{tuned['predicted']:.3g}"
+        assert f"the {mean}relative L2 error of the target is {measured} " in text
+        assert f"{measured} (predicted: {predicted})" in text
+        if held_out > 1:
             assert f"at most {tuned['bound']:.3g}, with 99% confidence" in text
         limit = f"{tuned['certificate']['limit']:.3g}"
         share = math.ceil(1000 * tuned["certificate"]["share"]) / 10
         assert f"at most {share:.1f}% of images like these have an error above {limit}" in text
-        assert f"error above {limit}: with 95% confidence" in text
+        assert f"had an error above {limit}. With 95% confidence, at most" in text
         assert f"correlation {tuned['correlation']:.2f}" in text
-        assert ("largest error seen" in text) == (name == "plan")
-        assert ("adjusted on these same images" in text) == tuned["certificate"]["adjusted"]
-        assert ("Orders compared" in text) == bool(tuned["orders"]) == (name == "sam_plan")
-        assert f"chosen on {tuned['images']['calibration']}, kept back {back}, seed 0" in text
-        assert "What single heads see" not in text
+        assert ("largest error measured" in text) == (name == "plan")
+        assert ("adjusted on these images" in text) == tuned["certificate"]["adjusted"]
+        assert ("Token orders compared" in text) == bool(tuned["orders"]) == (name == "sam_plan")
+        calibration = tuned["images"]["calibration"]
+        assert f"{calibration} calibration, {held_out} held out, seed 0" in text
+        assert "Attention of single heads" not in text
 
     def test_shares_are_rounded_up(self, plan):
         certificate = dict(
@@ -170,8 +163,9 @@ class TestPage:
         )
         tuned = {**plan.notes["tuned"], "asked": {"max_error": 0.05}, "certificate": certificate}
         assert html_report._certificate(tuned) == (
-            "Of 59 images kept back, 1 had an error above 0.05: with 95% confidence at most 7.9% of images like these have an error above "
-            "0.05 (Clopper and Pearson's bound). The plan was adjusted on these same images, so the figure is slightly optimistic."
+            "Of 59 held-out images, 1 had an error above 0.05. With 95% confidence, at most 7.9% "
+            "of images like these have an error above 0.05 (Clopper-Pearson bound). The plan was "
+            "adjusted on these images, so the bound is slightly optimistic."
         )
 
     def test_the_bound_and_a_measured_speedup(self, plan, tmp_path):
@@ -183,41 +177,38 @@ class TestPage:
         )
         text = drawn(changed(plan, **more), tmp_path).text
         confidence = inspect.signature(mean_at_most).parameters["confidence"].default
-        assert (
-            f"The mean over all images like these is at most 0.123, with {confidence:.0%} confidence."
-            in text
-        )
-        assert "the target runs 1.57 times as fast as dense" in text
-        assert "to be 1.5 times as fast as dense attention" in text
-        assert "Measured while tuning" not in drawn(plan, tmp_path).text
+        bound = f"is at most 0.123, with {confidence:.0%} confidence."
+        assert f"The mean over all images like these {bound}" in text
+        assert "Measured speed-up of the target over dense: 1.57." in text
+        assert "Budget: 1.5 times as fast as dense attention" in text
+        assert "Measured speed-up" not in drawn(plan, tmp_path).text
 
     def test_names_are_escaped(self, plan, tmp_path):
         layers = copy.deepcopy(plan.notes["tuned"]["layers"])
         layers[0]["layer"] = '<i id="x">&amp;$a$'
         layers[0]["heads"][0]["pattern"] = "<b>a</b>"
-        other = replace(
-            changed(plan, layers=layers),
-            model={**plan.model, "family": "<script>alert(1)</script>"},
-        )
+        family = {**plan.model, "family": "<script>alert(1)</script>"}
+        other = replace(changed(plan, layers=layers), model=family)
         found = drawn(other, tmp_path)
         assert not {tag for tag, _ in found.tags} & {"script", "b", "i"}
         for name in ("<script>alert(1)</script>", '<i id="x">&amp;$a$', "<b>a</b>"):
             assert name in found.text
 
     def test_a_plan_changed_since(self, plan, model, tmp_path):
-        assert "other patterns since" not in drawn(plan, tmp_path).text
+        assert "changed after tuning" not in drawn(plan, tmp_path).text
         layers = plan.notes["tuned"]["layers"]
         sparse = [
-            [i for i, head in enumerate(one["heads"]) if head["pattern"] != "dense"]
-            for one in layers
+            [i for i, head in enumerate(layer["heads"]) if head["pattern"] != "dense"]
+            for layer in layers
         ]
         most = max(range(len(layers)), key=lambda index: len(sparse[index]))
         other = plan.replace(layers=[most], heads=sparse[most][:2], pattern="nearest", sparsity=0.5)
         found = drawn(other, tmp_path, model, images(1)[0], views=100)
-        assert "2 heads name other patterns since" in found.text
-        changed = [text for text in found.values("alt") if "since the plan was tuned" in text]
+        assert "2 heads changed after tuning" in found.text
+        assert sum("predicted error" in text for text in found.values("alt")) > 0
+        changed = [text for text in found.values("alt") if "after tuning" in text]
         assert len(changed) == 2
-        assert not any("expected error" in text for text in changed)
+        assert not any("predicted error" in text for text in changed)
         assert found.views > 2
 
     def test_nothing_skipped(self, model, tmp_path):
@@ -276,22 +267,23 @@ class TestFigures:
         assert covered([(8, 8)] * 24)
 
 
-def attention_row(seen, layout, head, query):
-    """(N,) float64: one row of the whole softmax, by plain arithmetic."""
-    k = seen.k.repeat_interleave(seen.q.shape[1] // seen.k.shape[1], 1).double()
-    logits = seen.q[0].double() @ k[0].transpose(-1, -2) * seen.scale  # (H, N, N)
-    if seen.rel_pos is not None:
+def attention_row(call, layout, head, query):
+    """Return the attention of one query, (N,) float64, from the full softmax."""
+    k = call.k.repeat_interleave(call.q.shape[1] // call.k.shape[1], 1).double()
+    logits = call.q[0].double() @ k[0].transpose(-1, -2) * call.scale  # (H, N, N)
+    if call.rel_pos is not None:
         patches = torch.arange(layout.num_patches)
-        for term, place in zip(seen.rel_pos, (patches // layout.grid[1], patches % layout.grid[1])):
+        for term, place in zip(call.rel_pos, (patches // layout.grid[1], patches % layout.grid[1])):
             logits = logits + term[0].double()[..., place]
     return logits.softmax(-1)[head, query]
 
 
-def seen_by(model, image):
-    seen = []
-    with torch.no_grad(), bsa.observe(model, seen.append):
+def calls_of(model, image):
+    """Return the attention calls of a model, by layer key."""
+    calls = []
+    with torch.no_grad(), bsa.observe(model, calls.append):
         model(image)
-    return {one.layer.key: one for one in seen}
+    return {call.layer.key: call for call in calls}
 
 
 class TestViews:
@@ -302,27 +294,25 @@ class TestViews:
         )
         image, start = models.image(96, 96, batch=2), bsa.inspect(its_model).num_prefix_tokens
         key = chosen.notes["tuned"]["layers"][-1]["key"]
-        sights = attention_views.look(chosen, its_model, image, [(key, 1), (key, 0)])
-        seen = seen_by(its_model, image)[key]
-        assert (seen.rel_pos is not None) == (name == "sam_plan")
-        for head, sight in zip((1, 0), sights):
-            layout = sight.view.layout
+        views = attention_views.head_views(chosen, its_model, image, [(key, 1), (key, 0)])
+        call = calls_of(its_model, image)[key]
+        assert (call.rel_pos is not None) == (name == "sam_plan")
+        for head, view in zip((1, 0), views):
+            layout = view.view.layout
             query = start + 6 * 12 + 6
-            expected = attention_row(seen, layout, head, query)
-            assert sight.query == (6, 6)
-            assert torch.allclose(sight.attention.double(), expected, atol=1e-5)
+            expected = attention_row(call, layout, head, query)
+            assert view.query == (6, 6)
+            assert torch.allclose(view.attention.double(), expected, atol=1e-5)
             for other in (
-                attention_row(seen, layout, head, query + 1),
-                attention_row(seen, layout, 1 - head, query),
+                attention_row(call, layout, head, query + 1),
+                attention_row(call, layout, 1 - head, query),
             ):
-                assert not torch.allclose(sight.attention.double(), other, atol=1e-3)
+                assert not torch.allclose(view.attention.double(), other, atol=1e-3)
             of_token = layout.inverse // layout.block_size
-            mask = chosen.compile(key, layout).block_mask(layout.num_tokens, layout.num_tokens)[
-                0, head
-            ]
-            assert sight.kept == pytest.approx(
-                float(expected[mask[of_token[query]][of_token]].sum()), abs=1e-5
-            )
+            masks = chosen.compile(key, layout)
+            mask = masks.block_mask(layout.num_tokens, layout.num_tokens)[0, head]
+            kept = float(expected[mask[of_token[query]][of_token]].sum())
+            assert view.kept == pytest.approx(kept, abs=1e-5)
 
     def test_grouped_heads(self):
         layout = TokenLayout(
@@ -337,20 +327,19 @@ class TestViews:
             torch.randn(1, heads, 18, 4, generator=torch.Generator().manual_seed(heads))
             for heads in (4, 2)
         )
-        seen = Observation(LayerSpec("a", 0, 4, 4), layout.grid, q, k, k, 0.7, None, None)
+        call = Observation(LayerSpec("a", 0, 4, 4), layout.grid, q, k, k, 0.7, None, None)
         for head in range(4):
-            found = attention_views.attention_of(seen, layout, head, 1, 3).double()
-            assert torch.allclose(found, attention_row(seen, layout, head, 2 + 8), atol=1e-6)
-            assert not torch.allclose(
-                found, attention_row(seen, layout, head - 2, 2 + 8), atol=1e-3
-            )
+            found = attention_views.attention_of(call, layout, head, 1, 3).double()
+            assert torch.allclose(found, attention_row(call, layout, head, 2 + 8), atol=1e-6)
+            other = attention_row(call, layout, head - 2, 2 + 8)
+            assert not torch.allclose(found, other, atol=1e-3)
 
     def test_how_many(self, plan, model, tmp_path):
         image = images(1)[0]
         sparse = sum(
             head["pattern"] != "dense"
-            for one in plan.notes["tuned"]["layers"]
-            for head in one["heads"]
+            for layer in plan.notes["tuned"]["layers"]
+            for head in layer["heads"]
         )
         for wanted in (0, 1, 3, 100):
             found = drawn(plan, tmp_path, model, image, views=wanted)
@@ -359,29 +348,33 @@ class TestViews:
 
     def test_which_heads(self):
         def layer(*errors):
-            return {
-                "heads": [
-                    {"pattern": "static" if error else "dense", "error": error} for error in errors
-                ]
-            }
+            names = ["static" if error else "dense" for error in errors]
+            heads = [dict(pattern=name, error=error) for name, error in zip(names, errors)]
+            return {"heads": heads}
 
         layers = [layer(9, 8, 7), layer(0, 6, 0), layer(0, 5, 1)]
-        assert attention_views.choose(layers, 0) == []
-        assert attention_views.choose(layers, 1) == [(0, 0)]
-        assert attention_views.choose(layers, 2) == [(0, 0), (2, 2)]
-        assert attention_views.choose(layers, 3) == [(0, 0), (1, 1), (2, 2)]
-        assert attention_views.choose(layers, 9) == [(0, 0), (0, 1), (0, 2), (1, 1), (2, 1), (2, 2)]
+        assert attention_views.choose_heads(layers, 0) == []
+        assert attention_views.choose_heads(layers, 1) == [(0, 0)]
+        assert attention_views.choose_heads(layers, 2) == [(0, 0), (2, 2)]
+        assert attention_views.choose_heads(layers, 3) == [(0, 0), (1, 1), (2, 2)]
+        assert attention_views.choose_heads(layers, 9) == [
+            (0, 0),
+            (0, 1),
+            (0, 2),
+            (1, 1),
+            (2, 1),
+            (2, 2),
+        ]
 
     def test_the_model_is_left_as_it_was(self, plan, model):
         image = images(1)[0]
         model.train()
         model.model.layer[0].eval()
         before = [dict(module.__dict__) for module in model.modules()]
-        attention_views.look(plan, model, image, [("self.1", 0)])
+        heads = [("self.1", 0)]
+        attention_views.head_views(plan, model, image, heads)
         with pytest.raises(KeyError, match="mine"):
-            attention_views.look(
-                plan, model, image, [("self.1", 0)], lambda model, image: {}["mine"]
-            )
+            attention_views.head_views(plan, model, image, heads, lambda *args: {}["mine"])
         assert [dict(module.__dict__) for module in model.modules()] == before
         model.eval()
 
@@ -401,40 +394,51 @@ class TestViews:
     def test_a_photograph_that_is_not_square(self, model):
         plan = bsa.tune(model, images(2, (64, 96)), sparsity=0.3, order="tile", **SMALL)
         image = images(1, (64, 96))[0]
-        (sight,) = attention_views.look(plan, model, image, [("self.0", 0)])
-        assert sight.query == (4, 6)
-        width, height = attention_views.photograph(
-            attention_views.pixels_of(image), sight
-        ).get_size_inches()
+        (view,) = attention_views.head_views(plan, model, image, [("self.0", 0)])
+        assert view.query == (4, 6)
+        figure = attention_views.draw(attention_views.pixels_of(image), view)
+        width, height = figure.get_size_inches()
         assert height / width == pytest.approx(64 / 96)
 
 
 class TestWrongInput:
     def test_a_plan_that_was_not_tuned(self, plan, model, tmp_path):
-        said = "notes hold {}: a report needs what tune leaves there under 'tuned'; make the plan with this version's bsa.tune"
+        message = (
+            "notes hold {}: expected the results of tune under 'tuned'; make the plan with this "
+            "version's bsa.tune"
+        )
         older = {key: value for key, value in plan.notes["tuned"].items() if key != "certificate"}
         for notes, holds in (
             ({}, "nothing"),
             ({"mine": 1}, "'mine'"),
             ({"tuned": older}, "'tuned'"),
         ):
-            with pytest.raises(ValueError, match=said.format(holds)):
+            with pytest.raises(ValueError, match=message.format(holds)):
                 html_report.report(replace(plan, notes=notes), tmp_path / "page.html")
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize(
-        ("options", "said"),
+        ("options", "message"),
         [
-            ({"image": None}, "report got a model and no image: views need both, the rest neither; pass image too"),
-            ({"model": None}, "report got an image and no model"),
-            ({"image": torch.zeros(3, 96, 96)}, r"image is a Tensor without pixels: views need a tensor \(B, 3, h, w\)"),
-            ({"views": -1}, "views=-1: expected a whole number of at least 0"),
-            ({"target": lambda model, image: image}, r"target ran no attention of self.\d.*pass the target of the tuning"),
+            (
+                {"image": None},
+                "report got a model but no image: views need both; pass image too",
+            ),
+            ({"model": None}, "report got an image but no model"),
+            (
+                {"image": torch.zeros(3, 96, 96)},
+                r"image is a Tensor without pixels: expected a tensor \(B, 3, h, w\)",
+            ),
+            ({"views": -1}, "views=-1: expected an integer >= 0"),
+            (
+                {"target": lambda model, image: image},
+                r"target ran no attention of self.\d.*pass the target used for tuning",
+            ),
         ],
-    )  # fmt: skip
-    def test_options(self, plan, model, options, said, tmp_path):
+    )
+    def test_options(self, plan, model, options, message, tmp_path):
         (tmp_path / "page.html").write_text("earlier")
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             html_report.report(
                 plan, tmp_path / "page.html", **{"model": model, "image": images(1)[0], **options}
             )
@@ -442,11 +446,11 @@ class TestWrongInput:
 
     def test_another_model(self, plan, model, tmp_path):
         other = bsa.sparsify_(copy.deepcopy(model), plan)
-        for given, said in (
-            (other, "sparse heads already"),
+        for given, message in (
+            (other, "already has sparse heads"),
             (models.vit(), "this plan is for another model"),
         ):
-            with pytest.raises(ValueError, match=said):
+            with pytest.raises(ValueError, match=message):
                 html_report.report(plan, tmp_path / "page.html", given, images(1)[0])
 
     def test_a_page_that_cannot_be_written(self, plan, tmp_path, monkeypatch):
@@ -468,8 +472,6 @@ class TestWrongInput:
         for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, "matplotlib", None)
-        with pytest.raises(
-            ImportError,
-            match=r"drawn with matplotlib, which cannot be imported.*pip install 'bsa-vision\[tune\]'",
-        ):
+        message = r"needs matplotlib, which cannot be imported.*pip install 'bsa-vision\[tune\]'"
+        with pytest.raises(ImportError, match=message):
             html_report.report(plan, tmp_path / "page.html")

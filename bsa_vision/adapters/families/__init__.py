@@ -1,1 +1,1 @@
-"""The model families: one file each."""
+"""Model families, one file each."""

@@ -1,7 +1,9 @@
-"""SAM 2's image encoder, Hiera, in sam2, timm (`hieradet_sam2`) and transformers (Sam2, Sam2Video): the blocks that attend to the whole image.
+"""SAM 2's image encoder, Hiera, in sam2, timm (`hieradet_sam2`) and transformers.
 
-There are three of them, all in the stage with 16 pixels per token. The others attend within windows, or pool their queries, and stay as
-they are. Attention is plain: positions are added before the first block.
+Only the blocks that attend to the whole image are swapped: three blocks in the stage with 16 pixels
+per token. The others attend within windows, or pool their queries, and do not change. Positions
+are added before the first block, so the attention itself is plain. The transformers models are
+Sam2 and Sam2Video.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ FAMILY = "sam2"
 
 
 class SparseAttention(Intercepted):
-    """The seam of sam2 and timm: (B, h, w, C) -> (B, h, w, C)."""
+    """Attention of sam2 and timm: (B, h, w, C) -> (B, h, w, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._serve(lambda: None, x, grid=(x.shape[1], x.shape[2]))
+        return self._run_forward(lambda: None, x, grid=(x.shape[1], x.shape[2]))
 
 
 ATTENTION = {
@@ -37,74 +39,75 @@ ATTENTION = {
 }
 
 
-def serves(module: nn.Module) -> bool:
-    """Whether this adapter knows the class of an attention module."""
+def supports(module: nn.Module) -> bool:
+    """Return whether this adapter supports the class of an attention module."""
     return kind_of(module) in ATTENTION
 
 
 def find(model: nn.Module) -> list[FoundEncoder]:
-    """The encoders of this family in `model`: attention is `<encoder>.blocks.<index>.attn`, pixels enter `<encoder>.patch_embed`."""
-    # A dot before each name, so that an encoder that is the model itself has the name "".
+    """Return the encoders of this family in `model`.
+
+    Attention is `<encoder>.blocks.<index>.attn`, and pixels enter `<encoder>.patch_embed`.
+    """
     modules = Modules(model)
-    names = ["." + name for name, module in modules if serves(module)]
+    # The leading dot gives an encoder that is the model itself the name "".
+    names = ["." + name for name, module in modules if supports(module)]
     roots = dict.fromkeys(name.rpartition(".blocks.")[0].removeprefix(".") for name in names)
     found = [_found(modules, root) for root in roots if hasattr(modules[root], "patch_embed")]
-    return [one for one in found if one is not None]
+    return [encoder for encoder in found if encoder is not None]
 
 
 def _found(modules: Modules, root: str) -> FoundEncoder | None:
     encoder: Any = modules[root]
     blocks = _blocks(encoder)
-    chosen = [
-        (index, block) for index, block in blocks if not _window(block) and _q_stride(block) == 1
-    ]
-    if not chosen:
+    is_global = [not _window(block) and _q_stride(block) == 1 for block in blocks]
+    indices = [index for index, flag in enumerate(is_global) if flag]
+    if not indices:
         return None
     pixels = _pixels(encoder)
-    scales, heads = (
-        {pixels[index] for index, _ in chosen},
-        {_heads(block.attn) for _, block in chosen},
-    )
-    if len(scales) != 1 or len(heads) != 1:
+    scales = {pixels[index] for index in indices}
+    if len(scales) != 1 or len({_heads(blocks[index].attn) for index in indices}) != 1:
         raise PlanError(
-            f"{root or type(encoder).__name__} has blocks that attend to the whole image at {sorted(scales)} pixels per token: all of them in "
-            "one stage are served, as in SAM 2; call bsa_vision.sparse_attention from them."
+            f"{root or type(encoder).__name__} has blocks that attend to the whole image at "
+            f"{sorted(scales)} pixels per token: expected all of them in one stage, as in SAM 2; "
+            "call bsa_vision.sparse_attention from them."
         )
     (patch,) = scales
     prefix = f"{root}." if root else ""
     height, width = _image_size(modules[""], encoder)
+    layers = tuple(
+        _layer(modules.path(f"{prefix}blocks.{index}.attn"), index, blocks[index])
+        for index in indices
+    )
+    others = tuple(
+        _other(block, patch / pixels[index])
+        for index, block in enumerate(blocks)
+        if not is_global[index]
+    )
     spec = ModelSpec(
         FAMILY,
-        tuple(
-            _layer(modules.path(f"{prefix}blocks.{index}.attn"), index, block)
-            for index, block in chosen
-        ),
+        layers,
         grid=(height // patch, width // patch),
         patch_size=(patch, patch),
-        patch_weights=_outside(modules, root, pixels, patch),
-        others=tuple(
-            _other(block, patch / pixels[index])
-            for index, block in blocks
-            if (index, block) not in chosen
-        ),
+        patch_weights=_weights_per_patch(modules, root, pixels, patch),
+        others=others,
     )
-    return FoundEncoder(
-        spec, tuple(unwrap(block.attn) for _, block in chosen), unwrap(encoder.patch_embed)
-    )
+    attention = tuple(unwrap(blocks[index].attn) for index in indices)
+    return FoundEncoder(spec, attention, unwrap(encoder.patch_embed))
 
 
-def _blocks(encoder: Any) -> list[tuple[int, Any]]:
-    blocks = [(index, unwrap(block)) for index, block in enumerate(unwrap(encoder.blocks))]
-    strange = next((block for _, block in blocks if not hasattr(block, "attn")), None)
-    if strange is not None:
-        raise wrapped(strange)
+def _blocks(encoder: Any) -> list[Any]:
+    blocks = [unwrap(block) for block in unwrap(encoder.blocks)]
+    for block in blocks:
+        if not hasattr(block, "attn"):
+            raise wrapped(block)
     return blocks
 
 
 def _pixels(encoder: Any) -> list[int]:
-    """Per side of a token, of what enters each block, and of what leaves the last one."""
+    """Return the pixels per side of a token at the input of each block, and after the last one."""
     pixels = [convolution(encoder.patch_embed).stride[0]]
-    for _, block in _blocks(encoder):
+    for block in _blocks(encoder):
         pixels.append(pixels[-1] * _q_stride(block))
     return pixels
 
@@ -132,12 +135,14 @@ def _other(block: Any, stride: float) -> OtherBlock:
 
 
 def _window(block: Any) -> int:
-    """Tokens per side of a block's windows, 0 = none; timm has a pair of them."""
+    """Return the tokens per side of a block's windows, 0 = no windows."""
+    # timm has a pair of sizes.
     return block.window_size if isinstance(block.window_size, int) else block.window_size[0]
 
 
 def _q_stride(block: Any) -> int:
-    """How much coarser a block leaves the grid, per side; transformers calls it otherwise."""
+    """Return the factor by which a block makes the grid coarser, per side."""
+    # transformers calls it query_stride.
     stride = getattr(block, "q_stride", None) or getattr(block, "query_stride", None) or 1
     return stride if isinstance(stride, int) else stride[0]
 
@@ -147,31 +152,37 @@ def _heads(attn: Any) -> int:
 
 
 def _image_size(model: nn.Module, encoder: Any) -> tuple[int, int]:
-    """Pixels (h, w): of the model or of its configuration; the encoder itself takes any, SAM 2's is 1024."""
+    """Return the image size (h, w) in pixels of the model or its config, else SAM 2's 1024.
+
+    The encoder itself takes any size.
+    """
     config = getattr(encoder, "config", None)
-    timm = (getattr(encoder, "pretrained_cfg", None) or {}).get("input_size", (None,))[-1]
-    size = getattr(model, "image_size", None) or getattr(config, "image_size", None) or timm or 1024
+    timm_size = (getattr(encoder, "pretrained_cfg", None) or {}).get("input_size", (None,))[-1]
+    size = getattr(model, "image_size", None) or getattr(config, "image_size", None)
+    size = size or timm_size or 1024
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _outside(modules: Modules, root: str, pixels: list[int], patch: int) -> float:
-    """Elements applied to each patch by the stem, and by the neck beside the encoder: a convolution per stage, on the stage's own grid."""
+def _weights_per_patch(modules: Modules, root: str, pixels: list[int], patch: int) -> float:
+    """Count the weights that the stem and the neck apply to each patch.
+
+    The neck, next to the encoder, has a convolution per stage that runs on the grid of that stage.
+    """
     encoder: Any = modules[root]
-    at = {
-        block.dim_out: after for (_, block), after in zip(_blocks(encoder), pixels[1:], strict=True)
-    }
-    neck = (
-        getattr(modules[root.rpartition(".")[0]], "neck", nn.Identity()) if root else nn.Identity()
-    )
-    convolutions = [x for x in neck.modules() if isinstance(x, nn.Conv2d)]
-    stem = convolution_weights(convolution(encoder.patch_embed)) * (patch / pixels[0]) ** 2
-    return stem + sum(
-        convolution_weights(x) * (patch / at.get(x.in_channels, patch)) ** 2 for x in convolutions
-    )
+    stages = zip(_blocks(encoder), pixels[1:], strict=True)
+    pixels_of = {block.dim_out: after for block, after in stages}  # channels -> pixels per token
+    parent = modules[root.rpartition(".")[0]] if root else None
+    neck = getattr(parent, "neck", nn.Identity())
+    weights = convolution_weights(convolution(encoder.patch_embed)) * (patch / pixels[0]) ** 2
+    for conv in neck.modules():
+        if isinstance(conv, nn.Conv2d):
+            scale = patch / pixels_of.get(conv.in_channels, patch)
+            weights += convolution_weights(conv) * scale**2
+    return weights
 
 
 def mixin_of(module: nn.Module) -> type[Intercepted] | None:
     return None if is_of_transformers(module) else SparseAttention
 
 
-ADAPTER = Adapter(find, serves, mixin_of, config_swap.prepare)
+ADAPTER = Adapter(find, supports, mixin_of, config_swap.prepare)

@@ -1,9 +1,10 @@
-"""Segment Anything's image encoder, in every code base it lives in; all layers, windowed ones included.
+"""Segment Anything's image encoder in all its implementations; all layers, windowed or not.
 
-segment_anything, transformers (SAM, SAM-HQ, DeepSeek-OCR 2), timm (`vision_transformer_sam`, with rope and qk-norm), the code that
-DeepSeek-OCR brings along, and our own `bsa_vision.encoder`. The arithmetic is one, `_attend`; the seams differ in names and in what a
-forward takes and returns. Nothing of size N x N is built: relative position stays factored. Windowed layers are dense and exact:
-padded keys take part in every window, as in the originals.
+The implementations are segment_anything, transformers (SAM, SAM-HQ, DeepSeek-OCR 2), timm
+(`vision_transformer_sam`, with rope and qk-norm), DeepSeek-OCR's own code, and
+`bsa_vision.models.encoder`. They share the computation `_attend`, and differ in names and in the
+arguments and results of their forward. No N x N tensor is built: relative position stays factored.
+Windowed layers are dense and exact: padded keys take part in every window, as in the originals.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from bsa_vision.adapters.linear_weights import block_weights, convolution, outsi
 from bsa_vision.adapters.swap.adapter import Adapter
 from bsa_vision.adapters.swap.class_swap import Swapped, kind_of
 from bsa_vision.adapters.swap.config_swap import (
-    WEIGHTS_ASKED_FOR,
-    WEIGHTS_WATCHED,
+    WEIGHTS_HOOKED,
+    WEIGHTS_REQUESTED,
     attentions_are_collected,
-    is_watched,
+    has_user_hooks,
 )
 from bsa_vision.adapters.swap.encoder_state import FoundEncoder
-from bsa_vision.adapters.swap.sdpa_intercept import dropout_watched
+from bsa_vision.adapters.swap.sdpa_intercept import dropout_reads_weights
 from bsa_vision.adapters.swap.sparse_layer import SparseLayer, check_indices, layer_of
 from bsa_vision.adapters.swap.wrappers import Modules, unwrap
 from bsa_vision.attention.carried_masks import plain_sizes
@@ -34,7 +35,7 @@ from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 
 
 class SparseAttention(Swapped):
-    """segment_anything's seam, timm's and DeepSeek-OCR's: (B, h, w, C) -> (B, h, w, C)."""
+    """Attention of segment_anything, timm and DeepSeek-OCR: (B, h, w, C) -> (B, h, w, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):
@@ -42,9 +43,8 @@ class SparseAttention(Swapped):
         layer = layer_of(self)
         assert layer is not None
         drop: Any = getattr(self, "attn_drop", None)  # timm only
-        reason = (
-            None if drop is None or getattr(self, "fused_attn", True) else dropout_watched(drop)
-        )
+        fused = drop is None or getattr(self, "fused_attn", True)
+        reason = None if fused else dropout_reads_weights(drop)
         if reason is not None and not layer.runs_original():
             layer.fall_back(reason)
         if reason is not None or layer.runs_original():
@@ -54,7 +54,7 @@ class SparseAttention(Swapped):
 
 
 class SparseTransformersAttention(Swapped):
-    """transformers' seam: (B, h, w, C) -> ((B, h, w, C), attention weights or None)."""
+    """Attention of transformers: (B, h, w, C) -> ((B, h, w, C), attention weights or None)."""
 
     def forward(
         self, hidden_states: Tensor, output_attentions: bool | None = None
@@ -63,29 +63,31 @@ class SparseTransformersAttention(Swapped):
             return self._fx_leaf(hidden_states, output_attentions=output_attentions)
         layer = layer_of(self)
         assert layer is not None
-        # Only the eager class returns attention weights, and drops some while training; the SDPA class ignores both settings.
+        # Only the eager class returns attention weights and applies dropout to them; the SDPA class
+        # ignores both settings.
         eager, reason = "Sdpa" not in layer.original.__name__, None
         if output_attentions or attentions_are_collected(self):
-            reason = WEIGHTS_ASKED_FOR
-        elif eager and is_watched(self):
-            reason = WEIGHTS_WATCHED
+            reason = WEIGHTS_REQUESTED
+        elif eager and has_user_hooks(self):
+            reason = WEIGHTS_HOOKED
         if reason is not None and not layer.runs_original():
             layer.fall_back(reason)
         if reason is not None or layer.runs_original():
             return super().forward(hidden_states, output_attentions=output_attentions)
-        heads, dropout = self.num_attention_heads, self.dropout if self.training and eager else 0.0
-        return _attend(self, layer, hidden_states, heads, dropout), None  # type: ignore[arg-type]
+        heads = cast(int, self.num_attention_heads)
+        dropout_p = cast(float, self.dropout) if self.training and eager else 0.0
+        return _attend(self, layer, hidden_states, heads, dropout_p), None
 
 
 class SparseOwnAttention(Swapped):
-    """The seam of `bsa_vision.models.blocks`, which projects itself and leaves the attention proper to `attend`."""
+    """Attention of `bsa_vision.models.blocks`, which calls `attend` between its projections."""
 
     OVERRIDES = "attend"
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, rel_pos: RelPos | None, grid: tuple[int, int]
     ) -> Tensor:
-        """(B, H, N, D) -> (B, H, N, D)."""
+        """Attend: (B, H, N, D) -> (B, H, N, D)."""
         layer = layer_of(self)
         assert layer is not None
         if layer.runs_original():
@@ -108,7 +110,8 @@ MIXINS: dict[tuple[str, str], type[Swapped]] = {
         for name in ("VisionAttention", "VisionSdpaAttention")
     },
 }
-# DeepSeek-OCR's own code has no fixed package: transformers loads it from a downloaded file, vLLM's tree calls that file otherwise.
+# DeepSeek-OCR's own code has no fixed package: transformers loads it from a downloaded file, and
+# vLLM's tree has another name for that file.
 DEEPSEEK_MODULE = re.compile(r"(^|\.)(deepencoder|sam_vary_sdpa)$")
 
 
@@ -120,24 +123,26 @@ def mixin_of(module: nn.Module) -> type[Swapped] | None:
 
 
 def _is_deepseek_sam(module: nn.Module) -> bool:
-    """Whether an attention from a file of that name computes what `_attend` does, as far as its members tell."""
-    takes = list(inspect.signature(type(module).forward).parameters)
-    return takes == ["self", "x"] and all(
-        hasattr(module, n) for n in ("num_heads", "scale", "qkv", "proj", "use_rel_pos")
-    )
+    """Return whether the attributes of an attention of that file are those that `_attend` uses."""
+    parameters = list(inspect.signature(type(module).forward).parameters)
+    attributes = ("num_heads", "scale", "qkv", "proj", "use_rel_pos")
+    return parameters == ["self", "x"] and all(hasattr(module, name) for name in attributes)
 
 
-def serves(module: nn.Module) -> bool:
-    """Whether this adapter knows the class of an attention module."""
+def supports(module: nn.Module) -> bool:
+    """Return whether this adapter supports the class of an attention module."""
     return mixin_of(module) is not None
 
 
 def find(model: nn.Module) -> list[FoundEncoder]:
-    """The encoders of this family in `model`. In every code base, attention is `<encoder>.<blocks>.<index>.attn`."""
+    """Return the encoders of this family in `model`.
+
+    In all implementations, attention is `<encoder>.<blocks>.<index>.attn`.
+    """
     modules = Modules(model)
     encoders: dict[str, list[tuple[str, nn.Module]]] = {}
     for name, module in modules:
-        if serves(module):
+        if supports(module):
             root = ".".join(name.split(".")[:-3])
             encoders.setdefault(root, []).append((name, module))
     return [
@@ -155,7 +160,7 @@ def _found(modules: Modules, root: str, attention: list[tuple[str, nn.Module]]) 
         attn, block = cast(Any, module), cast(Any, modules[name.rpartition(".")[0]])
         blocks.append(block)
         heads = getattr(attn, "num_attention_heads", None) or attn.num_heads
-        head_dim = round(attn.scale**-2)  # whatever the projections are wrapped in
+        head_dim = round(attn.scale**-2)  # the projections may be wrapped
         options = dict(
             window=block.window_size, rel_pos=bool(attn.use_rel_pos), **block_weights(block, attn)
         )
@@ -174,12 +179,10 @@ def _found(modules: Modules, root: str, attention: list[tuple[str, nn.Module]]) 
 
 
 def _grid_and_patch(encoder: Any, embed: Any) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The encoder's own grid in patches, and its patch size in pixels, from where each code base keeps the image size."""
+    """Return the encoder's default grid in patches, and its patch size in pixels."""
     patch = _pair(convolution(embed).kernel_size)
-    size = (
-        getattr(embed, "image_size", None) or getattr(embed, "img_size", None) or encoder.img_size
-    )
-    height, width = _pair(size)
+    size = getattr(embed, "image_size", None) or getattr(embed, "img_size", None)
+    height, width = _pair(size or encoder.img_size)
     return (height // patch[0], width // patch[1]), patch
 
 
@@ -188,15 +191,13 @@ def _pair(size: Any) -> tuple[int, int]:
 
 
 def _attend(module: Any, layer: SparseLayer, x: Tensor, heads: int, dropout_p: float) -> Tensor:
-    """(B, h, w, C) -> (B, h, w, C): project, attend, project."""
+    """Project, attend and project: (B, h, w, C) -> (B, h, w, C)."""
     height, width = plain_sizes(x.shape[1], x.shape[2])
-    by_tokens = hasattr(
-        module, "proj_drop"
-    )  # timm's projections take (B, N, C), all others (B, h, w, C)
-    qkv = module.qkv(x.flatten(1, 2) if by_tokens else x).unflatten(-1, (3, heads, -1))
-    qkv = qkv if by_tokens else qkv.flatten(1, 2)  # (B, N, 3, H, D)
+    is_timm = hasattr(module, "proj_drop")  # its projections take (B, N, C), others (B, h, w, C)
+    qkv = module.qkv(x.flatten(1, 2) if is_timm else x).unflatten(-1, (3, heads, -1))
+    qkv = qkv if is_timm else qkv.flatten(1, 2)  # (B, N, 3, H, D)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D) each
-    if by_tokens:
+    if is_timm:
         q, k = _normed(module.q_norm, q), _normed(module.k_norm, k)
     rel_pos = None
     if module.use_rel_pos:
@@ -204,17 +205,15 @@ def _attend(module: Any, layer: SparseLayer, x: Tensor, heads: int, dropout_p: f
         rel_pos = RelPos(*(term.to(q.dtype) for term in decompose(q, *tables, (height, width))))
     elif getattr(module, "rope", None) is not None:  # timm
         q, k = (_rotate(module.rope, tokens).type_as(v) for tokens in (q, k))
-    out = layer.attend(
-        q, k, v, module.scale, dropout_p, grid=(height, width), rel_pos=rel_pos
-    )  # (B, H, N, D)
-    out = out.transpose(1, 2).flatten(2)  # (B, N, C)
-    if by_tokens:
+    out = layer.attend(q, k, v, module.scale, dropout_p, grid=(height, width), rel_pos=rel_pos)
+    out = out.transpose(1, 2).flatten(2)  # (B, H, N, D) -> (B, N, C)
+    if is_timm:
         return module.proj_drop(module.proj(out)).unflatten(1, (height, width))
     return module.proj(out.unflatten(1, (height, width)))
 
 
 def _normed(norm: nn.Module, tokens: Tensor) -> Tensor:
-    """(B, H, N, D) -> (B, H, N, D), by a norm that timm hands (B * H, N, D)."""
+    """Normalise (B, H, N, D) with a norm that timm calls with (B * H, N, D)."""
     if isinstance(norm, nn.Identity) and not norm._forward_hooks and not norm._forward_pre_hooks:
         return tokens
     return norm(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
@@ -226,4 +225,4 @@ def _rotate(rope: Any, tokens: Tensor) -> Tensor:
     return apply_rot_embed_cat(tokens, rope.get_embed())
 
 
-ADAPTER = Adapter(find, serves, mixin_of, exact=True)  # the originals build an N x N bias
+ADAPTER = Adapter(find, supports, mixin_of, exact=True)  # the originals build an N x N bias

@@ -1,8 +1,9 @@
-"""timm: every ViT whose blocks hold `Attention`, `AttentionRope` or `EvaAttention`: ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, EVA, PE ...
+"""timm's ViTs whose blocks have an `Attention`, `AttentionRope` or `EvaAttention`.
 
-NaFlexVit is one of them. It takes images of one size, or patches of several with their coordinates: these come with an attention mask, and
-run the original.
-A swapped module runs its own forward; only the call of torch's attention in it is ours (see `intercept`).
+Among them are ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, EVA, PE and NaFlexVit. NaFlexVit takes
+images of one size, or patches of several images with their coordinates; patches come with an
+attention mask, and run the original attention. A swapped module runs its original forward, with
+only the call of torch's attention replaced (see `sdpa_intercept`).
 """
 
 from __future__ import annotations
@@ -21,31 +22,24 @@ from bsa_vision.adapters.swap.sparse_layer import SparseLayer, check_indices
 from bsa_vision.adapters.swap.wrappers import Modules, unwrap
 from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 
-NAFLEX_GRID = (16, 16)  # of a NaFlexVit without position embeddings, which has no grid of its own
-FAMILIES = (
-    "dinov3",
-    "dinov2",
-    "siglip",
-    "clip",
-    "eva",
-)  # looked for in the name of the architecture; else "vit"
+NAFLEX_GRID = (16, 16)  # for a NaFlexVit without position embeddings, which has no default grid
+# Searched in the name of the architecture; other models are "vit".
+FAMILIES = ("dinov3", "dinov2", "siglip", "clip", "eva")
 
 
 class SparseAttention(Intercepted):
-    """(B, N, C) -> (B, N, C)"""
+    """Attention of ViTs: (B, N, C) -> (B, N, C)."""
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        return self._serve(
-            partial(_unsupported, self._layer, x, attn_mask, is_causal),
-            x,
-            asked=_asked(attn_mask, is_causal),
-        )
+        unsupported = partial(_unsupported, self._layer, x, attn_mask, is_causal)
+        mask_kwargs = _mask_kwargs(attn_mask, is_causal)
+        return self._run_forward(unsupported, x, unsupported_kwargs=mask_kwargs)
 
 
 class SparseRopeAttention(Intercepted):
-    """(B, N, C) -> (B, N, C), with the rotary positions of the patches."""
+    """Attention with rotary positions of the patches: (B, N, C) -> (B, N, C)."""
 
     def forward(
         self,
@@ -54,10 +48,9 @@ class SparseRopeAttention(Intercepted):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        asked = _asked(attn_mask, is_causal)
-        return self._serve(
-            partial(_unsupported, self._layer, x, attn_mask, is_causal), x, rope=rope, asked=asked
-        )
+        unsupported = partial(_unsupported, self._layer, x, attn_mask, is_causal)
+        mask_kwargs = _mask_kwargs(attn_mask, is_causal)
+        return self._run_forward(unsupported, x, rope=rope, unsupported_kwargs=mask_kwargs)
 
 
 ATTENTION: dict[tuple[str, str], type[Intercepted]] = {
@@ -67,12 +60,12 @@ ATTENTION: dict[tuple[str, str], type[Intercepted]] = {
 }
 
 
-def _asked(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
-    """The arguments that older versions do not take, where they say something."""
-    asked: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
-    return (
-        asked if is_causal is False else {**asked, "is_causal": is_causal}
-    )  # torch.fx has something else for a flag
+def _mask_kwargs(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
+    """Return the mask arguments that are not at their defaults; older versions do not take them."""
+    kwargs: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
+    if is_causal is not False:  # torch.fx may pass a proxy, which has no truth value
+        kwargs["is_causal"] = is_causal
+    return kwargs
 
 
 def _unsupported(
@@ -81,21 +74,25 @@ def _unsupported(
     if attn_mask is not None:
         return "an attention mask was passed"
     if is_causal:
-        return "causal attention was asked for"
+        return "causal attention was requested"
     return layer.wrong_grid(x.shape[1])
 
 
-def serves(module: nn.Module) -> bool:
-    """Whether this adapter knows the class of an attention module."""
+def supports(module: nn.Module) -> bool:
+    """Return whether this adapter supports the class of an attention module."""
     return kind_of(module) in ATTENTION
 
 
 def find(model: nn.Module) -> list[FoundEncoder]:
-    """The encoders of this family in `model`: attention is `<encoder>.blocks.<index>.attn`, pixels enter `patch_embed` or `embeds` beside them."""
+    """Return the encoders of this family in `model`.
+
+    Attention is `<encoder>.blocks.<index>.attn`, and pixels enter `<encoder>.patch_embed` or
+    `<encoder>.embeds`.
+    """
     modules = Modules(model)
     encoders: dict[str, list[tuple[str, nn.Module]]] = {}
     for name, module in modules:
-        if serves(module) and name.endswith(".attn"):
+        if supports(module) and name.endswith(".attn"):
             encoders.setdefault(".".join(name.split(".")[:-3]), []).append((name, module))
     return [
         _found(modules, root, attention)
@@ -105,7 +102,7 @@ def find(model: nn.Module) -> list[FoundEncoder]:
 
 
 def _embeddings(encoder: Any) -> Any:
-    """Return the module that makes patches of pixels, which NaFlexVit calls otherwise; None where there is none."""
+    """Return the module that makes patches from pixels (NaFlexVit: `embeds`), None if missing."""
     return unwrap(getattr(encoder, "patch_embed", None) or getattr(encoder, "embeds", None))
 
 
@@ -113,19 +110,16 @@ def _found(modules: Modules, root: str, attention: list[tuple[str, nn.Module]]) 
     check_indices(attention)
     encoder: Any = modules[root]
     blocks = [modules[name.rpartition(".")[0]] for name, _ in attention]
-    layers = tuple(
-        LayerSpec(
-            modules.path(name), index, attn.num_heads, attn.head_dim, **block_weights(block, attn)
-        )
-        for index, ((name, attn), block) in enumerate(
-            zip(cast(Any, attention), blocks, strict=True)
-        )
-    )
+    layers = []
+    for index, ((name, module), block) in enumerate(zip(attention, blocks, strict=True)):
+        attn, weights = cast(Any, module), block_weights(block, module)
+        path = modules.path(name)
+        layers.append(LayerSpec(path, index, attn.num_heads, attn.head_dim, **weights))
     embed = _embeddings(encoder)
     ratio = embed.feat_ratio(as_scalar=False)
     spec = ModelSpec(
         family=_family(encoder),
-        layers=layers,
+        layers=tuple(layers),
         grid=tuple(getattr(embed, "grid_size", None) or embed.pos_embed_grid_size or NAFLEX_GRID),
         patch_size=(ratio, ratio) if isinstance(ratio, int) else tuple(ratio),
         num_prefix_tokens=encoder.num_prefix_tokens,
@@ -141,7 +135,7 @@ def _family(encoder: Any) -> str:
 
 
 def grid_of(embed: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
-    """(h, w) of the patches that `embed` makes of its input."""
+    """Return the grid (h, w) of the patches that `embed` makes from its input, None = unknown."""
     pixels = args[0] if args else kwargs.get("x")
     if not isinstance(pixels, Tensor) or pixels.dim() != 4:
         return None
@@ -149,12 +143,12 @@ def grid_of(embed: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     if hasattr(embed, "dynamic_feat_size"):
         return embed.dynamic_feat_size(size)
     ratio = embed.feat_ratio(as_scalar=False)
-    down, across = (ratio, ratio) if isinstance(ratio, int) else ratio
-    return size[0] // down, size[1] // across
+    patch_height, patch_width = (ratio, ratio) if isinstance(ratio, int) else ratio
+    return size[0] // patch_height, size[1] // patch_width
 
 
 def mixin_of(module: nn.Module) -> type[Intercepted]:
     return ATTENTION[kind_of(module)]
 
 
-ADAPTER = Adapter(find, serves, mixin_of)
+ADAPTER = Adapter(find, supports, mixin_of)

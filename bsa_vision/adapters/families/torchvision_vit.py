@@ -1,8 +1,10 @@
-"""torchvision's VisionTransformer, whose attention is `nn.MultiheadAttention`: without gradients that calls no attention of torch's at all.
+"""torchvision's VisionTransformer, whose attention is `nn.MultiheadAttention`.
 
-A swapped module projects with its own weights and attends here; what it does not do (masks, weights, cross attention) the original does.
-Like the original it reads the weights of `out_proj` and does not call that module. peft's LoRA wraps the whole module, and merges its weights
-into it around every call: the module inside is swapped.
+Without gradients, the original runs a fused path that does not call torch's attention function.
+So a swapped module computes the projections here. Unsupported calls (masks, attention weights,
+cross attention) run the original. Like the original, a swapped module reads the weights of
+`out_proj` and does not call it. peft's LoRA wraps the whole module and merges its weights into it
+around every call; the module inside is swapped.
 """
 
 from __future__ import annotations
@@ -26,12 +28,12 @@ ENCODER = ("torchvision.models.vision_transformer", "VisionTransformer")
 
 
 class SparseMultiheadAttention(Swapped):
-    """(B, N, C) three times over -> ((B, N, C), attention weights or None)."""
+    """Attention of torchvision: three (B, N, C) -> ((B, N, C), attention weights or None)."""
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        if isinstance(query, Proxy):  # torch.fx, for which the original is a leaf as well
+        if isinstance(query, Proxy):  # in torch.fx, the original is a leaf as well
             return self._fx_leaf(query, key, value, *args, **kwargs)
         layer = layer_of(self)
         assert layer is not None
@@ -53,36 +55,38 @@ def _unsupported(
     kwargs: dict[str, Any],
 ) -> str | None:
     names = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
-    asked = {**dict(zip(names, args)), **kwargs}
-    if asked.get("key_padding_mask") is not None or asked.get("attn_mask") is not None:
+    options = {**dict(zip(names, args)), **kwargs}
+    if options.get("key_padding_mask") is not None or options.get("attn_mask") is not None:
         return "an attention mask was passed"
-    if asked.get("is_causal"):
-        return "causal attention was asked for"
-    if asked.get("need_weights", True):
-        return "attention weights were asked for"
+    if options.get("is_causal"):
+        return "causal attention was requested"
+    if options.get("need_weights", True):
+        return "attention weights were requested"
     if not (query is key and key is value):
-        return "keys are not the queries' own"
+        return "query, key and value are not the same tensor"
     if query.is_nested or query.dim() != 3:
-        return "queries are no (B, N, C) tensor"
+        return "the query is not a (B, N, C) tensor"
     return layer.wrong_grid(query.shape[1])
 
 
 def _attend(module: Any, layer: SparseLayer, x: Tensor) -> Tensor:
     qkv = F.linear(x, module.in_proj_weight, module.in_proj_bias)  # (B, N, 3 * C)
-    q, k, v = (
-        qkv.unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    )  # (B, H, N, D) each
+    qkv = qkv.unflatten(-1, (3, module.num_heads, -1))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D) each
     out = layer.attend(q, k, v, None, module.dropout if module.training else 0.0)
     return F.linear(out.transpose(1, 2).flatten(2), module.out_proj.weight, module.out_proj.bias)
 
 
-def serves(module: nn.Module) -> bool:
-    """Whether this is a swapped module of this adapter; others are served as part of their encoder only."""
+def supports(module: nn.Module) -> bool:
+    """Return whether `module` was swapped by this adapter.
+
+    Other `nn.MultiheadAttention` is supported only inside torchvision's encoder.
+    """
     return isinstance(module, SparseMultiheadAttention)
 
 
 def find(model: nn.Module) -> list[FoundEncoder]:
-    """The encoders of this family in `model`: `nn.MultiheadAttention` is served inside torchvision's ViT and nowhere else."""
+    """Return the encoders of this family in `model`."""
     modules = Modules(model)
     return [
         _found(modules, name, encoder) for name, encoder in modules if kind_of(encoder) == ENCODER
@@ -91,15 +95,15 @@ def find(model: nn.Module) -> list[FoundEncoder]:
 
 def _found(modules: Modules, root: str, encoder: Any) -> FoundEncoder:
     layers, attentions = [], []
-    inside = ".".join(filter(None, (root, "encoder.layers")))
-    names = [name for name, _ in modules[inside].named_children()]
-    blocks: list[Any] = [modules[f"{inside}.{name}"] for name in names]
+    prefix = ".".join(filter(None, (root, "encoder.layers")))
+    names = [name for name, _ in modules[prefix].named_children()]
+    blocks: list[Any] = [modules[f"{prefix}.{name}"] for name in names]
     for index, (name, block) in enumerate(zip(names, blocks, strict=True)):
         if not hasattr(block, "self_attention"):
             raise wrapped(block)
-        path = modules.path(f"{inside}.{name}.self_attention")
+        path = modules.path(f"{prefix}.{name}.self_attention")
         path, attention = _unwrapped(path, unwrap(block.self_attention))
-        weights = 4 * attention.embed_dim**2  # of the projections in and out, whatever holds them
+        weights = 4 * attention.embed_dim**2  # of the four projections, which may be wrapped
         options = dict(attention_weights=weights, mlp_weights=linear_weights(block.mlp))
         layers.append(LayerSpec(path, index, attention.num_heads, attention.head_dim, **options))
         attentions.append(attention)
@@ -113,19 +117,24 @@ def _found(modules: Modules, root: str, encoder: Any) -> FoundEncoder:
 
 
 def _unwrapped(path: str, module: Any) -> tuple[str, Any]:
-    """Return the `nn.MultiheadAttention` at `path`, or inside peft's wrapper there, and its path; PlanError where there is none."""
+    """Return the path and module of the `nn.MultiheadAttention` at `path` or in its peft wrapper.
+
+    Raises PlanError if there is none, or if its forward or settings are not torchvision's.
+    """
     while not isinstance(module, nn.MultiheadAttention) and hasattr(module, "base_layer"):
         path, module = f"{path}.base_layer", module.base_layer
     kind = type(module)
     if not isinstance(module, nn.MultiheadAttention):
         raise PlanError(
-            f"{path} is a {kind.__module__}.{kind.__name__}: expected torch's nn.MultiheadAttention, itself or inside peft's LoRA; "
-            "sparsify_ the model before it is wrapped, or unwrap it."
+            f"{path} is a {kind.__module__}.{kind.__name__}: expected torch's "
+            "nn.MultiheadAttention, alone or in peft's LoRA; call sparsify_ before wrapping, or "
+            "unwrap it."
         )
     if kind.forward is not nn.MultiheadAttention.forward and not isinstance(module, Swapped):
         raise PlanError(
-            f"{path} is a {kind.__module__}.{kind.__name__} with a forward of its own, which a swap would leave out: expected "
-            "torch's nn.MultiheadAttention; call bsa_vision.sparse_attention from that forward."
+            f"{path} is a {kind.__module__}.{kind.__name__} with a custom forward, which a swap "
+            "would skip: expected torch's nn.MultiheadAttention; call bsa_vision.sparse_attention "
+            "from that forward."
         )
     if (
         not module.batch_first
@@ -134,8 +143,9 @@ def _unwrapped(path: str, module: Any) -> tuple[str, Any]:
         or module.add_zero_attn
     ):
         raise PlanError(
-            f"{path} is not as torchvision makes it: expected batch_first=True, one width of queries, keys and values, and neither "
-            "bias_k nor add_zero_attn; call bsa_vision.sparse_attention for other models."
+            f"{path} has other options than in torchvision: expected batch_first=True, the same "
+            "width for queries, keys and values, no bias_k and no add_zero_attn; call "
+            "bsa_vision.sparse_attention for other models."
         )
     return path, module
 
@@ -144,4 +154,4 @@ def mixin_of(module: nn.Module) -> type[Swapped]:
     return SparseMultiheadAttention
 
 
-ADAPTER = Adapter(find, serves, mixin_of)
+ADAPTER = Adapter(find, supports, mixin_of)

@@ -1,6 +1,7 @@
-"""Hugging Face transformers: ViT, DINOv2, DINOv3, CLIP, SigLIP, SigLIP 2 and SAM 3's vision encoder, through its AttentionInterface.
+"""ViTs of Hugging Face transformers, through its AttentionInterface.
 
-They are swapped by their config, see `config_swap`.
+These are ViT, DINOv2, DINOv3, CLIP, SigLIP, SigLIP 2 and SAM 3's vision encoder. They are swapped
+by their config, see `config_swap`.
 """
 
 from __future__ import annotations
@@ -20,26 +21,32 @@ from bsa_vision.plans.model_spec import LayerSpec, ModelSpec
 
 
 class Kind(NamedTuple):
-    """A family of models: what plans call it, where its patches are made, and how many special tokens come first."""
+    """A family of models.
+
+    family             its name in plans
+    embeddings         class that makes patches from pixels
+    num_prefix_tokens  config -> number of prefix tokens
+    grid_of            see `FoundEncoder`; None = from the pixels
+    """
 
     family: str
     embeddings: str
-    start: Callable[[Any], int]  # of its config
-    grid_of: GridOf | None = None  # where pixels alone do not tell
+    num_prefix_tokens: Callable[[Any], int]
+    grid_of: GridOf | None = None
 
 
 def cls_and_registers(config: Any) -> int:
     return 1 + getattr(config, "num_register_tokens", 0)
 
 
-def none(config: Any) -> int:
+def no_prefix_tokens(config: Any) -> int:
     return 0
 
 
 def grid_of_patches(
     embeddings: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[int, int] | None:
-    """SigLIP 2 is given patches, and the grid of each image beside them; one grid for the batch is what we can use."""
+    """Return the grid of SigLIP 2's inputs, patches with `spatial_shapes`; None if they differ."""
     shapes = args[1] if len(args) > 1 else kwargs.get("spatial_shapes")
     if shapes is None or bool((shapes != shapes[:1]).any()):
         return None
@@ -47,7 +54,7 @@ def grid_of_patches(
     return height, width
 
 
-# module and class of the attention -> kind
+# Module and class of the attention -> kind.
 ATTENTION = {
     ("vit.modeling_vit", "ViTAttention"): Kind("vit", "ViTEmbeddings", cls_and_registers),
     ("dinov2.modeling_dinov2", "Dinov2Attention"): Kind(
@@ -62,19 +69,26 @@ ATTENTION = {
     ("clip.modeling_clip", "CLIPAttention"): Kind(
         "clip", "CLIPVisionEmbeddings", cls_and_registers
     ),
-    ("siglip.modeling_siglip", "SiglipAttention"): Kind("siglip", "SiglipVisionEmbeddings", none),
-    ("siglip2.modeling_siglip2", "Siglip2Attention"): Kind(
-        "siglip2", "Siglip2VisionEmbeddings", none, grid_of_patches
+    ("siglip.modeling_siglip", "SiglipAttention"): Kind(
+        "siglip", "SiglipVisionEmbeddings", no_prefix_tokens
     ),
-    ("sam3.modeling_sam3", "Sam3ViTRoPEAttention"): Kind("sam3", "Sam3ViTEmbeddings", none),
+    ("siglip2.modeling_siglip2", "Siglip2Attention"): Kind(
+        "siglip2", "Siglip2VisionEmbeddings", no_prefix_tokens, grid_of_patches
+    ),
+    ("sam3.modeling_sam3", "Sam3ViTRoPEAttention"): Kind(
+        "sam3", "Sam3ViTEmbeddings", no_prefix_tokens
+    ),
 }
 EMBEDDINGS = {kind.embeddings for kind in ATTENTION.values()}
 
 
 def find(model: nn.Module) -> list[FoundEncoder]:
-    """The encoders of this family in `model`, one per patch embedding; looks at names of classes and imports nothing."""
+    """Return the encoders of this family in `model`, one per patch embedding.
+
+    Classes are compared by name; transformers is not imported.
+    """
     modules = Modules(model)
-    attention = [(name, module) for name, module in modules if serves(module)]
+    attention = [(name, module) for name, module in modules if supports(module)]
     found = []
     for name, embedding in modules:
         kind = own_class(type(embedding))
@@ -82,21 +96,20 @@ def find(model: nn.Module) -> list[FoundEncoder]:
             continue
         root = name.rpartition(".")[0]
         inside = [
-            (name, module) for name, module in attention if not root or name.startswith(root + ".")
-        ]
-        inside = [
-            (name, module) for name, module in inside if _kind(module).embeddings == kind.__name__
+            (name, module)
+            for name, module in attention
+            if (not root or name.startswith(root + "."))
+            and _kind(module).embeddings == kind.__name__
         ]
         if inside:
             spec, grid_of = _spec(modules, root, inside, embedding), _kind(inside[0][1]).grid_of
-            found.append(
-                FoundEncoder(spec, tuple(module for _, module in inside), embedding, grid_of)
-            )
+            layers = tuple(module for _, module in inside)
+            found.append(FoundEncoder(spec, layers, embedding, grid_of))
     return found
 
 
-def serves(module: nn.Module) -> bool:
-    """Whether this adapter knows the class of an attention module."""
+def supports(module: nn.Module) -> bool:
+    """Return whether this adapter supports the class of an attention module."""
     return _name(module) in ATTENTION
 
 
@@ -118,26 +131,19 @@ def _spec(
     layers = []
     for index, ((name, module), block) in enumerate(zip(attention, blocks, strict=True)):
         options = dict(window=getattr(block, "window_size", 0), **block_weights(block, module))
-        layers.append(
-            LayerSpec(
-                modules.path(name),
-                index,
-                config.num_attention_heads,
-                int(cast(Any, module).head_dim),
-                **options,
-            )
-        )
+        heads, head_dim = config.num_attention_heads, int(cast(Any, module).head_dim)
+        layers.append(LayerSpec(modules.path(name), index, heads, head_dim, **options))
     if hasattr(config, "image_size"):
         image_size = _pair(config.image_size)
         grid = (image_size[0] // patch_size[0], image_size[1] // patch_size[1])
-    else:  # SigLIP 2: positions for so many patches, resized to any grid
+    else:  # SigLIP 2: positions of num_patches patches, resized to any grid
         grid = (isqrt(config.num_patches),) * 2
     return ModelSpec(
         family=kind.family,
         layers=tuple(layers),
         grid=grid,
         patch_size=patch_size,
-        num_prefix_tokens=kind.start(config),
+        num_prefix_tokens=kind.num_prefix_tokens(config),
         **outside_weights(modules[root], blocks, embedding),  # type: ignore[arg-type]
     )
 
@@ -150,4 +156,4 @@ def mixin_of(module: nn.Module) -> None:
     """Return None: these modules are swapped by their config."""
 
 
-ADAPTER = Adapter(find, serves, mixin_of, config_swap.prepare, returns_weights=True)
+ADAPTER = Adapter(find, supports, mixin_of, config_swap.prepare, returns_weights=True)

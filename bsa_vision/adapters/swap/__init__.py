@@ -1,1 +1,1 @@
-"""How an attention module is swapped and put back."""
+"""Swap attention modules of a model, and restore them."""

@@ -1,4 +1,4 @@
-"""Describe one model family to the rest of the package."""
+"""The interface between one model family and the rest of the package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bsa_vision.adapters.swap.encoder_state import FoundEncoder
 
 
 def nothing() -> None:
-    """Do nothing: what most families need before their swapped modules run."""
+    """Do nothing: most families need no preparation."""
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,16 @@ class Adapter:
     """One model family.
 
     find             model -> its encoders of this family; imports no model library
-    serves           attention module -> whether this adapter knows its class
-    mixin_of         attention module -> the class that is mixed into its own; None: swap its config
-    prepare          makes a process ready to run swapped modules
-    exact            whether layers without a sparse head run here too, because that is faster
-    returns_weights  whether the originals return attention weights beside their output
+    supports         attention module -> whether this adapter supports its class
+    mixin_of         attention module -> the class mixed into the module's class; None = the module
+                     is swapped by its config
+    prepare          prepares a process to run swapped modules
+    exact            whether layers with dense heads only are swapped too, because that is faster
+    returns_weights  whether the original modules return attention weights besides their output
     """
 
     find: Callable[[nn.Module], list[FoundEncoder]]
-    serves: Callable[[nn.Module], bool]
+    supports: Callable[[nn.Module], bool]
     mixin_of: Callable[[nn.Module], type | None]
     prepare: Callable[[], None] = nothing
     exact: bool = False

@@ -1,7 +1,8 @@
-"""Swapping a module's class: the seam into models whose attention no registry reaches.
+"""Swap the class of an attention module, for models without an attention registry.
 
-A swapped module becomes an instance of a subclass of its own class, made at run time: parameters, keys, hooks and `isinstance` stay.
-Pickles and copies name the original class. The adapters of such families bring a mixin with a `forward`; this is everything else.
+A swapped module becomes an instance of a subclass of its class, made at run time. Parameters,
+state_dict keys, hooks and `isinstance` do not change, and pickles and copies name the original
+class. The adapters of such families provide a mixin with a `forward`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ from bsa_vision.adapters.swap.wrappers import own_class
 
 
 class Swapped(nn.Module):
-    """What a swapped attention module is as well as its own class; the mixins of adapters derive from this."""
+    """Base class of the mixins that adapters add to an attention module's class."""
 
-    COVERS: tuple[
-        str, ...
-    ] = ()  # attributes that a property of the mixin hides; found in `SparseLayer.covered`
-    OVERRIDES = "forward"  # the method of the mixin that runs our attention
+    # Attributes that properties of the mixin hide; their values are in `SparseLayer.covered`.
+    COVERS: tuple[str, ...] = ()
+    OVERRIDES = "forward"  # the method of the mixin that runs the sparse attention
 
     @property
     def _layer(self) -> SparseLayer:
@@ -35,54 +35,60 @@ class Swapped(nn.Module):
         return _new, (self._layer.swapped, self._layer.original, function, arguments[1:]), *state
 
     def __prepare_scriptable__(self) -> Any:
-        """Refuse torch.jit.script, which asks every module for this first."""
+        """Raise RuntimeError: torch.jit.script calls this method on every module first."""
         raise RuntimeError(
-            f"torch.jit.script cannot compile layer {self._layer.spec.name!r}, which has sparse heads: script the model after "
-            "restore_(model), or take torch.export or torch.jit.trace instead."
+            f"torch.jit.script cannot compile layer {self._layer.spec.name!r}, which has sparse "
+            "heads: script the model after restore_(model), or use torch.export or "
+            "torch.jit.trace."
         )
 
     def _fx_leaf(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what stands for a call of this module in a graph of torch.fx, which does not look inside."""
+        """Return the node of this call in a torch.fx graph, which treats the module as a leaf."""
         tracer = args[0].tracer
         return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
 
 
 @cache
 def _swapped(mixin: type, original: type) -> type:
-    """The subclass whose instances run our attention."""
+    """Return the subclass of `original` that swapped modules become instances of."""
     return type(f"Sparse{original.__name__}", (mixin, original), {"__module__": mixin.__module__})
 
 
 def _new(mixin: type, original: type, function: Any, arguments: tuple[Any, ...]) -> Any:
-    """Unpickling and copying: subclasses are made at run time, so pickles name the two classes they are made of."""
+    """Create a swapped module when unpickling or copying.
+
+    The subclass exists at run time only, so pickles name the two classes it is made from.
+    """
     return function(_swapped(mixin, original), *arguments)
 
 
 def kind_of(module: nn.Module) -> tuple[str, str]:
-    """Return module and name of a module's own class, as it was before a swap."""
+    """Return the module and name of a module's class, as before a swap."""
     layer = layer_of(module)
-    kind = own_class(
-        layer.original if layer is not None and isinstance(module, Swapped) else type(module)
-    )
-    return kind.__module__, kind.__name__
+    cls = type(module)
+    if layer is not None and isinstance(module, Swapped):
+        cls = layer.original
+    cls = own_class(cls)
+    return cls.__module__, cls.__name__
 
 
 def original_of(module: Any) -> Any:
-    """Return what `unswap` puts back: the module's own class."""
+    """Return what `unswap` restores: the module's class."""
     return type(module)
 
 
 def swap(module: Any, layer: SparseLayer, mixin: type | None) -> None:
-    """Make `module` an instance of its own class with `mixin`."""
+    """Make `module` an instance of its class with `mixin`."""
     assert mixin is not None
     assert issubclass(mixin, Swapped)
     layer.swapped = mixin
     if _own_method(module, layer) is not None:
         raise ValueError(
-            f"{layer.spec.name} has a {mixin.OVERRIDES} of its own, set on the module by a wrapper: it would go on "
-            "running dense attention; sparsify_ first and wrap after, or unwrap."
+            f"{layer.spec.name} has its {mixin.OVERRIDES} replaced on the module by a wrapper: it "
+            "would keep running dense attention; call sparsify_ before wrapping, or unwrap it."
         )
-    # Not read from `module.__dict__` by the properties themselves: torch.compile before 2.13 takes that for the property again.
+    # The properties cannot read `module.__dict__`: torch.compile before 2.13 resolves that to the
+    # property itself.
     layer.covered = {
         name: module.__dict__[name] for name in mixin.COVERS if name in module.__dict__
     }
@@ -92,38 +98,40 @@ def swap(module: Any, layer: SparseLayer, mixin: type | None) -> None:
 
 
 def check_swapped(module: Any) -> None:
-    """Raise ValueError where putting back the original class would undo or break what was done since."""
+    """Raise ValueError if restoring the class would undo or break a later change."""
     layer = layer_of(module)
     assert layer is not None
     if type(module) not in (_swapped(layer.swapped, layer.original), layer.original):
         raise ValueError(
-            f"{layer.spec.name} became a {type(module).__name__} since sparsify_ (fully_shard, a parametrization): "
-            "restore_ would undo that as well; remove it first, or run the model dense inside bsa.dense(model)."
+            f"{layer.spec.name} became a {type(module).__name__} since sparsify_ (fully_shard, a "
+            "parametrization), which restore_ would undo: remove it first, or run the model dense "
+            "with bsa.dense(model)."
         )
     if _own_method(module, layer) is not None:
         raise ValueError(
-            f"{layer.spec.name} has a {layer.swapped.OVERRIDES} of its own, set on the module since sparsify_ by a "
-            "wrapper: it would go on calling the sparse one; unwrap first (accelerate: "
-            "accelerate.hooks.remove_hook_from_module(model, recurse=True)), then restore_."
+            f"{layer.spec.name} has its {layer.swapped.OVERRIDES} replaced on the module since "
+            "sparsify_ by a wrapper, which would keep calling the sparse one: unwrap it first "
+            "(accelerate: accelerate.hooks.remove_hook_from_module(model, recurse=True)), then "
+            "call restore_."
         )
 
 
 def _own_method(module: Any, layer: SparseLayer) -> Any:
-    """Return the method that is set on a module in place of ours.
+    """Return the method that a wrapper has set on a module in place of the mixin's.
 
-    None where it is that of its class: accelerate leaves such a one behind when its hooks are removed.
+    None if it is the method of the class: accelerate leaves that behind when removing its hooks.
     """
     name = layer.swapped.OVERRIDES
-    own = module.__dict__.get(name)
-    of_class = [vars(kind).get(name) for kind in _swapped(layer.swapped, layer.original).__mro__]
-    left_behind = (
-        isinstance(own, MethodType) and own.__self__ is module and own.__func__ in of_class
-    )
-    return None if left_behind else own
+    method = module.__dict__.get(name)
+    if isinstance(method, MethodType) and method.__self__ is module:
+        classes = _swapped(layer.swapped, layer.original).__mro__
+        if method.__func__ in [vars(cls).get(name) for cls in classes]:
+            return None
+    return method
 
 
 def unswap(module: Any) -> None:
-    """Undo `swap`, also an interrupted one; call it again if it was interrupted itself."""
+    """Undo `swap`, complete or interrupted; call it again if this call is interrupted."""
     layer = layer_of(module)
     assert layer is not None
     module.__class__ = layer.original
@@ -132,5 +140,5 @@ def unswap(module: Any) -> None:
 
 
 def is_of_transformers(module: nn.Module) -> bool:
-    """Return whether a module's own class lives in transformers."""
+    """Return whether a module's class, as before a swap, is in transformers."""
     return kind_of(module)[0].startswith("transformers.")

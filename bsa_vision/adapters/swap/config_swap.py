@@ -1,7 +1,8 @@
-"""Swap a module's config: for transformers, whose models look their attention function up by name.
+"""Swap the config of an attention module, for models of transformers.
 
-A swapped layer gets a copy of its config with our name in it; the model's own config, its other
-layers and its parameters stay as they are.
+These models look up their attention function by a name in the config. A swapped layer gets a copy
+of its config with the name of this package. The model's config, other layers and parameters do
+not change.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from torch import Tensor, nn
 from bsa_vision.adapters.swap.sparse_layer import SparseLayer, layer_of
 from bsa_vision.adapters.swap.wrappers import own_class
 
-NAME = "bsa_vision"  # transformers reads meaning into names that contain "sdpa" or "flash"
+NAME = "bsa_vision"  # must not contain "sdpa" or "flash", which transformers interprets
 IMPLEMENTATION = "_attn_implementation_internal"
-WEIGHTS_ASKED_FOR = "attention weights were asked for"
-WEIGHTS_WATCHED = "a forward hook on the module sees its attention weights"
+WEIGHTS_REQUESTED = "attention weights were requested"
+WEIGHTS_HOOKED = "a forward hook on the module reads its attention weights"
 
 
 def original_of(module: Any) -> Any:
-    """Return what `unswap` puts back: the module's own config object."""
+    """Return what `unswap` restores: the module's config object."""
     return module.config
 
 
 def swap(module: Any, layer: SparseLayer, mixin: type | None = None) -> None:
-    """Give `module` a copy of its config that names our attention function."""
+    """Give `module` a copy of its config that names the sparse attention function."""
     layer.swapped = copy.copy(layer.original)
     setattr(layer.swapped, IMPLEMENTATION, NAME)
     layer.attach(module)
@@ -36,11 +37,11 @@ def swap(module: Any, layer: SparseLayer, mixin: type | None = None) -> None:
 
 
 def check_swapped(module: Any) -> None:
-    """Do nothing: `unswap` restores the config whatever was done to the module's class."""
+    """Do nothing: `unswap` restores the config even if the module's class has changed."""
 
 
 def unswap(module: Any) -> None:
-    """Undo `swap`, also an interrupted one; call it again if it was interrupted itself."""
+    """Undo `swap`, complete or interrupted; call it again if this call is interrupted."""
     layer = layer_of(module)
     assert layer is not None
     if module.config is layer.swapped:
@@ -48,15 +49,15 @@ def unswap(module: Any) -> None:
     elif (
         getattr(module.config, IMPLEMENTATION, None) == NAME and module.config is not layer.original
     ):
-        # Another config since, made from ours: it stays, without our name in it.
+        # The config was replaced by a copy of the swapped one: keep it, but without NAME.
         setattr(module.config, IMPLEMENTATION, getattr(layer.original, IMPLEMENTATION))
     layer.detach(module)
 
 
 def prepare() -> None:
-    """Register our name with transformers, if that is loaded.
+    """Register the attention function with transformers, if that is loaded.
 
-    Both registries are needed: without a mask function, padding masks vanish.
+    The mask function is needed as well: without it, transformers drops padding masks.
     """
     if "transformers.modeling_utils" not in sys.modules:
         return
@@ -75,9 +76,12 @@ def attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention function: q, k, v (B, H, N, D) -> (out (B, N, H, D), attention weights or None)."""
+    """Attend, with the signature of an attention function of transformers.
+
+    q, k, v (B, H, N, D) -> (out (B, N, H, D), attention weights or None).
+    """
     layer = layer_of(module)
-    if layer is None:  # loaded with attn_implementation="bsa_vision" and no plan: dense
+    if layer is None:  # attn_implementation="bsa_vision" without a plan: dense
         return _original("sdpa", module)(module, query, key, value, attention_mask, **kwargs)
     reason = (
         None
@@ -107,43 +111,47 @@ def _unsupported(
     if attention_mask is not None:
         return "an attention mask was passed"
     if kwargs.get("is_causal"):
-        return "causal attention was asked for"
-    asked = kwargs.get("output_attentions") or getattr(layer.original, "output_attentions", False)
-    if asked or attentions_are_collected(module):
-        return WEIGHTS_ASKED_FOR
-    if _returns_weights(layer, module) and is_watched(module):
-        return WEIGHTS_WATCHED
+        return "causal attention was requested"
+    requested = kwargs.get("output_attentions") or getattr(
+        layer.original, "output_attentions", False
+    )
+    if requested or attentions_are_collected(module):
+        return WEIGHTS_REQUESTED
+    if _returns_weights(layer, module) and has_user_hooks(module):
+        return WEIGHTS_HOOKED
     return layer.wrong_grid(query.shape[2], key.shape[2])
 
 
 def attentions_are_collected(module: nn.Module) -> bool:
-    """Return whether the model was called for its attentions, which transformers takes from a hook on `module`."""
-    if not module._forward_hooks:  # and torch.compile cannot look up what is collected
+    """Return whether the caller requested attentions, which transformers reads by a hook."""
+    if not module._forward_hooks:  # torch.compile cannot trace the lookup below
         return False
     try:
         from transformers.utils.output_capturing import _active_collector
-    except ImportError:  # another version of transformers, which passes output_attentions
+    except ImportError:  # a version of transformers that passes output_attentions instead
         return False
     return "attentions" in (_active_collector.get() or {})
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Return whether a forward hook sees what `module` returns, other than those of transformers."""
-    hooks = module._forward_hooks.values()
-    return any(
-        getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks
+def has_user_hooks(module: nn.Module) -> bool:
+    """Return whether `module` has forward hooks other than transformers' and bsa_vision's own."""
+    hooks = (getattr(hook, "func", hook) for hook in module._forward_hooks.values())  # of a partial
+    homes = [getattr(hook, "__module__", None) or "" for hook in hooks]
+    return not all(
+        home == "transformers.utils.output_capturing" or home.startswith("bsa_vision.")
+        for home in homes
     )
 
 
 def _returns_weights(layer: SparseLayer, module: nn.Module) -> bool:
-    """Return whether the original module would return attention weights beside its output."""
+    """Return whether the original module returns attention weights besides its output."""
     name = str(getattr(layer.original, IMPLEMENTATION))
     without = "sdpa" in name or "flash" in name
     return not without and (layer.adapter.returns_weights or layer.spec.role != "self")
 
 
 def _original(name: str | None, module: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """transformers' own function of that name; "eager" lives in the file of each model."""
+    """Return transformers' attention function of this name; each model file has its "eager" one."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     eager = sys.modules[own_class(type(module)).__module__].eager_attention_forward

@@ -1,4 +1,4 @@
-"""Hold what the swapped layers of one encoder share: the plan, the grid of the input, its prompts."""
+"""State that the swapped layers of one encoder share: plan, grid of the input, prompts."""
 
 from __future__ import annotations
 
@@ -27,9 +27,12 @@ GridOf = Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[int, int] | None
 
 @dataclass(frozen=True, eq=False)
 class FoundEncoder:
-    """A vision encoder inside a model: what it is, its attention modules in the order of `spec.layers`, where pixels enter.
+    """A vision encoder found in a model.
 
-    grid_of  (embeddings, args, kwargs) -> (h, w) of what enters, None = cannot be told; a function of a module, for pickles
+    modules     attention modules, in the order of `spec.layers`
+    embeddings  the module that makes patches from pixels
+    grid_of     (embeddings, args, kwargs) -> grid (h, w) of the input, None = unknown; a top-level
+                function, so that it can be pickled
     """
 
     spec: ModelSpec
@@ -40,10 +43,10 @@ class FoundEncoder:
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """What one layer is about to attend with, in model order.
+    """Inputs of one attention call, in model order.
 
-    q, k, v  (B, H, N, D), (B, G, M, D), (B, G, M, Dv); positions applied, unscaled
-    weight   (C, H * Dv) of the projection that follows, None where it cannot be told
+    q, k, v  (B, H, N, D), (B, G, M, D), (B, G, M, Dv); with rotary positions, unscaled
+    weight   (C, H * Dv), weight of the output projection; None = unknown
     """
 
     layer: LayerSpec
@@ -56,23 +59,23 @@ class Observation:
     weight: Tensor | None
 
 
-MOST_WAITING = 8
+MAX_PENDING = 8
 
 
 @dataclass
-class Waiting:
-    """An image whose patches were made, and the layers that its tokens went through since."""
+class PendingInput:
+    """An input that passed the patch embedding, and the keys of the layers it has passed since."""
 
     grid: tuple[int, int]
-    ran: set[str] = field(default_factory=set)
+    passed: set[str] = field(default_factory=set)
 
     def may_have(self, tokens: int, special: int) -> bool:
-        """Return whether so many tokens, so many of them special, may be this image's."""
+        """Return whether this input may have `tokens` tokens, `special` of them special."""
         return self.grid == (0, 0) or tokens == special + self.grid[0] * self.grid[1]
 
 
 class EncoderState:
-    """What the swapped layers of one encoder share: the plan, the grid of the current input, whether to run dense."""
+    """State shared by the swapped layers of one encoder."""
 
     def __init__(
         self,
@@ -84,31 +87,30 @@ class EncoderState:
     ) -> None:
         self.spec, self.plan, self.grid_of = spec, plan, grid_of
         self.backend, self.on_unsupported = backend, on_unsupported
-        self.grid: tuple[int, int] = (0, 0)  # of the last input; (0, 0) until there was one
-        # For recomputation: tokens -> grids of that many tokens, of the inputs since backward ran last.
+        self.grid: tuple[int, int] = (0, 0)  # of the last input; (0, 0) = none yet or unknown
+        # Number of tokens -> grids of the inputs since the last backward, for recomputation.
         self.seen: dict[int, set[tuple[int, int]]] = {}
         self.recomputed = False
-        self.dense: list[object] = []  # one entry for each `dense(model)` block that is open
+        self.dense: list[object] = []  # one entry for each open `dense(model)` block
         self.context = Context()
         self.observer: Callable[[Observation], None] | None = None
-        self._forget()
+        self._reset_local_state()
 
-    def _forget(self) -> None:
-        """Start without what belongs to one process, and to one of several copies of a model."""
-        self.layers: WeakSet[Any] = WeakSet()  # those that a living module has
-        self.homes: tuple[
-            ref[nn.Module], ...
-        ] = ()  # the model that was swapped, and its embeddings; none in a copy
+    def _reset_local_state(self) -> None:
+        """Reset the state that is not copied with the model or sent to other processes."""
+        self.layers: WeakSet[Any] = WeakSet()  # the layers of living modules
+        # The swapped model and its embeddings; empty in a copy.
+        self.homes: tuple[ref[nn.Module], ...] = ()
         self._local = threading.local()
 
     def see(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook of the patch embedding: remember the grid of the image that comes in."""
+        """Store the grid of the input; the forward pre-hook of the patch embedding."""
         if torch.jit.is_tracing():
-            with outside_of_tracing():  # there, sizes are numbers
+            with outside_of_tracing():  # sizes are tensors while tracing
                 self._remember_grid(module, args, kwargs)
-            if torch.onnx.is_in_onnx_export():  # dense layers only: sparse ones are refused there
+            if torch.onnx.is_in_onnx_export():  # sparse layers are refused there
                 return None
             return self._fix_size(args, kwargs)
         self._remember_grid(module, args, kwargs)
@@ -117,7 +119,10 @@ class EncoderState:
     def _fix_size(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Make a traced program refuse other sizes: its grid is fixed, and as many tokens may be another grid."""
+        """Make a traced program refuse other image sizes.
+
+        Its grid is fixed, and another grid may have the same number of tokens.
+        """
 
         def fixed(x: Any) -> Any:
             if not isinstance(x, Tensor) or x.dim() != 4:
@@ -131,34 +136,33 @@ class EncoderState:
     def _remember_grid(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        grid = (
-            self.grid_of(module, args, kwargs)
-            if self.grid_of
-            else self._grid_of_pixels(args, kwargs)
-        )
-        height, width = grid or (0, 0)  # (0, 0): cannot be told; not that of the image before
+        if self.grid_of:
+            grid = self.grid_of(module, args, kwargs)
+        else:
+            grid = self._grid_of_pixels(args, kwargs)
+        height, width = grid or (0, 0)
         if torch.compiler.is_dynamo_compiling():
             self.grid = (height, width)
             return
-        if is_symbolic(
-            (height, width)
-        ):  # torch.export with sizes that may change: for this trace only
+        if is_symbolic((height, width)):  # torch.export with dynamic sizes: valid for this trace
             self._local.symbolic = (weakref.ref(get_proxy_mode()), (height, width))
             return
         self._local.symbolic = None
         self.grid = (int(height), int(width))
-        self._local.grid = self.grid  # threads that share a model each have their own image
-        waiting = self._waiting()
-        if self.dense or any(image.ran for image in waiting):
-            waiting.clear()  # their tokens have been through the layers, or will not come
+        self._local.grid = self.grid  # threads may share a model
+        pending = self._pending()
+        if self.dense or any(image.passed for image in pending):
+            pending.clear()  # their tokens have passed the layers, or never will
         if not self.dense:
-            waiting.append(Waiting(self.grid))
+            pending.append(PendingInput(self.grid))
         if self.recomputed:
             self.seen, self.recomputed = {}, False
-        self.seen.setdefault(
-            self.spec.num_prefix_tokens + self.grid[0] * self.grid[1] + self.spec.num_suffix_tokens,
-            set(),
-        ).add(self.grid)
+        tokens = self._num_special_tokens + self.grid[0] * self.grid[1]
+        self.seen.setdefault(tokens, set()).add(self.grid)
+
+    @property
+    def _num_special_tokens(self) -> int:
+        return self.spec.num_prefix_tokens + self.spec.num_suffix_tokens
 
     def _grid_of_pixels(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -166,50 +170,46 @@ class EncoderState:
         pixels = args[0] if args else kwargs.get("pixel_values")
         if not isinstance(pixels, Tensor):
             return None
-        return pixels.shape[-2] // self.spec.patch_size[0], pixels.shape[
-            -1
-        ] // self.spec.patch_size[1]
+        patch_height, patch_width = self.spec.patch_size
+        return pixels.shape[-2] // patch_height, pixels.shape[-1] // patch_width
 
-    def _waiting(self) -> deque[Waiting]:
-        """Images of this thread whose patches were made since tokens went through a layer."""
-        if not hasattr(self._local, "waiting"):
-            self._local.waiting = deque(maxlen=MOST_WAITING)
-        return self._local.waiting
+    def _pending(self) -> deque[PendingInput]:
+        """Return the inputs of this thread since tokens last passed a layer."""
+        if not hasattr(self._local, "pending"):
+            self._local.pending = deque(maxlen=MAX_PENDING)
+        return self._local.pending
 
     def claim(self, layer: LayerSpec, tokens: int) -> str | None:
-        """Find the image that these tokens of a layer come from; why that cannot be told, or None."""
+        """Match the tokens of a layer to an input; return why that is impossible, or None."""
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
-            return None  # `current_grid` sees to it
-        count = partial(
-            Waiting.may_have,
-            tokens=tokens,
-            special=self.spec.num_prefix_tokens + self.spec.num_suffix_tokens,
-        )
-        waiting = [
-            image for image in self._waiting() if layer.key not in image.ran and count(image)
+            return None  # `current_grid` handles these
+        fits = partial(PendingInput.may_have, tokens=tokens, special=self._num_special_tokens)
+        pending = [
+            image for image in self._pending() if layer.key not in image.passed and fits(image)
         ]
-        grids = sorted({image.grid for image in waiting})
+        grids = sorted({image.grid for image in pending})
         if len(grids) > 1:
-            return f"patches of images of {grids} were made, and these {tokens} tokens may be of any of them"
+            return f"images of grids {grids} were embedded: these {tokens} tokens may be of any"
         grid = self.current_grid(tokens)
         if grids:
-            waiting[0].ran.add(layer.key)
+            pending[0].passed.add(layer.key)
             self._local.grid = grids[0]
-        elif self.on_unsupported == "error" and grid != (0, 0) and count(Waiting(grid)):
+        elif self.on_unsupported == "error" and grid != (0, 0) and fits(PendingInput(grid)):
             raise BackendUnavailable(
-                f"layer {layer.name!r} got {tokens} tokens that did not come through the patch embedding since it ran last: their grid "
-                "cannot be told. Run the whole model, or its patch embedding first; with on_unsupported='fallback' they are taken for those "
-                f"of the last image, {grid}."
+                f"layer {layer.name!r} got {tokens} tokens that did not pass the patch embedding "
+                "since the layer ran last: their grid is unknown. Run the whole model, or run its "
+                "patch embedding first; on_unsupported='fallback' assumes the grid of the last "
+                f"image, {grid}."
             )
         return None
 
     def passed(self, key: str) -> None:
-        """Note that the tokens of the last image went through a layer's original."""
-        if not torch.compiler.is_compiling() and self._waiting():
-            self._waiting()[-1].ran.add(key)
+        """Record that the tokens of the last input passed the original of a layer."""
+        if not torch.compiler.is_compiling() and self._pending():
+            self._pending()[-1].passed.add(key)
 
     def current_grid(self, tokens: int) -> tuple[int, int]:
-        """The grid of the image that these tokens come from."""
+        """Return the grid of the input that these tokens belong to."""
         if torch.compiler.is_dynamo_compiling():
             return self.grid
         symbolic = getattr(self._local, "symbolic", None)
@@ -217,37 +217,36 @@ class EncoderState:
             return symbolic[1]
         if torch._C._current_graph_task_id() == -1:
             return getattr(self._local, "grid", self.grid)
-        # Within backward: a checkpointed layer is computed again, maybe after images of other sizes came by.
+        # In backward, a checkpointed layer is recomputed, maybe after inputs of other sizes.
         self.recomputed = True
         grids = self.seen.get(tokens, set())
         if len(grids) != 1:
             raise RuntimeError(
-                f"gradient checkpointing computes {tokens} tokens again, and images of {sorted(grids)} patches came by: which "
-                "one these are cannot be told; run backward before the next shape, or turn checkpointing off."
+                f"gradient checkpointing recomputes {tokens} tokens, but inputs of grids "
+                f"{sorted(grids)} match, and exactly one must match: run backward before the next "
+                "image size, or turn checkpointing off."
             )
         return next(iter(grids))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_local", "layers", "homes")
-        state = {key: value for key, value in self.__dict__.items() if key not in own}
-        return {
-            **state,
-            "dense": [],
-            "observer": None,
-        }  # a copy made inside `dense(model)` is not dense for ever
+        local = ("_local", "layers", "homes")
+        state = {key: value for key, value in self.__dict__.items() if key not in local}
+        # A copy made in a `dense` or `observe` block must not stay dense or observed.
+        return {**state, "dense": [], "observer": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._forget()
+        self._reset_local_state()
 
     def watch(self, model: nn.Module, embeddings: nn.Module) -> None:
-        """See every image that comes in, from now on."""
+        """Register the hook that stores the grid of each input."""
         self.homes = (ref(model), ref(embeddings))
         embeddings.register_forward_pre_hook(self.see, with_kwargs=True)
 
     def unwatch(self, modules: Iterable[nn.Module]) -> None:
-        """Undo `watch`, also one that was interrupted; `modules` are where to look."""
-        for module in (*modules, *(home for one in self.homes if (home := one()) is not None)):
+        """Undo `watch`, complete or interrupted, in `modules` and in the swapped model."""
+        homes = [home for home_ref in self.homes if (home := home_ref()) is not None]
+        for module in (*modules, *homes):
             for key, hook in list(module._forward_pre_hooks.items()):
                 if getattr(hook, "__self__", None) is self:
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
@@ -255,7 +254,7 @@ class EncoderState:
 
 
 def watching(model: nn.Module) -> list[EncoderState]:
-    """Return the encoders that see what comes into a model, or into modules of it."""
+    """Return the encoders whose hooks are on modules of `model`."""
     hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
     return [
         encoder
@@ -268,11 +267,11 @@ def check_model(model: object) -> None:
     """Raise TypeError unless `model` is a module."""
     if isinstance(model, nn.Module):
         return
-    how = "pass the model itself"
+    hint = "pass the model itself"
     if isinstance(model, str):
-        how = "load it first, e.g. with timm.create_model or from_pretrained"
+        hint = "load it first, e.g. with timm.create_model or from_pretrained"
     elif isinstance(model, type):
-        how = f"make one, {model.__name__}(...)"
+        hint = f"create an instance, {model.__name__}(...)"
     elif isinstance(getattr(model, "model", None), nn.Module):  # pipelines, predictors
-        how = "pass its .model"
-    raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module; {how}.")
+        hint = "pass its .model"
+    raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module; {hint}.")

@@ -1,4 +1,4 @@
-"""Choose how an attention module is swapped: by its class, or by its config."""
+"""Choose how to swap an attention module: by its class, or by its config."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from bsa_vision.adapters.swap.sparse_layer import SparseLayer
 
 
 class SwapMethod(Protocol):
-    """How an attention module is swapped and put back.
+    """How to swap an attention module and restore it.
 
-    An interruption (Ctrl-C) may come at any line. So `swap` first says on the module what is needed
-    to put it back, and `unswap` takes that away last; `unswap` can be called again.
+    An interruption (Ctrl-C) may come at any line. Therefore `swap` first stores on the module what
+    is needed to restore it, and `unswap` deletes this last; `unswap` can be called again.
     """
 
     def original_of(self, module: Any) -> Any:
-        """Return what `unswap` puts back."""
+        """Return what `unswap` restores."""
 
     def swap(self, module: Any, layer: SparseLayer, mixin: type | None) -> None:
         """Make `module` compute with `layer`."""
 
     def check_swapped(self, module: Any) -> None:
-        """Raise ValueError if `unswap` would break what was done to the module since."""
+        """Raise ValueError if `unswap` would break a later change of the module."""
 
     def unswap(self, module: Any) -> None:
-        """Undo `swap`, also an interrupted one."""
+        """Undo `swap`, complete or interrupted."""
 
 
 def method_of(adapter: Adapter, module: nn.Module) -> SwapMethod:
+    """Return the way to swap `module`: `config_swap` if the adapter has no mixin for it."""
     return config_swap if adapter.mixin_of(module) is None else class_swap

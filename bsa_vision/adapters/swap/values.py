@@ -1,7 +1,7 @@
-"""Dtype, device and values of weights, also of quantised, offloaded and meta ones.
+"""Dtype, device and values of weights, including quantised, offloaded and meta ones.
 
-Where a layer computes is read from plain weights, or from accelerate's hooks. What a quantised weight says of itself is
-believed last, and it is never computed with: tensor subclasses lack operators.
+The device of a layer is read from plain weights or from accelerate's hooks. The attributes of
+quantised weights are used last, and never in computations: tensor subclasses lack operators.
 """
 
 from __future__ import annotations
@@ -12,34 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-COMPUTE = (
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.float64,
-)  # dtypes that attention computes in
+# Dtypes that attention computes in.
+COMPUTE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def like_of(attention: nn.Module, model: nn.Module) -> Tensor:
-    """Return an empty tensor of the dtype and on the device that `attention`, a layer of `model`, computes in.
+    """Return an empty tensor with the dtype and device that a layer of `model` computes in.
 
-    On the CPU where that cannot be told: a model on the meta device, or without floating-point weights (float32).
+    The device is the CPU for a model on the meta device. Without floating-point weights, the
+    tensor is float32 on the CPU.
     """
-    weights = [
-        next(
-            (
-                weight
-                for weight in module.parameters()
-                if weight.dtype in COMPUTE and _is_plain(weight) is plain
-            ),
-            None,
-        )
+    weights = (
+        weight
         for module in (attention, model)
         for plain in (True, False)
-    ]
-    weight = next(
-        (weight for weight in weights if weight is not None), torch.empty(0, device="cpu")
+        for weight in module.parameters()
+        if weight.dtype in COMPUTE and _is_plain(weight) is plain
     )
+    weight = next(weights, torch.empty(0, device="cpu"))
     device = _execution_device(attention) or weight.device
     return torch.empty(0, dtype=weight.dtype, device="cpu" if device.type == "meta" else device)
 
@@ -49,13 +39,13 @@ def _is_plain(weight: Any) -> bool:
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
-    """Yield the hooks that accelerate has put on this module."""
+    """Yield the hooks of accelerate on this module."""
     hook = getattr(module, "_hf_hook", None)
     yield from getattr(hook, "hooks", [hook])
 
 
 def _execution_device(attention: nn.Module) -> torch.device | None:
-    """Return where accelerate sends the weights of an offloaded layer before it runs, None without a hook that does."""
+    """Return the device that accelerate moves an offloaded layer to; None without such a hook."""
     for module in attention.modules():
         for hook in _hooks(module):
             if getattr(hook, "execution_device", None) is not None:
@@ -64,10 +54,10 @@ def _execution_device(attention: nn.Module) -> torch.device | None:
 
 
 def output_weight(attention: nn.Module, width: int, like: Tensor) -> Tensor | None:
-    """Return the weight (C, width) of the projection that takes what the heads made, `width` channels.
+    """Return the weight (C, width) of the projection that follows the heads.
 
-    A weight that is quantised or offloaded is read by applying the projection to the identity. None where there is no
-    projection of a known name and this width.
+    A quantised or offloaded weight is read by applying the projection to the identity. None if
+    there is no projection of a known name with `width` inputs.
     """
     for name in ("proj", "o_proj", "out_proj"):
         projection = getattr(attention, name, None)
@@ -82,14 +72,14 @@ def output_weight(attention: nn.Module, width: int, like: Tensor) -> Tensor | No
 
 @torch.no_grad()
 def _columns(projection: Any, width: int, like: Tensor) -> Tensor | None:
-    """Return the weight of an affine map: what it makes of the identity, less what it makes of zero."""
+    """Return the weight of an affine map: its value at the identity minus its value at zero."""
     identity = torch.eye(width, dtype=like.dtype, device=like.device)
     weight = (projection(identity) - projection(torch.zeros_like(identity[:1]))).T
     return None if weight.is_meta else weight
 
 
 def state(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield what `state_dict` holds, offloaded values included."""
+    """Yield the items of `state_dict`, with the values of offloaded weights."""
     for key, value in model.state_dict().items():
         path, _, name = key.rpartition(".")
         if isinstance(value, Tensor) and value.is_meta:

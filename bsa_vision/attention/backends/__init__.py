@@ -1,1 +1,1 @@
-"""The implementations of block-sparse attention, and the choice among them (`select`)."""
+"""Implementations of block-sparse attention, and the choice between them (`select`)."""

@@ -1,7 +1,10 @@
-"""The compiled inner loop of `gather` (cpu_kernel.cpp): whether it is here, and how it is called.
+"""Load and call the compiled inner loop of `gather` (cpu_kernel.cpp).
 
-Built when bsa-vision is installed, where a C++ compiler is at hand; without it, `gather` runs the same arithmetic in torch.
-Constraints: x86-64 CPU with AVX2 or AVX-512, float32 arithmetic (float64 is for torch), not causal, no dropout.
+The loop is built when bsa-vision is installed, if a C++ compiler is available. Without it,
+`gather` runs the same arithmetic in torch.
+
+Constraints: x86-64 CPU with AVX2 or AVX-512; computes in float32 (float64 runs in torch); not
+causal; no dropout.
 """
 
 from __future__ import annotations
@@ -21,36 +24,20 @@ from bsa_vision.attention.backends.workers import run_tasks, scratch
 from bsa_vision.attention.block_lists import KeyRanges
 
 INTERFACE = 2  # of cpu_kernel.cpp
-TASKS_PER_THREAD = 8  # rows of blocks cost unequal amounts; several tasks a thread even that out
-CHUNK, LANES, VECTORS = 128, 16, 4  # the widest that cpu_kernel.cpp uses
+TASKS_PER_THREAD = 8  # rows of blocks differ in cost; several tasks per thread balance the load
+CHUNK, LANES, VECTORS = 128, 16, 4  # the largest values in cpu_kernel.cpp
 KEY_SIDE = {"k", "v", "grad_k", "grad_v"}  # tensors with one row per key
-# torch's name of what the machine can do -> the suffix of the functions made for it. ATEN_CPU_CAPABILITY lowers it, as for torch's own.
+# CPU capability as torch names it -> suffix of the compiled functions. ATEN_CPU_CAPABILITY lowers
+# it, as for torch itself.
 VARIANTS = {"AVX512": "avx512", "AVX2": "avx2"}
 
+# Fields of `struct Batch`, in order
 MATRICES = ("q", "k", "v", "out", "lse", "rel_h", "rel_w")
 GRADIENTS = ("grad_out", "grad_q", "grad_k", "grad_v", "grad_rel_h", "grad_rel_w")
-POINTERS = (
-    "key_row",
-    "key_column",
-    "order_q",
-    "order_k",
-    "row_start",
-    "row_ptr",
-    "key_ranges",
-    "scratch",
-)
-NUMBERS = (
-    "heads",
-    "group",
-    "rows",
-    "mask_image_stride",
-    "dim",
-    "dim_v",
-    "rel_rows",
-    "rel_columns",
-    "first",
-    "last",
-)
+INDICES = ("key_row", "key_column", "order_q", "order_k")
+POINTERS = (*INDICES, "row_start", "row_ptr", "key_ranges", "scratch")
+DIMS = ("dim", "dim_v", "rel_rows", "rel_columns")
+NUMBERS = ("heads", "group", "rows", "mask_image_stride", *DIMS, "first", "last")
 
 
 class _Matrix(ctypes.Structure):
@@ -73,33 +60,40 @@ class _Batch(ctypes.Structure):
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | str:
-    """The library, or why there is none. BSA_VISION_COMPILED=0 in the environment does without, to compare."""
+    """Return the compiled library, or the reason why it is missing.
+
+    BSA_VISION_COMPILED=0 in the environment switches it off, for comparisons.
+    """
     if os.environ.get("BSA_VISION_COMPILED") == "0":
         return "the compiled loop is switched off by BSA_VISION_COMPILED=0"
     found = importlib.util.find_spec("bsa_vision.attention.backends._cpu_kernel")
     if found is None or found.origin is None:
-        return "the compiled loop was not built: no C++ compiler was at hand when bsa-vision was installed"
+        return "the compiled loop was not built: no C++ compiler at installation"
     try:
         loaded = ctypes.CDLL(found.origin)
         loaded.attend_interface.restype = ctypes.c_int64
         built_for = loaded.attend_interface()
     except OSError as error:
         return f"the compiled loop does not load: {error}"
-    except AttributeError:  # another processor, for which nothing is compiled, or a very old build
-        return "the compiled loop is for x86-64 with AVX2 or AVX-512, and was built without"
+    except AttributeError:  # nothing is compiled for other processors, or a very old build
+        return "the compiled loop needs x86-64 with AVX2 or AVX-512 and was built without them"
     if built_for != INTERFACE * 10000 + ctypes.sizeof(_Batch):
-        return "the compiled loop was built from another version of its source: install bsa-vision again"
+        return "the compiled loop was built for another version of bsa-vision: reinstall bsa-vision"
     return loaded
 
 
 @lru_cache(maxsize=4)
 def variant(capability: str) -> tuple[Callable[[Any], None], Callable[[Any], None]] | str:
-    """(forward, gradient) for machines of this capability (one of `VARIANTS`), or why there are none."""
+    """Return (forward, gradient) for a CPU capability, or the reason why there are none.
+
+    capability  as torch names it; `VARIANTS` lists the supported ones
+    """
     loaded = library()
     if isinstance(loaded, str):
         return loaded
     if capability not in VARIANTS or not hasattr(loaded, f"attend_{VARIANTS[capability]}"):
-        return f"the compiled loop is for x86-64 with AVX2 or AVX-512, this machine's capability is {capability}"
+        needed = "the compiled loop needs x86-64 with AVX2 or AVX-512"
+        return f"{needed}, this CPU's capability is {capability}"
     functions = [
         getattr(loaded, f"{name}_{VARIANTS[capability]}") for name in ("attend", "attend_gradient")
     ]
@@ -109,33 +103,35 @@ def variant(capability: str) -> tuple[Callable[[Any], None], Callable[[Any], Non
 
 
 def why_not(problem: Problem | None = None) -> str | None:
-    """Why the compiled loop cannot run `problem` (None: any), in one sentence."""
+    """Return why the compiled loop cannot run `problem` (None: any call); None if it can."""
     if problem is not None:
         if problem.q.device.type != "cpu":
-            return f"the compiled loop is for CPUs, the tensors are on {problem.q.device}"
+            return f"the compiled loop runs on CPUs, the tensors are on {problem.q.device}"
         if problem.compute_dtype != torch.float32:
             return f"the compiled loop computes in float32, the call is {problem.q.dtype}"
         if problem.is_causal or problem.dropout_p:
-            return "the compiled loop knows neither causality nor dropout"
+            return "the compiled loop supports neither causality nor dropout"
     functions = variant(torch.backends.cpu.get_cpu_capability())
     return functions if isinstance(functions, str) else None
 
 
 def flavour(problem: Problem) -> str:
-    """How `gather` runs `problem`, in two or three words."""
-    return (
-        "in torch"
-        if why_not(problem)
-        else f"compiled for {torch.backends.cpu.get_cpu_capability()}"
-    )
+    """Name the implementation of `gather` that runs `problem`."""
+    if why_not(problem):
+        return "in torch"
+    return f"compiled for {torch.backends.cpu.get_cpu_capability()}"
 
 
 def outruns_dense(problem: Problem) -> bool:
-    """Whether the loop is faster than torch's own attention even where no block is skipped, as measured on AVX2 and AVX-512."""
+    """Return whether the loop is faster than torch's attention even if no block is skipped.
+
+    The limit was measured with AVX2 and AVX-512.
+    """
     return problem.max_seqlen_k >= 1024 and why_not(problem) is None
 
 
 def run(problem: Problem) -> Result:
+    """Compute `problem`."""
     tensors = _inputs(problem)
     tensors["out"] = out = torch.empty_like(problem.empty_out(), dtype=torch.float32)
     lse = problem.empty_lse() if problem.return_lse else None
@@ -145,22 +141,20 @@ def run(problem: Problem) -> Result:
         if lse is not None:
             batch.lse = _matrix(lse[images.first : images.last, :, :, None])
         floats = batch.dim + batch.dim_v + 2 + batch.rel_rows + batch.rel_columns
-        alive = (tensors, lse, table, problem)
-        tasks += _deal(
-            batch, 0, len(images) * batch.heads * batch.rows, images.width * floats, alive
-        )
+        units = len(images) * batch.heads * batch.rows
+        tasks += _tasks(batch, 0, units, images.width * floats, (tensors, lse, table, problem))
     run_tasks(tasks, out.device)
     return Result(out.to(problem.q.dtype), lse)
 
 
 def gradients(problem: Problem, out: Tensor, grad_out: Tensor) -> list[Tensor]:
-    """The gradients of q, k, v and, where there are any, rel_h and rel_w; each shaped like its tensor."""
+    """Return the gradients of q, k, v and, if given, rel_h and rel_w, shaped like the tensors."""
     tensors = _inputs(problem)
     tensors |= {"out": _rows_adjacent(out), "grad_out": _rows_adjacent(grad_out)}
     names = [name for name in ("q", "k", "v", "rel_h", "rel_w") if name in tensors]
     for name in names:
         *shape, dim = tensors[name].shape
-        # Keys collect whole vectors from many queries; queries get theirs once.
+        # Key gradients are accumulated in whole vectors; query gradients are written once.
         padded = _whole_vectors(dim) if name in KEY_SIDE else dim
         tensors[f"grad_{name}"] = torch.zeros(
             *shape, padded, dtype=torch.float32, device=out.device
@@ -170,22 +164,21 @@ def gradients(problem: Problem, out: Tensor, grad_out: Tensor) -> list[Tensor]:
         batch, table = _describe(problem, tensors, images)
         floats = 2 * (batch.dim + batch.dim_v + batch.rel_rows + batch.rel_columns) + 3 + 2 * CHUNK
         floats += _whole_vectors(batch.dim) + _whole_vectors(batch.dim_v)
-        # Query heads of one group add to the same keys, so a key head is one unit: no two tasks write to the same place.
-        alive = (tensors, table, problem)
-        tasks += _deal(
-            batch, 1, len(images) * batch.heads // batch.group, images.width * floats, alive
-        )
+        # One unit per key head: the query heads of a group accumulate into the same keys, and no
+        # two tasks may write to the same memory.
+        units = len(images) * batch.heads // batch.group
+        tasks += _tasks(batch, 1, units, images.width * floats, (tensors, table, problem))
     run_tasks(tasks, out.device)
     grads = [tensors[f"grad_{name}"][..., : tensors[name].shape[-1]] for name in names]
     return [grad.to(problem.q.dtype).contiguous() for grad in grads]
 
 
 class _Images(NamedTuple):
-    """Images `first` to `last` of the batch, with as many tokens each; `span` is that of the first."""
+    """Images `first` to `last` - 1 of the batch, all with the same number of tokens."""
 
     first: int
     last: int
-    span: Span
+    span: Span  # of the first image
     width: int  # queries of one block, rounded up to whole vectors
 
     def __len__(self) -> int:
@@ -193,7 +186,7 @@ class _Images(NamedTuple):
 
 
 def _batches(problem: Problem) -> Iterator[_Images]:
-    """The batch as a whole, or image by image where lengths differ."""
+    """Yield the batch as a whole, or image by image if it is ragged."""
     for span in problem.spans():
         width = _whole_vectors(min(problem.masks.block_size, span.q.stop - span.q.start))
         if not problem.ragged:
@@ -213,7 +206,7 @@ def _inputs(problem: Problem) -> dict[str, Tensor]:
 
 
 def _rows_adjacent(x: Tensor) -> Tensor:
-    """float32 with the elements of a token adjacent; any other stride is taken as it is."""
+    """Return `x` in float32 with stride 1 along the last axis; other strides are kept."""
     x = x.to(torch.float32)
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
@@ -225,19 +218,20 @@ def _whole_vectors(dim: int) -> int:
 def _describe(
     problem: Problem, tensors: dict[str, Tensor], images: _Images
 ) -> tuple[_Batch, KeyRanges]:
-    """Everything but who computes what, with which scratch memory; and the table it points into."""
-    span = images.span
+    """Describe the images without a range of work and scratch memory.
+
+    Also returns the table that the description points into.
+    """
+    span, masks, rel_pos = images.span, problem.masks, problem.rel_pos
     rows = slice(span.row, span.row + len(images))
     parts = {
         name: x[rows, :, span.k if name in KEY_SIDE else span.q] for name, x in tensors.items()
     }
-    table = problem.masks.key_ranges(span.q.stop - span.q.start, span.k.stop - span.k.start)
-    places = {
-        name: getattr(problem, name) for name in ("key_row", "key_column", "order_q", "order_k")
-    }
+    table = masks.key_ranges(span.q.stop - span.q.start, span.k.stop - span.k.start)
+    indices = {name: getattr(problem, name) for name in INDICES}
     batch = _Batch(
         **{name: _matrix(x) for name, x in parts.items()},
-        **{name: None if x is None else x.data_ptr() for name, x in places.items()},
+        **{name: None if x is None else x.data_ptr() for name, x in indices.items()},
         row_start=table.row_start.data_ptr(),
         row_ptr=table.row_ptr[problem.mask_image(span.image)].data_ptr(),
         key_ranges=table.ranges.data_ptr(),
@@ -247,36 +241,39 @@ def _describe(
         mask_image_stride=table.row_ptr.stride(0) if len(table.row_ptr) > 1 else 0,
         dim=problem.q.shape[-1],
         dim_v=problem.v.shape[-1],
-        rel_rows=0 if problem.rel_pos is None else problem.rel_pos.rel_h.shape[-1],
-        rel_columns=0 if problem.rel_pos is None else problem.rel_pos.rel_w.shape[-1],
+        rel_rows=0 if rel_pos is None else rel_pos.rel_h.shape[-1],
+        rel_columns=0 if rel_pos is None else rel_pos.rel_w.shape[-1],
         scale=problem.scale,
     )
     return batch, table
 
 
 def _matrix(x: Tensor) -> _Matrix:
-    """(images, heads, tokens, dim)"""
+    """Describe an (images, heads, tokens, dim) tensor."""
     return _Matrix(x.data_ptr(), *x.stride()[:3])
 
 
-def _deal(
+def _tasks(
     batch: _Batch, direction: int, units: int, floats: int, alive: tuple[Any, ...]
 ) -> list[Callable[[], None]]:
-    """The `units` of work of a batch in tasks of about equal size; each needs `floats` of scratch memory and some.
+    """Split a batch into tasks of about equal size.
 
-    alive   what the batch points into. Tasks hold on to it: caches may drop their tables meanwhile, and an interrupted caller
-            leaves while its last tasks still run.
+    direction  0 forward, 1 gradient
+    units      rows of blocks (forward) or key heads (gradient) of all images
+    floats     scratch memory per task, without the buffer of one chunk of logits
+    alive      what the batch points into. Tasks keep it alive: caches may drop their tables, and
+               an interrupted caller may return while its last tasks still run
     """
     step = max(1, -(-units // (TASKS_PER_THREAD * torch.get_num_threads())))
     functions = variant(torch.backends.cpu.get_cpu_capability())
     assert not isinstance(functions, str), functions
 
     def task(first: int, alive: tuple[Any, ...]) -> None:
-        own = _Batch.from_buffer_copy(batch)
-        own.first, own.last = first, min(first + step, units)
+        part = _Batch.from_buffer_copy(batch)
+        part.first, part.last = first, min(first + step, units)
         size = floats + CHUNK * VECTORS * LANES
         memory = scratch("attend", (size,), torch.float32, torch.device("cpu"))
-        own.scratch = memory.data_ptr()
-        functions[direction](ctypes.byref(own))
+        part.scratch = memory.data_ptr()
+        functions[direction](ctypes.byref(part))
 
     return [partial(task, first, alive) for first in range(0, units, step)]

@@ -1,10 +1,14 @@
-"""NVIDIA's block-sparse attention kernels, from the package nvidia-cudnn-frontend: our block lists as they are.
+"""NVIDIA's block-sparse attention kernels from the package nvidia-cudnn-frontend.
 
-Read from 1.32.0 (`cudnn/block_sparse_attention`, Apache-2.0), whose checks and compiler take these calls; not yet run by us. CUDA, compute
-capability 9.0 to 12.x, float16 or bfloat16, blocks of 128 tokens, no bias, not causal; q and k padded to 64, 96 or 128, and v for itself (on 9.x;
-to 128 on 12.x). Relative position by `concat`.
-Nothing is sorted or synchronised in a call: lists are made once for each `HeadMasks`. The kernels' gradient serves bfloat16, one key head
-for each query head and one width; calls that need another go elsewhere. It is not deterministic. Kernels are compiled at their first call.
+Written for version 1.32.0 (`cudnn/block_sparse_attention`, Apache-2.0). Its argument checks and its
+compiler accept these calls; they have not been run on a GPU yet. Kernels are compiled at their
+first call. Block lists are built once for each `HeadMasks`, so a call neither sorts nor
+synchronises.
+
+Constraints: CUDA, compute capability 9.0 to 12.x, float16 or bfloat16, blocks of 128 tokens, no
+bias, not causal. Head dims are padded to 64, 96 or 128: on 9.x v separately from q and k, on 12.x
+all to 128. Relative position becomes extra columns (`rel_pos_columns`). The gradient needs
+bfloat16, one key head per query head and equal head dims, and is not deterministic.
 """
 
 from __future__ import annotations
@@ -25,40 +29,38 @@ from bsa_vision.attention.backends.problem import Problem, Result
 from bsa_vision.attention.block_lists import block_lists
 
 BLOCK = 128
-WIDTHS = (64, 96, 128)  # of q and k, and of v
-MOST_HEADS = 65535  # images x heads: the launch grid's limit, which the package does not check
+WIDTHS = (64, 96, 128)  # padded head dims
+MOST_HEADS = 65535  # images x heads; limit of the launch grid, which the package does not check
 
 
 def why_not(problem: Problem) -> str | None:
+    """Return why cuDNN cannot run `problem`; None if it can."""
     q, v = problem.q, problem.v
+    size, heads = problem.masks.block_size, q.shape[0] * q.shape[1]
     if problem.not_on_nvidia:
         return f"cuDNN's kernels run on CUDA, {problem.not_on_nvidia}"
-    if problem.masks.block_size != BLOCK:
-        return (
-            f"cuDNN's kernels have blocks of 128 tokens, the masks have {problem.masks.block_size}"
-        )
+    if size != BLOCK:
+        return f"cuDNN's kernels use blocks of 128 tokens, the masks have {size}"
     if problem.ragged:
-        return "cuDNN's kernels take images of one size"
+        return "cuDNN's kernels need images of one size"
     if problem.is_causal or problem.exact_streaming:
         return "cuDNN's kernels are not causal"
     if problem.dropout_p or problem.return_probs:
         return "cuDNN's kernels have no dropout"
     if max(q.shape[-1], v.shape[-1]) > WIDTHS[-1]:
-        return (
-            f"cuDNN's kernels are at most 128 wide, got head dims {q.shape[-1]} and {v.shape[-1]}"
-        )
+        return f"cuDNN's kernels take head dims up to 128, got {q.shape[-1]} and {v.shape[-1]}"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"cuDNN's kernels take float16 or bfloat16, got {q.dtype}"
     if 0 in (*q.shape, *problem.k.shape):
         return "there are no tokens"
-    if q.shape[0] * q.shape[1] > MOST_HEADS:
-        return f"cuDNN's kernels take {MOST_HEADS} heads of all images together, got {q.shape[0] * q.shape[1]}"
+    if heads > MOST_HEADS:
+        return f"cuDNN's kernels take up to {MOST_HEADS} heads over all images, got {heads}"
     reason = rel_pos_columns.why_not(problem, WIDTHS[-1])
     if reason is not None:
         return reason
     major = torch.cuda.get_device_capability(q.device)[0]
     if not 9 <= major <= 12:
-        return f"cuDNN's block-sparse kernels need a GPU of compute capability 9.0 to 12.x, this one has {major}.x"
+        return f"cuDNN's kernels need compute capability 9.0 to 12.x, this GPU has {major}.x"
     if problem.needs_gradient:
         reason = _why_no_gradient(problem)
         if reason is not None:
@@ -68,9 +70,10 @@ def why_not(problem: Problem) -> str | None:
 
 
 def _why_no_gradient(problem: Problem) -> str | None:
-    capability = torch.cuda.get_device_capability(problem.q.device)
-    if capability[0] != 9 and capability not in ((10, 0), (10, 3)):
-        return f"cuDNN's gradient needs a GPU of compute capability 9.x, 10.0 or 10.3, this one has {capability[0]}.{capability[1]}"
+    major, minor = torch.cuda.get_device_capability(problem.q.device)
+    if major != 9 and (major, minor) not in ((10, 0), (10, 3)):
+        needed = "cuDNN's gradient needs compute capability 9.x, 10.0 or 10.3"
+        return f"{needed}, this GPU has {major}.{minor}"
     if problem.q.dtype != torch.bfloat16:
         return f"cuDNN's gradient takes bfloat16, got {problem.q.dtype}"
     if problem.group > 1:
@@ -80,17 +83,22 @@ def _why_no_gradient(problem: Problem) -> str | None:
 
 @lru_cache(maxsize=1)
 def _probe() -> ModuleType | str:
-    """The package, or why it cannot be imported. The kernels' own module is imported, too: the package itself does so in its first call only."""
+    """Return the package's module, or why it cannot be imported.
+
+    Also imports the module of the kernels, which the package itself imports at its first call.
+    """
+    package = "the package nvidia-cudnn-frontend"
     try:
         module = importlib.import_module("cudnn.block_sparse_attention")
         importlib.import_module("cudnn.block_sparse_attention._interface")
         _functions(module)
     except ModuleNotFoundError as error:
         if error.name in ("cudnn", "cudnn.block_sparse_attention"):
-            return "the package nvidia-cudnn-frontend is not installed, or older than 1.32 (pip install 'bsa-vision[cuda]')"
-        return f"the package nvidia-cudnn-frontend cannot be imported: {error}"
+            advice = "pip install 'bsa-vision[cuda]'"
+            return f"{package} is not installed, or older than 1.32 ({advice})"
+        return f"{package} cannot be imported: {error}"
     except Exception as error:
-        return f"the package nvidia-cudnn-frontend is installed but broken: {type(error).__name__}: {error}"
+        return f"{package} is installed but broken: {type(error).__name__}: {error}"
     return module
 
 
@@ -99,13 +107,15 @@ def _functions(module: Any) -> tuple[Any, Any]:
 
 
 def run(problem: Problem) -> Result:
+    """Compute `problem`."""
     return rel_pos_columns.attend(problem, WIDTHS[-1], _run)
 
 
 def _run(problem: Problem) -> Result:
     q, k, v = problem.q, problem.k, problem.v
     width, width_v = (next(width for width in WIDTHS if width >= x.shape[-1]) for x in (q, v))
-    # Kernels for newer GPUs have one width, which on 12.x is 128; so has every gradient, which for 9.x is 128.
+    # All tensors must have the same width on GPUs newer than 9.x (128 on 12.x), and for gradients
+    # (128 on 9.x).
     major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 9
     if major == 12:
         width = width_v = WIDTHS[-1]
@@ -113,20 +123,24 @@ def _run(problem: Problem) -> Result:
         width = width_v = WIDTHS[-1] if major == 9 or max(width, width_v) > 64 else 64
     elif major > 9:
         width = width_v = max(width, width_v)
-    start = 128 if major == 12 else 16
-    q, k, v = _padded(q, width, start), _padded(k, width, start), _padded(v, width_v, start)
+    alignment = 128 if major == 12 else 16
+    q, k = _padded(q, width, alignment), _padded(k, width, alignment)
+    v = _padded(v, width_v, alignment)
     out, lse = _Attend.apply(q, k, v, _lists(problem), problem.scale)
-    nothing = lse.isneginf()  # a query sees nothing: said as the other kernel says it
-    out = out[..., : problem.v.shape[-1]].masked_fill(nothing[..., None], 0)
-    return Result(out, lse.masked_fill(nothing, torch.inf))
+    empty = lse.isneginf()  # queries without keys: +inf, as the other backends return
+    out = out[..., : problem.v.shape[-1]].masked_fill(empty[..., None], 0)
+    return Result(out, lse.masked_fill(empty, torch.inf))
 
 
-def _padded(x: Tensor, width: int, start: int) -> Tensor:
-    """As wide, beginning at a multiple of `start` bytes, rows at multiples of 16, as the kernels read them."""
+def _padded(x: Tensor, width: int, alignment: int) -> Tensor:
+    """Pad the head dim to `width` and align the memory as the kernels need it.
+
+    The data must start at a multiple of `alignment` bytes, and rows at multiples of 16.
+    """
     if x.shape[-1] < width:
         return F.pad(x, (0, width - x.shape[-1]))
     aligned = (
-        x.data_ptr() % start == 0
+        x.data_ptr() % alignment == 0
         and x.stride(-1) == 1
         and all(step % 8 == 0 for step in x.stride()[:-1])
     )
@@ -135,35 +149,34 @@ def _padded(x: Tensor, width: int, start: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Lists:
-    """int32 on the device: (B, H, R, C) key blocks of each row, (B, H, R) how many, (C,) tokens in each key block; whether a row may keep none."""
+    """Block lists, int32 on the device."""
 
-    index: Tensor
-    counts: Tensor
-    sizes: Tensor
-    some_are_empty: bool
+    index: Tensor  # (B, H, R, C) key blocks of each row, kept ones first
+    counts: Tensor  # (B, H, R) kept key blocks per row
+    sizes: Tensor  # (C,) tokens in each key block
+    some_are_empty: bool  # whether some row keeps no block
 
 
 def _lists(problem: Problem) -> _Lists:
-    tokens, device = (problem.q.shape[2], problem.k.shape[2]), problem.q.device
+    images, device = problem.q.shape[0], problem.q.device
+    tokens = (problem.q.shape[2], problem.k.shape[2])
 
     def make() -> _Lists:
         mask = problem.masks.block_mask(*tokens)
         some_are_empty = not bool(mask.any(-1).all())
         mask = mask.to(device)
-        # The whole width even where rows keep less: another width would compile the gradient anew.
-        counts, index = (
-            x.expand(problem.q.shape[0], *x.shape[1:]).contiguous() for x in block_lists(mask)
-        )
-        # Given even where all blocks are full: some kernels do not mask the end of the sequence themselves.
+        # Full width, even if rows keep fewer blocks: another width would recompile the gradient.
+        counts, index = (x.expand(images, *x.shape[1:]).contiguous() for x in block_lists(mask))
+        # Passed even if all blocks are full: some kernels do not mask the end of the sequence.
         sizes = torch.full((index.shape[-1],), BLOCK, dtype=torch.int32, device="cpu")
         sizes[-1] = tokens[1] - BLOCK * (len(sizes) - 1)
         return _Lists(index, counts, sizes.to(device), some_are_empty)
 
-    return problem.masks.remember(("cudnn", problem.q.shape[0], *tokens, device), make)
+    return problem.masks.remember(("cudnn", images, *tokens, device), make)
 
 
 class _Attend(torch.autograd.Function):
-    """The package's two functions as one that torch differentiates; the log-sum-exp has no gradient."""
+    """Make the package's two functions differentiable; the log-sum-exp has no gradient."""
 
     @staticmethod
     def forward(
@@ -178,7 +191,7 @@ class _Attend(torch.autograd.Function):
             sparse_block_size=BLOCK,
             allow_empty_block_nums=lists.some_are_empty,
             softmax_scale=scale,
-            pack_gqa=False,  # packed, lists would be of another shape
+            pack_gqa=False,  # packing needs lists of another shape
             layout="bhsd",
         )
         ctx.save_for_backward(q, k, v, out, lse)

@@ -1,11 +1,16 @@
-"""torch's FlexAttention, given our block lists as they are: relative position, any head dim, gradients, on GPUs.
+"""torch's FlexAttention on GPUs, with a `BlockMask` built directly from the block lists.
 
-Source: arXiv 2412.05496; torch.nn.attention.flex_attention. Kept blocks are listed as "full", for which the compiled kernel asks no
-questions; only those that causality or the end of a sequence cuts are looked at key by key. Nothing is N x N.
-Relative position is a `score_mod`; where gradients are asked for and it fits, it is more columns (`concat`), whose gradient is a product: that of a
-`score_mod`'s tables is one atomic addition per logit.
-Constraints: CUDA with Triton, compiled at the first call of each shape; blocks of a multiple of 128 tokens; no dropout.
-On a CPU the same functions run un-compiled and build every logit: tests do that, users have `gather`.
+Source: arXiv 2412.05496; torch.nn.attention.flex_attention. Kept blocks are listed as "full", so
+the compiled kernel evaluates no mask in them. Only blocks that are cut by causality or by the end
+of a sequence are masked key by key. Nothing is N x N.
+
+Relative position is a `score_mod`. If gradients are needed and the width permits it, it becomes
+extra columns (`rel_pos_columns`), whose gradient is a matrix product; the gradient of the tables of
+a `score_mod` would be one atomic addition per logit.
+
+Constraints: CUDA with Triton; compiled at the first call of each shape; block sizes that are
+multiples of 128; head dims of at least 16; no dropout, no exact streaming, no float64. On a CPU the
+uncompiled functions build every logit; only tests use this.
 """
 
 from __future__ import annotations
@@ -23,27 +28,26 @@ from bsa_vision.attention.backends.problem import Problem, Result
 from bsa_vision.attention.block_lists import block_lists
 from bsa_vision.attention.rel_pos import RelPos
 
-BLOCK = 128  # the kernel's tiles are that large, and must divide the blocks
+BLOCK = 128  # size of the kernel's tiles, which must divide the block size
 LEAST_DIM = 16
-SHARED_MEMORY = 160_000  # bytes; the GPUs of data centres have more
-SHAPES = (
-    256  # compiled at most; torch's own limit of 8 is soon reached by models of several resolutions
-)
+SHARED_MEMORY = 160_000  # bytes; data centre GPUs have more
+SHAPES = 256  # limit of compiled shapes; torch's default of 8 is too low for several resolutions
 MOST_BLOCKS = 2**24  # entries of the block mask of a ragged batch
 
 Modify = Callable[..., Tensor]
 
 
 def why_not(problem: Problem) -> str | None:
-    q, v = problem.q, problem.v
+    """Return why FlexAttention cannot run `problem`; None if it can."""
+    q, v, size = problem.q, problem.v, problem.masks.block_size
     if problem.not_on_nvidia:
         return f"FlexAttention skips blocks on CUDA only, {problem.not_on_nvidia}"
     if problem.dropout_p or problem.return_probs:
         return "FlexAttention has no dropout"
     if problem.exact_streaming:
         return "exact streaming is decided per token, 'flex' skips whole blocks"
-    if problem.masks.block_size % BLOCK:
-        return f"FlexAttention's tiles of 128 tokens must divide the blocks, the masks have blocks of {problem.masks.block_size}"
+    if size % BLOCK:
+        return f"FlexAttention needs block sizes that are multiples of 128, the masks have {size}"
     if min(q.shape[-1], v.shape[-1]) < LEAST_DIM:
         return f"FlexAttention needs head dims of 16 or more, got {q.shape[-1]} and {v.shape[-1]}"
     if q.dtype == torch.float64:
@@ -51,12 +55,13 @@ def why_not(problem: Problem) -> str | None:
     if 0 in (*q.shape, *problem.k.shape):
         return "there are no tokens"
     if problem.ragged and _blocks(problem) > MOST_BLOCKS:
-        return f"images of different sizes follow each other as one sequence, whose block mask would be too large ({_blocks(problem):.1e} entries)"
+        entries = f"{_blocks(problem):.1e} entries, limit {MOST_BLOCKS:.1e}"
+        return f"a ragged batch is one sequence, whose block mask would be too large ({entries})"
     return _probe()
 
 
 def _blocks(problem: Problem) -> int:
-    """Entries of the block mask of all images of a ragged batch, at most."""
+    """Return an upper bound on the entries of a ragged batch's block mask."""
     size, images = problem.masks.block_size, problem.num_images
     rows, columns = (x.shape[2] // size + images for x in (problem.q, problem.k))
     return rows * columns * problem.num_heads
@@ -70,11 +75,10 @@ def _probe() -> str | None:
 
 
 def run(problem: Problem) -> Result:
-    if (
-        problem.rel_pos is None
-        or not problem.needs_gradient
-        or rel_pos_columns.why_not(problem, _widest(problem)) is not None
-    ):
+    """Compute `problem`."""
+    if problem.rel_pos is None or not problem.needs_gradient:
+        return _run(problem)
+    if rel_pos_columns.why_not(problem, _widest(problem)) is not None:
         return _run(problem)
     if problem.order_q is not None:
         terms = RelPos(*(term.index_select(2, problem.order_q) for term in problem.rel_pos))
@@ -83,7 +87,7 @@ def run(problem: Problem) -> Result:
 
 
 def _widest(problem: Problem) -> int:
-    """Columns of queries and keys for which the kernel's tiles fit into shared memory."""
+    """Return the largest width of queries and keys whose tiles fit into shared memory."""
     return 256 if problem.q.dtype.itemsize == 2 else 128
 
 
@@ -106,7 +110,11 @@ def _run(problem: Problem) -> Result:
 
 
 def _tiles(problem: Problem) -> dict[str, int] | None:
-    """Of the forward kernel, where torch's own choice does not fit, or spills registers by the kilobyte: seen by compiling for these GPUs."""
+    """Return tile sizes of the forward kernel; None for torch's default.
+
+    The cases were found by compiling for these GPUs: there the default does not fit into shared
+    memory, or spills kilobytes of registers.
+    """
     q, half = problem.q, problem.q.dtype.itemsize == 2
     if q.device.type != "cuda":
         return None
@@ -130,12 +138,12 @@ def _tile(queries: int, keys: int, warps: int, stages: int) -> dict[str, int]:
 
 @lru_cache(maxsize=2)
 def _compiled(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`flex_attention` with its log-sum-exp, compiled; by the backend "eager", which builds everything, where there is no Triton."""
+    """Return `flex_attention` with its log-sum-exp, compiled on CUDA, else with backend "eager"."""
     from torch.nn.attention import flex_attention as flex
 
     lse = flex.AuxRequest(lse=True)
-    # fullgraph: falling back to the un-compiled form must be an error, not N x N without a word.
-    # Shapes stay fixed: with dynamic ones the kernel would check the end of the sequence in every block.
+    # fullgraph: a silent fallback to the uncompiled form would build N x N logits.
+    # With dynamic shapes the kernel would check the end of the sequence in every block.
     call: Any = torch.compile(
         flex.flex_attention,
         fullgraph=True,
@@ -151,16 +159,17 @@ def _compiled(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return attend
 
 
-# Masks in FlexAttention's terms
+# Conversion of masks
 
 
 @dataclass(frozen=True, eq=False)
 class _Where:
-    """The block mask, and where tokens stand.
+    """The block mask, and the positions of the tokens.
 
-    tokens            queries and keys as FlexAttention sees them
-    place_q, place_k  (Tq,), (Tk,) of a ragged batch: its images follow each other as one sequence in which each begins a block of its own;
-                      None = as they come
+    A ragged batch becomes one sequence in which each image starts a new block.
+
+    tokens            number of queries and keys, with this padding
+    place_q, place_k  (Tq,), (Tk,) padded position of each token of a ragged batch; None = unchanged
     lengths           queries of each image of a ragged batch
     """
 
@@ -183,61 +192,57 @@ def _where(problem: Problem) -> _Where:
 def _make(problem: Problem, lengths: tuple[tuple[int, int], ...]) -> _Where:
     from torch.nn.attention.flex_attention import BlockMask
 
-    masks, size, causal, device = (
-        problem.masks,
-        problem.masks.block_size,
-        problem.is_causal,
-        problem.q.device,
-    )
-    kept = [masks.block_mask(*length, causal=causal) for length in lengths]
-    if problem.ragged:  # (1, H, R, C): what images keep of themselves, along the diagonal
-        images = [mask[problem.mask_image(i)] for i, mask in enumerate(kept)]
-        kept = [
-            torch.stack([torch.block_diag(*own) for own in zip(*images, strict=True)])[None].bool()
-        ]
-    block_mask = kept[0]
+    size, causal, device = problem.masks.block_size, problem.is_causal, problem.q.device
+    queries, keys = ([length[side] for length in lengths] for side in (0, 1))
+    block_mask = _block_mask(problem, lengths)
     rows, columns = block_mask.shape[2:]
     tokens = (size * rows, size * columns) if problem.ragged else lengths[0]
-    at_q, at_k = (
-        _positions([own[side] for own in lengths], size, problem.ragged) for side in (0, 1)
-    )
-    # A query sees the keys whose number it reaches: positions, counted from the end, where attention is causal; every key elsewhere. What is
-    # only there to fill a block reaches everything as a query and is reached by none as a key.
+    at_q, at_k = (_positions(x, size, problem.ragged) for x in (queries, keys))
+    # A query attends to the keys whose `number` is at most its `reach`: positions (bottom-right
+    # aligned) if causal, otherwise all keys. Padding as a query reaches all keys of the images;
+    # padding as a key is reached by no query.
     far = 2 * max(*tokens, 1)
-    late = [k - q if causal else far // 2 for q, k in lengths]
-    added = torch.tensor(late, device="cpu").repeat_interleave(
-        torch.tensor([q for q, _ in lengths], device="cpu")
+    offset = [k - q if causal else far // 2 for q, k in lengths]
+    offsets = torch.tensor(offset, device="cpu").repeat_interleave(
+        torch.tensor(queries, device="cpu")
     )
-    reach = _fill(tokens[0], at_q.place, at_q.position + added, far)
+    reach = _fill(tokens[0], at_q.place, at_q.position + offsets, far)
     number = _fill(tokens[1], at_k.place, at_k.position, far + 1)
     seen, whole = _seen((rows, columns), reach, number, size)
-    sees = _mask_mod(block_mask.to(device), reach.to(device), number.to(device), size)
-    # Both lists of rows and of columns: `from_kv_blocks` makes the second by vmap, which is not there inside of an operator.
-    some, full = (part.to(device) for part in (block_mask & seen & ~whole, block_mask & whole))
-    rows_of, columns_of = (
-        [block_lists(part) for part in (x, y)]
-        for x, y in ((some, full), (some.mT.contiguous(), full.mT.contiguous()))
-    )
-    blocks = BlockMask(
-        tokens, *rows_of[0], *rows_of[1], *columns_of[0], *columns_of[1], (size, size), sees
-    )
+    mask_mod = _mask_mod(block_mask.to(device), reach.to(device), number.to(device), size)
+    # Row and column lists are both built here: `from_kv_blocks` builds the latter with vmap, which
+    # does not work inside an operator.
+    some, full = ((block_mask & part).to(device) for part in (seen & ~whole, whole))
+    by_row = (*block_lists(some), *block_lists(full))
+    by_column = (*block_lists(some.mT.contiguous()), *block_lists(full.mT.contiguous()))
+    blocks = BlockMask(tokens, *by_row, *by_column, (size, size), mask_mod)
     place_q, place_k = (at.place.to(device) if problem.ragged else None for at in (at_q, at_k))
-    return _Where(blocks, tokens, place_q, place_k, tuple(q for q, _ in lengths))
+    return _Where(blocks, tokens, place_q, place_k, tuple(queries))
+
+
+def _block_mask(problem: Problem, lengths: tuple[tuple[int, int], ...]) -> Tensor:
+    """(1 or B, H, R, C) bool: the images of a ragged batch along the diagonal."""
+    kept = [problem.masks.block_mask(*length, causal=problem.is_causal) for length in lengths]
+    if not problem.ragged:
+        return kept[0]
+    images = [mask[problem.mask_image(i)] for i, mask in enumerate(kept)]
+    heads = [torch.block_diag(*blocks) for blocks in zip(*images, strict=True)]
+    return torch.stack(heads)[None].bool()
 
 
 @dataclass(frozen=True, eq=False)
 class _At:
-    """(T,) each: the place of every token, and its position in its own image."""
+    """Where each token is."""
 
-    place: Tensor
-    position: Tensor
+    place: Tensor  # (T,) in the padded sequence
+    position: Tensor  # (T,) in its image
 
 
 def _positions(lengths: list[int], size: int, ragged: bool) -> _At:
     position = [torch.arange(length, device="cpu") for length in lengths]
     place, start = [], 0
-    for length, own in zip(lengths, position, strict=True):
-        place.append(own + start)
+    for length, within in zip(lengths, position, strict=True):
+        place.append(within + start)
         start += -(-length // size) * size if ragged else length
     return _At(torch.cat(place), torch.cat(position))
 
@@ -249,10 +254,10 @@ def _fill(tokens: int, place: Tensor, values: Tensor, rest: int) -> Tensor:
 def _seen(
     blocks: tuple[int, int], reach: Tensor, number: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
-    """(R, C) bool: blocks of which something is seen, and those of which everything is."""
+    """(R, C) bool each: blocks in which some pair attends, and blocks in which every pair does."""
 
     def ends(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        last = values[-1:].expand(count * size - len(values))  # a last block that is shorter
+        last = values[-1:].expand(count * size - len(values))  # fill up the last block
         return torch.cat([values, last]).view(count, size).aminmax(dim=1)
 
     (least_reach, most_reach), (least, most) = ends(reach, blocks[0]), ends(number, blocks[1])
@@ -260,27 +265,25 @@ def _seen(
 
 
 def _mask_mod(table: Tensor, reach: Tensor, number: Tensor, size: int) -> Modify:
-    """Whether a query sees a key; also the whole truth where FlexAttention is not compiled and looks at no list."""
+    """Return the mask as a function.
+
+    It includes the block mask, because the uncompiled form ignores the block lists.
+    """
     images = table.shape[0]
 
-    def sees(image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return table[image % images, head, query // size, key // size] & (
-            number[key] <= reach[query]
-        )
+    def mask_mod(image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        kept = table[image % images, head, query // size, key // size]
+        return kept & (number[key] <= reach[query])
 
-    return sees
+    return mask_mod
 
 
 def _score_mod(problem: Problem) -> Modify | None:
-    """Relative position, read in model order: `order_q` finds it there."""
+    """Return a function that adds relative position; with `order_q` it is in model order."""
     if problem.rel_pos is None:
         return None
-    (rel_h, rel_w), row, column, order = (
-        problem.rel_pos,
-        problem.key_row,
-        problem.key_column,
-        problem.order_q,
-    )
+    (rel_h, rel_w), order = problem.rel_pos, problem.order_q
+    row, column = problem.key_row, problem.key_column
     assert row is not None
     assert column is not None
 
@@ -296,26 +299,23 @@ def _score_mod(problem: Problem) -> Modify | None:
     return add if order is None else add_ordered
 
 
-# Tokens to their places and back
+# Padding of ragged batches
 
 
 def _spread(x: Tensor, place: Tensor | None, tokens: int) -> Tensor:
-    """(1, H, T, D) -> the same with zeros between images, so that each begins a block."""
-    return (
-        x
-        if place is None
-        else x.new_zeros(*x.shape[:2], tokens, x.shape[3]).index_copy(2, place, x)
-    )
+    """Pad (1, H, T, D) with zeros between the images, so that each starts a block."""
+    if place is None:
+        return x
+    return x.new_zeros(*x.shape[:2], tokens, x.shape[3]).index_copy(2, place, x)
 
 
 def _lse(problem: Problem, where: _Where, found: Tensor) -> Tensor:
-    found = found.masked_fill(
-        found.isneginf(), torch.inf
-    )  # as the kernel says that a query sees nothing
+    """Return the log-sum-exp per image, +inf for queries without keys."""
+    found = found.masked_fill(found.isneginf(), torch.inf)
     if where.place_q is None:
         return found
     lse = problem.empty_lse().to(found.dtype)
-    own = found[0].index_select(1, where.place_q).split(where.lengths, dim=1)
-    for image, part in enumerate(own):
+    parts = found[0].index_select(1, where.place_q).split(where.lengths, dim=1)
+    for image, part in enumerate(parts):
         lse[image, :, : part.shape[1]] = part
     return lse

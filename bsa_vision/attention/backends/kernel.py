@@ -1,9 +1,12 @@
-"""mit-han-lab's CUDA kernel, `block_sparse_attn`: our problems in its terms, its limits as sentences.
+"""MIT HAN Lab's CUDA kernel, from the package block_sparse_attn.
 
-Constraints (read from v0.0.2, see docs/backends.md): CUDA, compute capability >= 8.0, float16 or bfloat16, blocks of 128,
-head dim up to 128 (q, k and v padded here to 32, 64 or 128 together). Relative position by `concat`.
-The package's public function sorts the mask in every call, again in the gradient, and waits for the GPU to count heads. Here its two operators
-get masks that were converted once for each `HeadMasks`. The package is on no index: it is looked for at run time.
+The package's public function sorts the mask in every call and again in the gradient, and waits for
+the GPU to count heads. This backend calls its two operators with masks that are converted once for
+each `HeadMasks`. The package is on no index, so it is looked up at run time.
+
+Constraints (read from v0.0.2, see docs/backends.md): CUDA, compute capability 8.0 or newer, float16
+or bfloat16, blocks of 128 tokens, head dims up to 128 (padded together to 32, 64 or 128). Relative
+position becomes extra columns (`rel_pos_columns`).
 """
 
 from __future__ import annotations
@@ -33,22 +36,28 @@ OPERATORS = "_wrapped_block_sparse_attn_forward", "_wrapped_block_sparse_attn_ba
 
 @lru_cache(maxsize=1)
 def _probe() -> ModuleType | str:
-    """The package, or why it cannot be imported; a broken install must break nothing else."""
+    """Return the package's module, or why it cannot be used.
+
+    A broken installation must not break anything else, so every exception becomes a reason.
+    """
+    package = "the package block_sparse_attn"
     try:
         module = importlib.import_module("block_sparse_attn.block_sparse_attn_interface")
     except ModuleNotFoundError as error:
         if error.name in ("block_sparse_attn", "block_sparse_attn.block_sparse_attn_interface"):
-            return "the package block_sparse_attn is not installed (build it from its own source)"
-        return f"the package block_sparse_attn cannot be imported: {error}"
+            return f"{package} is not installed (build it from source)"
+        return f"{package} cannot be imported: {error}"
     except Exception as error:
-        return f"the package block_sparse_attn is installed but broken: {type(error).__name__}: {error}"
+        return f"{package} is installed but broken: {type(error).__name__}: {error}"
     missing = [name for name in OPERATORS if not hasattr(module, name)]
     if missing:
-        return f"the package block_sparse_attn at {module.__file__} has no {' and no '.join(missing)}: it is not v0.0.2, or not MIT HAN Lab's"
+        lacks = f"{package} at {module.__file__} has no {' and no '.join(missing)}"
+        return f"{lacks}: it is not MIT HAN Lab's v0.0.2"
     return module
 
 
 def why_not(problem: Problem) -> str | None:
+    """Return why the kernel cannot run `problem`; None if it can."""
     q, v = problem.q, problem.v
     widest = max(q.shape[-1], v.shape[-1])
     if problem.not_on_nvidia:
@@ -57,9 +66,9 @@ def why_not(problem: Problem) -> str | None:
         # Upstream accepts up to 256, launches nothing above 128 and returns uninitialised memory.
         return f"head dim {widest} > 128: the kernel would return uninitialised memory"
     if problem.masks.block_size != BLOCK:
-        return f"the kernel has blocks of 128 tokens, the masks have {problem.masks.block_size}"
+        return f"the kernel uses blocks of 128 tokens, the masks have {problem.masks.block_size}"
     if problem.exact_streaming and not problem.is_causal:
-        return "exact streaming is causal only"
+        return "exact streaming needs causal attention"
     if problem.exact_streaming and problem.needs_gradient:
         return "the kernel has no gradient for exact streaming"
     reason = rel_pos_columns.why_not(problem, HEAD_DIMS[-1])
@@ -74,6 +83,7 @@ def why_not(problem: Problem) -> str | None:
 
 
 def run(problem: Problem) -> Result:
+    """Compute `problem`."""
     return rel_pos_columns.attend(problem, HEAD_DIMS[-1], _run)
 
 
@@ -84,13 +94,13 @@ def _run(problem: Problem) -> Result:
         F.pad(_packed(x), (0, padded - x.shape[-1])) for x in (problem.q, problem.k, problem.v)
     )
     masks = _converted(problem)
-    ends = (masks.cu_seqlens_q, masks.cu_seqlens_k)
+    cu_seqlens = (masks.cu_seqlens_q, masks.cu_seqlens_k)
     if problem.cu_seqlens_q is not None and problem.cu_seqlens_k is not None:
-        ends = (problem.cu_seqlens_q, problem.cu_seqlens_k)
-    out, lse, probs = _Attend.apply(q, k, v, *ends, masks, _Call.of(problem))
+        cu_seqlens = (problem.cu_seqlens_q, problem.cu_seqlens_k)
+    out, lse, probs = _Attend.apply(q, k, v, *cu_seqlens, masks, _Call.of(problem))
     out = rearrange(out[..., :dim], "(b n) h d -> b h n d", b=images)
     lse = lse[..., : problem.max_seqlen_q]
-    if problem.cu_seqlens_q is not None:  # past the end of short images nothing was written
+    if problem.cu_seqlens_q is not None:  # the kernel writes nothing past the end of an image
         position = torch.arange(problem.max_seqlen_q, device=lse.device)
         lse = lse.masked_fill(position >= problem.cu_seqlens_q.diff()[:, None, None], torch.inf)
     return Result(out, lse, probs)
@@ -100,18 +110,19 @@ def _packed(x: Tensor) -> Tensor:
     return rearrange(x, "b h n d -> (b n) h d").contiguous()
 
 
-# Masks in the kernel's terms
+# Conversion of masks
 
 
 @dataclass(frozen=True, eq=False)
 class _Converted:
-    """On the device, int32.
+    """The masks as the kernel reads them, int32 on the device.
 
-    types         (H,) 0 dense, -1 streaming, otherwise the head's slice from 1: one slice for each block-sparse head, in head order
+    types         (H,) 0 = dense, -1 = streaming, otherwise the head's slice, counted from 1; every
+                  block-sparse head has one slice, in head order
     streaming     (2 * H,) [sink, local] of each head
-    rows          (images, S, R, C) key blocks of each row, the last one first, then -1; columns (images, S, C, R) likewise,
-                  where a gradient is asked for
-    cu_seqlens_*  (images + 1,) of images of one size
+    rows          (images, S, R, C) key blocks of each row, descending, then -1
+    columns       (images, S, C, R) query blocks of each column likewise, for the gradient only
+    cu_seqlens_*  (images + 1,) for images of one size
     """
 
     types: Tensor
@@ -123,18 +134,15 @@ class _Converted:
 
 
 def _converted(problem: Problem) -> _Converted:
-    """Made once for masks and sizes; for each call of a ragged batch, whose lengths only the device knows."""
+    """Convert the masks, once per size.
+
+    A ragged batch is converted in every call, because only the device knows its lengths.
+    """
     gradient = problem.needs_gradient
     if problem.ragged:
         return _convert(problem, gradient)
-    key = (
-        "kernel",
-        problem.num_images,
-        problem.max_seqlen_q,
-        problem.max_seqlen_k,
-        problem.q.device,
-        gradient,
-    )
+    sizes = (problem.num_images, problem.max_seqlen_q, problem.max_seqlen_k)
+    key = ("kernel", *sizes, problem.q.device, gradient)
     return problem.masks.remember(key, lambda: _convert(problem, gradient))
 
 
@@ -144,55 +152,52 @@ def _convert(problem: Problem, gradient: bool) -> _Converted:
     def ints(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=problem.q.device)
 
-    # Explicit slice numbers expanded: upstream counts the ones and gives each the next slice, whatever was meant.
-    wanted, numbers = (
-        [kind - 1 for kind in masks.slices if kind > 0],
-        iter(range(1, masks.num_heads + 1)),
-    )
+    # Expand to one slice per head: upstream ignores explicit slice numbers and gives the n-th head
+    # of type 1 slice n.
+    wanted = [kind - 1 for kind in masks.slices if kind > 0]
+    numbers = iter(range(1, masks.num_heads + 1))
+    types = [next(numbers) if kind > 0 else kind for kind in masks.slices]
     rows = columns = None
     if wanted:
         assert masks.base_blockmask is not None
         blocks = -(-problem.max_seqlen_q // BLOCK), -(-problem.max_seqlen_k // BLOCK)
         base = masks.base_blockmask.to(problem.q.device)[:, wanted, : blocks[0], : blocks[1]]
         if problem.cu_seqlens_q is not None and problem.cu_seqlens_k is not None:
-            # The kernel reads as many entries of a list as the image has blocks: those past its end must not be there.
+            # The kernel reads only as many list entries as the image has blocks, so blocks past its
+            # end must not be listed.
             base = base & _exist(problem.cu_seqlens_q, blocks[0])[:, None, :, None]
             base = base & _exist(problem.cu_seqlens_k, blocks[1])[:, None, None]
         rows = _last_first(base).expand(images, -1, -1, -1).contiguous()
         columns = _last_first(base.mT).expand(images, -1, -1, -1).contiguous() if gradient else None
-    streaming = [number for pair in masks.streaming for number in pair] or [0] * (
-        2 * masks.num_heads
+    pairs = masks.streaming or [(0, 0)] * masks.num_heads
+    cu_seqlens_q, cu_seqlens_k = (
+        ints([image * tokens for image in range(images + 1)])
+        for tokens in (problem.max_seqlen_q, problem.max_seqlen_k)
     )
-    return _Converted(
-        ints([next(numbers) if kind > 0 else kind for kind in masks.slices]),
-        ints(streaming),
-        rows,
-        columns,
-        *(
-            ints([image * tokens for image in range(images + 1)])
-            for tokens in (problem.max_seqlen_q, problem.max_seqlen_k)
-        ),
-    )
+    streaming = ints([number for pair in pairs for number in pair])
+    return _Converted(ints(types), streaming, rows, columns, cu_seqlens_q, cu_seqlens_k)
 
 
 def _exist(cu_seqlens: Tensor, blocks: int) -> Tensor:
-    """(images, blocks) bool: blocks that begin before the end of their image."""
+    """(images, blocks) bool: blocks that start before the end of their image."""
     return torch.arange(blocks, device=cu_seqlens.device) * BLOCK < cu_seqlens.diff()[:, None]
 
 
 def _last_first(mask: Tensor) -> Tensor:
-    """(..., R, C) bool -> (..., R, C) int32: the columns each row keeps, descending, then -1."""
+    """List the kept columns of each row of an (..., R, C) bool mask, descending, then -1: int32."""
     counts, kept_last = block_lists(mask.flip(-1))
     listed = torch.arange(mask.shape[-1], device=mask.device) < counts[..., None]
     return torch.where(listed, mask.shape[-1] - 1 - kept_last, -1)
 
 
-# The package's operators, as one function that torch differentiates
+# The package's operators
 
 
 @dataclass(frozen=True)
 class _Call:
-    longest: tuple[int, int]
+    """Options of one call of the operators."""
+
+    max_seqlens: tuple[int, int]
     dropout_p: float
     scale: float
     is_causal: bool
@@ -214,14 +219,16 @@ class _Call:
 
 
 class _Attend(torch.autograd.Function):
+    """Make the package's two operators differentiable."""
+
     @staticmethod
     def forward(
         ctx: Any,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        ends_q: Tensor,
-        ends_k: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
         masks: _Converted,
         call: _Call,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,14 +236,14 @@ class _Attend(torch.autograd.Function):
             q,
             k,
             v,
-            ends_q,
-            ends_k,
+            cu_seqlens_q,
+            cu_seqlens_k,
             BLOCK,
             BLOCK,
             masks.types,
             masks.streaming,
             masks.rows,
-            *call.longest,
+            *call.max_seqlens,
             call.dropout_p,
             call.scale,
             call.is_causal,
@@ -244,18 +251,19 @@ class _Attend(torch.autograd.Function):
             call.return_probs,
             *NO_WINDOW,
         )
-        ctx.save_for_backward(q, k, v, out, lse, ends_q, ends_k, random_state)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, random_state)
         ctx.masks, ctx.call = masks, call
         ctx.mark_non_differentiable(lse, probs)
         return out, lse, probs
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, ends_q, ends_k, random_state = ctx.saved_tensors
+        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, random_state = ctx.saved_tensors
         masks, call = ctx.masks, ctx.call
         if call.exact_streaming:
             raise BackendUnavailable(
-                "the kernel has no gradient for exact streaming: use backend='reference', or streaming in blocks."
+                "the kernel has no gradient for exact streaming: use backend='reference', or "
+                "block streaming."
             )
         grads = [torch.empty_like(x) for x in (q, k, v)]
         getattr(_probe(), OPERATORS[1])(
@@ -266,17 +274,17 @@ class _Attend(torch.autograd.Function):
             out,
             lse,
             *grads,
-            ends_q,
-            ends_k,
+            cu_seqlens_q,
+            cu_seqlens_k,
             BLOCK,
             BLOCK,
             masks.types,
             masks.streaming,
             masks.columns,
-            *call.longest,
+            *call.max_seqlens,
             call.dropout_p,
             call.scale,
-            True,  # gradients start at zero
+            True,  # initialise the gradients with zero
             call.is_causal,
             *NO_WINDOW,
             call.deterministic,

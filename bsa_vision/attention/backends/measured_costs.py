@@ -1,9 +1,12 @@
-"""What a call costs with each backend, where that was measured on this machine: on GPUs `auto` takes the cheapest of those that can.
+"""Costs of the backends as measured on this machine; on GPUs `auto` chooses the cheapest one.
 
-    seconds = call + row * rows + pair * pairs        rows of blocks, and query-key pairs that are kept, over images and heads
+    seconds = call + row * rows + pair * pairs
 
-`bsa_vision.latency` measures. Choosing only reads, and goes by what is known only where all candidates are; otherwise the order of `BACKENDS` decides.
-All of them apply the mask, so that a choice changes the time a call takes, and the result by rounding.
+`rows` are rows of blocks and `pairs` kept query-key pairs, over all images and heads.
+
+`bsa_vision.measure.latency` measures the costs; this module only stores and reads them. They are
+used if the costs of all candidates are known; otherwise the order of `BACKENDS` decides. Every
+backend applies the mask, so the choice changes the time of a call, and its result by rounding only.
 """
 
 from __future__ import annotations
@@ -18,19 +21,16 @@ from bsa_vision.attention.backends.problem import Problem
 from bsa_vision.storage import machine, machine_cache
 
 FILE = "backends.json"
-NOT_COSTED = (
-    "sdpa",
-    "reference",
-)  # what skips nothing is N x N, whatever the mask: never a candidate beside what skips
+NOT_COSTED = ("sdpa", "reference")  # they skip nothing: N x N for any mask
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds: of each call, of each row of blocks of one head, of each pair that is kept."""
+    """The cost model of one backend, in seconds."""
 
-    call: float
-    row: float
-    pair: float
+    call: float  # per call
+    row: float  # per row of blocks of one head
+    pair: float  # per kept query-key pair
 
     def seconds(self, rows: int, pairs: int) -> float:
         return self.call + self.row * rows + self.pair * pairs
@@ -38,20 +38,20 @@ class Cost:
 
 @lru_cache(maxsize=64)
 def describe(device: torch.device, dtype: torch.dtype, head_dim: int, rel_pos: bool) -> str:
-    """Name the calls that costs are kept for."""
+    """Return the key under which costs of such calls are stored."""
     terms = ", relative position" if rel_pos else ""
     return machine.describe(device).key(dtype, head_dim) + terms
 
 
 def known(what: str) -> Mapping[str, Cost]:
-    """By backend, for a `describe`d situation."""
+    """Return the known costs by backend; `what` comes from `describe`."""
     if what not in _known:
         _known[what] = _parsed(machine_cache.read(FILE).get(what))
     return _known[what]
 
 
 def remember(what: str, costs: Mapping[str, Cost]) -> None:
-    """For this process and later ones."""
+    """Store costs by backend, for this process and later ones."""
     global _generation
     _generation += 1
     _known[what] = dict(costs)
@@ -60,7 +60,7 @@ def remember(what: str, costs: Mapping[str, Cost]) -> None:
 
 
 def generation() -> int:
-    """Another number whenever costs were remembered: what was chosen before must be chosen anew."""
+    """Return a number that grows whenever costs are stored, so that cached choices expire."""
     return _generation
 
 
@@ -69,7 +69,7 @@ _generation = 0
 
 
 def _parsed(entry: object) -> dict[str, Cost]:
-    """Without what is not ours or of another version."""
+    """Return the costs in a cache entry; drop entries written by another version or program."""
     entries = entry if isinstance(entry, dict) else {}
     return {name: Cost(**numbers) for name, numbers in entries.items() if _is_cost(numbers)}
 
@@ -77,11 +77,15 @@ def _parsed(entry: object) -> dict[str, Cost]:
 def _is_cost(numbers: object) -> bool:
     if not isinstance(numbers, dict) or set(numbers) != {"call", "row", "pair"}:
         return False
-    return all(type(x) is float and 0 <= x < 1e6 for x in numbers.values())  # NaN is in no range
+    return all(type(x) is float and 0 <= x < 1e6 for x in numbers.values())  # False for NaN
 
 
 def cheapest(names: Sequence[str], problem: Problem) -> str:
-    """Of these backends, all of which can: the one that is expected to be fastest; the first where costs of some are not known."""
+    """Return the backend of `names` with the lowest expected time.
+
+    Every backend of `names` must be able to run `problem`. If the costs of some are unknown, the
+    first one is returned.
+    """
     candidates = [name for name in names if name not in NOT_COSTED]
     if len(candidates) < 2:
         return names[0]
@@ -94,7 +98,10 @@ def cheapest(names: Sequence[str], problem: Problem) -> str:
 
 
 def _work(problem: Problem) -> tuple[int, int]:
-    """Rows of blocks and kept pairs of all images and heads; of a ragged batch as if all images were as long as the longest."""
+    """Return the rows of blocks and the kept pairs over all images and heads.
+
+    For a ragged batch, every image counts as if it were as long as the longest one.
+    """
     masks, tokens = problem.masks, (problem.max_seqlen_q, problem.max_seqlen_k)
     pairs = masks.remember(("pairs", *tokens), lambda: sum(masks.kept_pairs(*tokens)))
     rows = -(-tokens[0] // masks.block_size) * masks.num_heads

@@ -1,4 +1,4 @@
-"""Gradients that torch cannot differentiate again: a second derivative is refused, and the message names the backend that has one."""
+"""Reject second derivatives of backends that have first derivatives only."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import Tensor
 
 
 def refuse_second_derivative(backend: str) -> NoReturn:
+    """Raise the error that names the backend with second derivatives."""
     raise RuntimeError(
-        f"second derivatives do not reach through {backend!r}, which has first derivatives only: name backend='reference', which "
-        "torch differentiates as often as asked."
+        f"backend {backend!r} has no second derivatives: use backend='reference', which torch "
+        "differentiates any number of times."
     )
 
 
@@ -31,7 +32,10 @@ class _Once(torch.autograd.Function):
 def once(
     backend: str, grad_out: Tensor, q: Tensor, gradients: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    """Return `gradients`, made of `grad_out` and `q` among others; torch would take them for constants otherwise."""
+    """Return `gradients`, such that differentiating them again is an error.
+
+    They depend on `grad_out` and `q`; without this, torch would treat them as constants.
+    """
     if not torch.is_grad_enabled():  # no create_graph=True
         return gradients
     return _Once.apply(backend, grad_out, q, *gradients)

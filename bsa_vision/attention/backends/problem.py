@@ -1,4 +1,7 @@
-"""Describe one attention call: flat as torch's operators take it, and as every backend receives it."""
+"""Describe one attention call.
+
+`Call` has the flat arguments of torch's operators; `Problem` is what every backend receives.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,13 @@ from bsa_vision.attention.rel_pos import RelPos
 
 
 class Result(NamedTuple):
-    """What a backend returns.
+    """The results of a backend.
 
-    out    shaped like q, except for the head dim of v
-    lse    (images, H, longest) natural log of the softmax denominators; +inf where a query sees nothing and past the end
-           of short sequences; None where the backend has none
-    probs  (images, H, longest q, longest k), rounded up to blocks, negative where dropout struck; None unless asked for
+    out    shaped like q, with the head dim of v
+    lse    (images, H, max_seqlen_q) natural log of the softmax denominators; +inf for queries
+           without keys and past the end of short sequences; None if the backend returns none
+    probs  (images, H, max_seqlen_q, max_seqlen_k), rounded up to blocks, negated where dropped;
+           None unless `return_probs` is set
     """
 
     out: Tensor
@@ -30,26 +34,29 @@ class Result(NamedTuple):
 
 
 class Span(NamedTuple):
-    """One image of the batch: its place in the tensors, and its tokens there."""
+    """The part of the tensors that belongs to one image of the batch."""
 
     image: int
     row: int  # index into the first axis of q, k, v
-    q: slice
-    k: slice
+    q: slice  # its queries
+    k: slice  # its keys
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Attention of all images and heads in one call. Tokens are in packed order, unless `order_q`, `order_k` are given.
+    """Attention of all images and heads in one call, with tokens in packed order.
 
-    q        (B, H, Nq, D), any strides; a ragged batch is (1, H, Tq, D) with cu_seqlens and the longest lengths
+    q        (B, H, Nq, D), any strides; a ragged batch is (1, H, Tq, D) with cu_seqlens and
+             max_seqlens
     k, v     (B, G, Nk, D) and (B, G, Nk, Dv) with H a multiple of G (grouped queries)
-    masks    the heads' block masks; their layouts were applied already
+    masks    the block masks of the heads, in packed order
     scale    multiplies q . k
-    rel_pos  factored relative position; `key_row` and `key_column` (Nk,) are the keys' patch coordinates
-    order_q, order_k   (Nq,), (Nk,) model-order index of each packed token, when tokens are in model order; only for
-                       `compiled`, which finds tokens anywhere and then also returns model order. For `flex`, order_q alone:
-                       rel_pos is in model order, everything else is not
+    rel_pos  factored relative position; `key_row` and `key_column` (Nk,) are the patch coordinates
+             of the keys
+    order_q, order_k
+             (Nq,), (Nk,) model-order index of each packed token. For `cpu_kernel` only: all tensors
+             and the results are in model order. For `flex`, order_q only: rel_pos is in model
+             order, the rest in packed order
     """
 
     q: Tensor
@@ -100,12 +107,12 @@ class Problem:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """float64 stays; everything else accumulates in float32."""
+        """The dtype of the arithmetic: float64 for float64, else float32."""
         return torch.promote_types(self.q.dtype, torch.float32)
 
     @property
     def not_on_nvidia(self) -> str | None:
-        """Where the tensors are instead, in words; torch calls AMD's GPUs "cuda" as well."""
+        """Why this is no call on an NVIDIA GPU, or None; torch calls AMD's GPUs "cuda" as well."""
         if self.q.device.type != "cuda":
             return f"the tensors are on {self.q.device.type}"
         return "this torch is built for ROCm" if torch.version.hip else None
@@ -120,46 +127,47 @@ class Problem:
         return True in [x.requires_grad for x in inputs]
 
     def spans(self) -> Iterator[Span]:
-        """The images, one by one."""
+        """Yield the images one by one."""
         if self.cu_seqlens_q is None or self.cu_seqlens_k is None:
             for image in range(self.q.shape[0]):
                 yield Span(image, image, slice(0, self.q.shape[2]), slice(0, self.k.shape[2]))
             return
-        # Here too, where values are read anyway: on other devices and under a compiler nobody looked at them before.
+        # Check again: on other devices and under a compiler, values have not been read before.
         bounds_q = check_bounds("q", self.cu_seqlens_q, self.q.shape[2], self.max_seqlen_q)
         bounds_k = check_bounds("k", self.cu_seqlens_k, self.k.shape[2], self.max_seqlen_k)
         for image in range(self.num_images):
-            yield Span(
-                image, 0, slice(*bounds_q[image : image + 2]), slice(*bounds_k[image : image + 2])
-            )
+            q, k = (slice(*bounds[image : image + 2]) for bounds in (bounds_q, bounds_k))
+            yield Span(image, 0, q, k)
 
     def mask_image(self, image: int) -> int:
-        """Which image of `masks` serves this image of the batch."""
-        return (
-            0
-            if self.masks.base_blockmask is None or self.masks.base_blockmask.shape[0] == 1
-            else image
-        )
+        """Return the index into the images of `masks` for an image of the batch."""
+        base = self.masks.base_blockmask
+        return 0 if base is None or base.shape[0] == 1 else image
 
     def empty_out(self) -> Tensor:
-        """(B, H, Nq, Dv) laid out token by token in memory, as the output projections that follow read it."""
+        """Allocate the output, (B, H, Nq, Dv).
+
+        Memory is token-major, as the output projection reads it.
+        """
         batch, heads, tokens, _ = self.q.shape
         return self.q.new_empty(batch, tokens, heads, self.v.shape[-1]).transpose(1, 2)
 
     def empty_lse(self) -> Tensor:
-        """(images, H, longest), filled with +inf."""
+        """Allocate the log-sum-exp, (images, H, max_seqlen_q), filled with +inf."""
         shape = (self.num_images, self.num_heads, self.max_seqlen_q)
         return torch.full(shape, torch.inf, dtype=self.compute_dtype, device=self.q.device)
 
     def token_mask(self, span: Span) -> Tensor | None:
-        """(H, n_q, n_k) bool, True = attend: block masks, causality and exact streaming spelled out; None = all."""
+        """Return the mask per token, (H, n_q, n_k) bool, True = attend; None if all attend.
+
+        It combines block masks, causality and exact streaming.
+        """
         num_q, num_k = span.q.stop - span.q.start, span.k.stop - span.k.start
         if self.masks.all_dense and not self.is_causal:
             return None
         size, device = self.masks.block_size, self.q.device
-        blocks = self.masks.block_mask(num_q, num_k, causal=self.is_causal)[
-            self.mask_image(span.image)
-        ].to(device)
+        images = self.masks.block_mask(num_q, num_k, causal=self.is_causal)
+        blocks = images[self.mask_image(span.image)].to(device)
         mask = blocks.repeat_interleave(size, 1)[:, :num_q].repeat_interleave(size, 2)[:, :, :num_k]
         if not self.is_causal:
             return mask
@@ -173,7 +181,10 @@ class Problem:
         return mask & (key <= query)
 
     def keep(self, shape: tuple[int, ...], *place: int) -> Tensor:
-        """A dropout mask, True = keep: the same bits whenever the same `place` of the same call is asked for."""
+        """Draw a dropout mask, True = keep.
+
+        The same `place` in the same call always gives the same mask.
+        """
         seed = 0 if self.seed is None else int(self.seed)
         for number in place:
             seed = (seed * 1_000_003 + number + 1) % 2**63
@@ -195,28 +206,29 @@ class Backend(Protocol):
 
 
 def all_finite(*tensors: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity; False where values cannot be asked for, as under vmap."""
+    """Return whether no tensor holds NaN or infinity; False if values cannot be read (vmap)."""
     if torch.jit.is_tracing():
-        return True  # a trace is made for values of any kind
+        return True  # a trace must not depend on values
     try:
         return all(bool(x.isfinite().all()) for x in tensors)
     except RuntimeError:
         return False
 
 
-def check_bounds(name: str, bounds: Tensor, total: int, longest: int) -> list[int]:
-    """The values of cu_seqlens, or a ValueError that names what is wrong with them."""
+def check_bounds(name: str, bounds: Tensor, total: int, max_seqlen: int) -> list[int]:
+    """Return the values of `cu_seqlens_{name}`; raise ValueError if they are invalid."""
     values = bounds.tolist()
     lengths = [b - a for a, b in pairwise(values)]
     if values[0] != 0 or values[-1] != total or min(lengths) < 0:
         raise ValueError(
-            f"cu_seqlens_{name}={values}: sequence boundaries must start at 0, never fall, and end at {total}, the tokens of "
-            f"{name}; use the cumulative sum of the sequence lengths with a 0 in front."
+            f"cu_seqlens_{name}={values}: sequence boundaries must start at 0, never decrease, and "
+            f"end at {total}, the number of tokens of {name}; use the cumulative sum of the "
+            "sequence lengths with a 0 in front."
         )
-    if max(lengths) > longest:
+    if max(lengths) > max_seqlen:
         raise ValueError(
-            f"max_seqlen_{name}_={longest} is less than the longest sequence of cu_seqlens_{name}, {max(lengths)} tokens: pass "
-            "at least that."
+            f"max_seqlen_{name}_={max_seqlen} is less than the longest sequence of "
+            f"cu_seqlens_{name}, {max(lengths)} tokens."
         )
     return values
 
@@ -228,10 +240,11 @@ class Call(NamedTuple):
     k, v             (B, G, M, D) and (B, G, M, Dv), H a multiple of G
     rel_h, rel_w     factored relative position
     cu_seqlens_*     (images + 1,) int32; None is a uniform batch
-    head_mask_type, streaming_info, base_blockmask   the kernel's tensors, if masks come as these
-    carried          the masks of a saved program, if it is one (`carried_masks`)
-    seed             (1,) int64 for dropout: an input, so that compilers keep two calls apart
-    handle           otherwise, the `Handle` of the object whose `masks_for(grid, keys)` is asked
+    head_mask_type, streaming_info, base_blockmask
+                     the kernel's tensors, if the masks are given as such
+    carried          the masks in a saved program (`carried_masks`)
+    seed             (1,) int64 for dropout; an input, so that compilers do not merge two calls
+    handle           for other masks, the `Handle` of the object with `masks_for(grid, keys)`
     max_seqlen_*     tokens of the longest image of a ragged batch, 0 if uniform
     """
 
@@ -270,8 +283,11 @@ class Call(NamedTuple):
     def problem(
         self, masks: HeadMasks, *, deterministic: bool = False, return_probs: bool = False
     ) -> Problem:
-        """Return the call as backends see it."""
+        """Return the call as backends receive it."""
         ragged = self.cu_seqlens_q is not None
+        rel_pos = None
+        if self.rel_h is not None and self.rel_w is not None:
+            rel_pos = RelPos(self.rel_h, self.rel_w)
         return Problem(
             self.q,
             self.k,
@@ -286,9 +302,7 @@ class Call(NamedTuple):
             dropout_p=self.dropout_p,
             seed=self.seed,
             deterministic=deterministic,
-            rel_pos=None
-            if self.rel_h is None or self.rel_w is None
-            else RelPos(self.rel_h, self.rel_w),
+            rel_pos=rel_pos,
             return_lse=self.return_lse,
             return_probs=return_probs,
         )
@@ -298,6 +312,6 @@ SCHEMA_TYPES = {type(None): "Tensor?", int: "SymInt", float: "float", bool: "boo
 
 
 def schema() -> str:
-    """Return the arguments of `Call` in the language of torch's operator schemas."""
+    """Return the arguments of `Call` as a torch operator schema."""
     kinds = {name: SCHEMA_TYPES[type(value)] for name, value in Call._field_defaults.items()}
     return ", ".join(f"{kinds.get(name, 'Tensor')} {name}" for name in Call._fields)

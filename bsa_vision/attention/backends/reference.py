@@ -1,6 +1,6 @@
-"""The definition (`definition.attend`), image by image: what every other backend is tested against.
+"""The reference implementation: `definition.attend`, image by image.
 
-It is meant to be read, not to be fast.
+Every other backend is tested against it. It is written to be read, not to be fast.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ from bsa_vision.attention.backends.problem import Problem, Result
 
 
 def why_not(problem: Problem) -> str | None:
+    """Return None: the reference runs every call."""
     return None
 
 
 def run(problem: Problem) -> Result:
-    out, lse = problem.empty_out(), problem.empty_lse()
-    size = problem.masks.block_size
-    rounded = (-(-problem.max_seqlen_q // size) * size, -(-problem.max_seqlen_k // size) * size)
-    probs = (
-        out.new_zeros(problem.num_images, problem.num_heads, *rounded)
-        if problem.return_probs
-        else None
-    )
+    """Compute `problem`."""
+    out, lse, probs = problem.empty_out(), problem.empty_lse(), None
+    if problem.return_probs:
+        size, tokens = problem.masks.block_size, (problem.max_seqlen_q, problem.max_seqlen_k)
+        rounded = (-(-count // size) * size for count in tokens)
+        probs = out.new_zeros(problem.num_images, problem.num_heads, *rounded)
     for span in problem.spans():
         image = definition.attend(problem, span)
         assert image.lse is not None

@@ -1,8 +1,11 @@
-"""torch's scaled_dot_product_attention with the block mask spelled out per token: nothing is skipped.
+"""torch's scaled_dot_product_attention with the block mask expanded to tokens; skips nothing.
 
-Constraints: no log-sum-exp, no dropout mask; with a mask or relative position it builds (H, N, N) per image.
-For calls in which every head is dense it hands q, k, v over as they are, and torch picks its fastest kernel.
-Where NaN or infinity is about, which torch would carry from what is masked to what is not, the definition computes instead.
+If every head is dense, q, k and v are passed on unchanged, and torch picks its fastest kernel.
+Calls with NaN or infinity are computed by `definition`, because torch would carry them from masked
+keys into the result.
+
+Constraints: no log-sum-exp, no dropout mask. With a mask or relative position it builds (H, N, N)
+per image.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from bsa_vision.attention.backends.problem import Problem, Result, Span, all_fin
 
 
 def why_not(problem: Problem) -> str | None:
+    """Return why torch's attention cannot run `problem`; None if it can."""
     if problem.return_lse:
         return "scaled_dot_product_attention returns no log-sum-exp"
     if problem.return_probs:
@@ -23,40 +27,37 @@ def why_not(problem: Problem) -> str | None:
 
 
 def run(problem: Problem) -> Result:
-    whole = (
-        problem.masks.all_dense
-        and not problem.ragged
-        and problem.rel_pos is None
-        and not problem.is_causal
-    )
-    # With nothing masked, a GPU is not waited for only to ask for values.
-    finite = (whole and problem.q.is_cuda) or all_finite(
-        problem.q, problem.k, problem.v, *(problem.rel_pos or ())
-    )
-    if whole and finite:
-        every = _sdpa(problem, problem.q, problem.k, problem.v, None)
-        if problem.q.is_cuda or all_finite(every):
-            return Result(every)
+    """Compute `problem`."""
+    masks, on_gpu = problem.masks, problem.q.is_cuda
+    plain = masks.all_dense and not (problem.ragged or problem.rel_pos or problem.is_causal)
+    # Without a mask, values need no check, which would synchronise a GPU.
+    inputs = (problem.q, problem.k, problem.v, *(problem.rel_pos or ()))
+    finite = (plain and on_gpu) or all_finite(*inputs)
+    if plain and finite:
+        result = _sdpa(problem, problem.q, problem.k, problem.v, None)
+        if on_gpu or all_finite(result):
+            return Result(result)
     out = problem.empty_out()
     for span in problem.spans():
-        result = _masked(problem, span) if finite else None
-        if result is None or not all_finite(result):
-            result = definition.attend(problem, span).out.to(out.dtype)
-        out[span.row, :, span.q] = result
+        image = _masked(problem, span) if finite else None
+        if image is None or not all_finite(image):
+            image = definition.attend(problem, span).out.to(out.dtype)
+        out[span.row, :, span.q] = image
     return Result(out)
 
 
 def _masked(problem: Problem, span: Span) -> torch.Tensor:
-    """One image, (H, n_q, Dv)."""
+    """Compute one image, (H, n_q, Dv)."""
     tensors = zip((problem.q, problem.k, problem.v), (span.q, span.k, span.k))
     q, k, v = (x[span.row, :, tokens][None] for x, tokens in tensors)
     mask = problem.token_mask(span)
     result = _sdpa(problem, q, k, v, _bias(problem, span, mask))[0]
-    # torch leaves rows that see nothing undefined
+    # torch leaves rows without keys undefined.
     return result if mask is None else result.masked_fill(~mask.any(-1, keepdim=True), 0)
 
 
 def _bias(problem: Problem, span: Span, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the mask of one image, with relative position as a float (H, n_q, n_k) bias."""
     if problem.rel_pos is None:
         return mask
     rel_h, rel_w = (term[span.row, :, span.q] for term in problem.rel_pos)

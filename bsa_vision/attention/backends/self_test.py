@@ -1,8 +1,12 @@
-"""Backends for GPUs prove themselves before they are taken: a small call, or its gradient, against the definition.
+"""Self-tests of the GPU backends, on this machine and before their first use.
 
-They depend on packages, compilers and hardware that no test of ours can have seen. One that is off, or breaks, on this machine is not used:
-never a silently different result. Once per process, device, dtype and kind of call (head dims, grid of relative position, gradients): each compiles
-kernels of its own, which may fit a GPU or not. Compiling takes the time it takes.
+GPU backends depend on packages, compilers and hardware that the test suite cannot cover. Each one
+therefore computes a small call, and its gradient if needed, and compares it with the reference. A
+backend that fails or returns wrong results is not used on this machine.
+
+There is one test per process, device, dtype, head dims, grid of relative position and gradient,
+because each combination compiles other kernels, which may not fit every GPU. The first test may be
+slow because kernels are compiled.
 """
 
 from __future__ import annotations
@@ -22,24 +26,22 @@ from bsa_vision.attention.rel_pos import RelPos
 from bsa_vision.masks import TokenLayout, random_blocks, stack_heads
 
 TOLERANCE = {torch.float16: 0.02, torch.bfloat16: 0.1, torch.float32: 0.02}  # of values of about 1
-GRID = (
-    14,
-    20,
-)  # 280 tokens: the last block is shorter; at most, where relative position has a grid of its own
+GRID = (14, 20)  # largest grid; its 280 tokens end in a shorter block
 
 
 @dataclass(frozen=True)
 class CallKind:
-    """Of calls that are proved together."""
+    """Properties shared by all calls that one self-test covers."""
 
     dtype: torch.dtype
     device: torch.device
-    dims: tuple[int, int]  # of queries and keys, of values
+    dims: tuple[int, int]  # head dims of q and k, and of v
     grid: tuple[int, ...] | None  # of relative position
     gradient: bool
 
     @classmethod
     def of(cls, problem: Problem) -> CallKind:
+        """Return the kind of `problem`."""
         q, v, terms = problem.q, problem.v, problem.rel_pos
         grid = None if terms is None else tuple(term.shape[-1] for term in terms)
         return cls(q.dtype, q.device, (q.shape[-1], v.shape[-1]), grid, problem.needs_gradient)
@@ -47,37 +49,32 @@ class CallKind:
 
 @lru_cache(maxsize=256)
 def failure(backend: Backend, reference: Backend, kind: CallKind) -> str | None:
-    """What is wrong with this backend here; None = its results are right."""
-    # In a thread of its own: whatever the caller is in (autocast, inference mode, an operator, another default device), this is not.
-    # Not an executor: that takes no work once the main thread has ended.
+    """Run the self-test of a backend; return its failure, or None if the results are right."""
+    # In a new thread, which does not inherit the caller's autocast, inference mode, operator or
+    # default device. Not in an executor, which rejects work once the main thread has ended.
     found: list[str | None] = []
-    thread = Thread(target=lambda: found.append(_try(backend, reference, kind)), daemon=True)
+    thread = Thread(target=lambda: found.append(_test(backend, reference, kind)), daemon=True)
     try:
         thread.start()
-    except RuntimeError:  # Python starts no more threads, because it ends
-        return _try(backend, reference, kind)
+    except RuntimeError:  # the interpreter is shutting down and starts no more threads
+        return _test(backend, reference, kind)
     thread.join()
     return found[0]
 
 
-def _try(backend: Backend, reference: Backend, kind: CallKind) -> str | None:
-    problem = _problem(kind)
+def _test(backend: Backend, reference: Backend, kind: CallKind) -> str | None:
+    failed, problem = "it failed its self-test on this machine", _problem(kind)
     try:
         with torch.cuda.device(kind.device) if kind.device.type == "cuda" else nullcontext():
             if backend.why_not(problem) is not None:
-                return None  # it serves other calls than this one
-            results = (_results(own, problem, kind.gradient) for own in (backend, reference))
-            off = {name: _off(*pair) for name, *pair in zip(NAMES, *results, strict=False)}
-    except Exception as error:  # what a package runs into on this machine is anything
-        return (
-            f"a small call with it failed here: {type(error).__name__}: {str(error).strip()[:200]}"
-        )
-    wrong = [f"{name} by {x:.2g}" for name, x in off.items() if not x <= TOLERANCE[kind.dtype]]
-    return (
-        f"a small call with it gave wrong results here: off is {', '.join(wrong)}"
-        if wrong
-        else None
-    )
+                return None  # this small call is unsupported, others may not be
+            results = (_results(x, problem, kind.gradient) for x in (backend, reference))
+            errors = {name: _error(*pair) for name, *pair in zip(NAMES, *results, strict=False)}
+    except Exception as error:  # packages may raise anything
+        return f"{failed}: {type(error).__name__}: {str(error).strip()[:200]}"
+    tolerance = TOLERANCE[kind.dtype]
+    wrong = [f"{name} differs by {x:.2g}" for name, x in errors.items() if not x <= tolerance]
+    return f"{failed}: {', '.join(wrong)}" if wrong else None
 
 
 NAMES = ("output", "dq", "dk", "dv", "drel_h", "drel_w")
@@ -92,7 +89,11 @@ def _results(backend: Any, problem: Problem, gradient: bool) -> tuple[Tensor, ..
 
 
 def _problem(kind: CallKind) -> Problem:
-    """One dense head, two that skip; logits of standard deviation 1 and more. Of a large grid the keys fill a corner."""
+    """Build the small call: one dense head and two sparse ones, on at most `GRID` patches.
+
+    Logits have a standard deviation of at least 1. The terms of relative position cover the whole
+    grid of the call, also if the keys fill only a corner of it.
+    """
     generator = torch.Generator("cpu").manual_seed(0)
     height, width = GRID if kind.grid is None else map(min, GRID, kind.grid)
     layout, dim = TokenLayout((height, width)), kind.dims[0]
@@ -106,12 +107,11 @@ def _problem(kind: CallKind) -> Problem:
     problem = Problem(random(dim), random(dim), random(kind.dims[1]), masks, dim**-0.5)
     if kind.grid is None:
         return problem
-    row, column = (place.to(kind.device) for place in layout.coordinates)
+    row, column = (x.to(kind.device) for x in layout.coordinates)
     return replace(problem, rel_pos=RelPos(*map(random, kind.grid)), key_row=row, key_column=column)
 
 
-def _off(found: Tensor, expected: Tensor) -> float:
-    """Largest difference, over the largest value where that is more than 1."""
-    return float(
-        (found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1)
-    )
+def _error(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, relative to the largest value if that is above 1."""
+    found, expected = found.float(), expected.float()
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1))

@@ -1,12 +1,16 @@
-"""Work dealt over the cores: worker threads that each compute on one core, so that small operations never fork and join.
+"""Distribute tasks over worker threads that compute on one core each.
 
-What is process-wide: torch keeps one number, `torch.set_num_threads`, from which every new thread starts, and one setting
-per thread. Each worker sets its own to 1, and the number is put back at once; a thread that starts in that moment, while the
-first workers are made, may begin with 1. Callers' own settings are never changed. A forked child makes workers of its own.
+This avoids torch's fork and join within every small operation.
+
+`torch.set_num_threads` sets one value per thread, and a process-wide value that new threads start
+with. Every worker sets its own value to 1, and the process-wide value is restored immediately. A
+thread that starts while the first workers start may begin with 1 torch thread. The caller's own
+setting never changes. A forked child process starts its own workers.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import deque
@@ -25,7 +29,7 @@ _local = threading.local()
 
 
 def _forget() -> None:
-    """In a forked child: the parent's threads do not exist here."""
+    """Start without workers in a forked child, where the parent's threads do not exist."""
     global _lock, _local
     _lock, _local = threading.Lock(), threading.local()
     _pools.clear()
@@ -38,41 +42,39 @@ if hasattr(os, "register_at_fork"):
 class Pool:
     """Daemon threads that take jobs from one queue.
 
-    A ThreadPoolExecutor refuses jobs once the main thread has ended, when other threads and atexit handlers still run.
+    A ThreadPoolExecutor rejects jobs once the main thread has ended, although other threads and
+    atexit handlers may still run.
     """
 
     def __init__(self, size: int) -> None:
         self._jobs: SimpleQueue[tuple[Future[None], Task]] = SimpleQueue()
         started = threading.Barrier(size + 1)
-        threads = [
-            threading.Thread(
-                target=self._serve, args=(started,), name=f"bsa-vision_{n}", daemon=True
-            )
-            for n in range(size)
-        ]
-        number = torch.get_num_threads()
+
+        def thread(number: int) -> threading.Thread:
+            name = f"bsa-vision_{number}"
+            return threading.Thread(target=self._work, args=(started,), name=name, daemon=True)
+
+        num_threads = torch.get_num_threads()
         try:
-            for thread in threads:
-                thread.start()
+            for number in range(size):
+                thread(number).start()
             started.wait()
-        except (
-            BaseException
-        ):  # Ctrl-C, or no new threads at shutdown: those that wait for the others give up
+        except BaseException:  # Ctrl-C, or no new threads at shutdown: let started workers give up
             started.abort()
             raise
         finally:
-            torch.set_num_threads(number)
+            torch.set_num_threads(num_threads)
 
     def submit(self, task: Task) -> Future[None]:
-        """Let a worker run `task`; the future raises what it raises."""
+        """Let a worker run `task`; the returned future raises the exceptions of the task."""
         job: Future[None] = Future()
         self._jobs.put((job, task))
         return job
 
-    def _serve(self, started: threading.Barrier) -> None:
+    def _work(self, started: threading.Barrier) -> None:
         if started.broken:
             return
-        torch.get_num_threads()  # or the first operation in this thread would undo the next line
+        torch.get_num_threads()  # without this, the first operation would undo the next line
         torch.set_num_threads(1)
         _local.is_worker = True
         try:
@@ -80,9 +82,7 @@ class Pool:
         except threading.BrokenBarrierError:
             return
         while True:
-            _run(
-                *self._jobs.get()
-            )  # in a frame of its own, so that a waiting worker holds on to nothing
+            _run(*self._jobs.get())  # a call, so that a waiting worker keeps no task alive
 
 
 def _run(job: Future[None], task: Task) -> None:
@@ -95,7 +95,7 @@ def _run(job: Future[None], task: Task) -> None:
 
 
 def _pool(size: int) -> Pool | None:
-    """Return the workers, or None where the interpreter makes no new threads any more."""
+    """Return the workers, or None if the interpreter starts no more threads."""
     with _lock:
         if size not in _pools:
             try:
@@ -106,27 +106,21 @@ def _pool(size: int) -> Pool | None:
 
 
 def run_tasks(tasks: Iterable[Task], device: torch.device) -> None:
-    """Run all tasks, which must not depend on each other, and return when all are done; the first error is raised.
+    """Run independent tasks and wait until all are done; raise their first error.
 
-    Dealt over as many workers as the caller has torch threads. In turn, on the calling thread, where that gains nothing:
-    on other devices, with one thread, with fewer tasks than threads, or within a task.
+    Tasks run on as many workers as the caller has torch threads. They run in the calling thread if
+    workers would not help: on other devices, with one thread, with fewer tasks than threads, or
+    within another task.
     """
-    queue = deque(tasks)
-    size = torch.get_num_threads()
-    inline = (
-        device.type != "cpu"
-        or size == 1
-        or len(queue) < size
-        or getattr(_local, "is_worker", False)
-    )
+    queue, size = deque(tasks), torch.get_num_threads()
+    inline = device.type != "cpu" or size == 1 or len(queue) < size
+    inline = inline or getattr(_local, "is_worker", False)
     pool = None if inline else _pool(size)
     inference = torch.is_inference_mode_enabled()
 
     def work() -> None:
-        with (
-            torch.inference_mode(inference),
-            torch.no_grad(),
-        ):  # in this order: leaving inference mode turns gradients on
+        # In this order, because inference_mode(False) enables gradients.
+        with torch.inference_mode(inference), torch.no_grad():
             while True:
                 try:
                     task = queue.popleft()
@@ -141,20 +135,18 @@ def run_tasks(tasks: Iterable[Task], device: torch.device) -> None:
     try:
         wait(jobs)
     finally:
-        queue.clear()  # interrupted: no new task starts
+        queue.clear()  # if interrupted, start no new task
     for job in jobs:
         job.result()
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory of this thread, kept from call to call; valid until the next `scratch` of the same name.
+    """Return uninitialised memory of this thread, reused by the next call with the same name.
 
-    Code that hands out its address must hold on to the tensor: what threads keep is freed when the interpreter exits,
-    while daemon threads may still compute.
+    Code that passes its address on must keep the tensor alive: thread-local buffers are freed when
+    the interpreter exits, while daemon threads may still compute.
     """
-    size = 1
-    for side in shape:
-        size *= side
+    size = math.prod(shape)
     buffers = _local.__dict__.setdefault("buffers", {})
     buffer = buffers.get((name, dtype, device))
     if buffer is None or buffer.numel() < size:

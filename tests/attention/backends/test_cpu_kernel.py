@@ -1,4 +1,4 @@
-"""The compiled loop of `gather`: against `reference` in float64 on random problems, each variant; and what it must not do."""
+"""The compiled loop of `gather` against `reference` in float64, for each instruction set."""
 
 from __future__ import annotations
 
@@ -21,26 +21,25 @@ from bsa_vision.attention.token_order import gradients
 from bsa_vision.masks import TokenLayout, local_window, random_blocks, stack_heads
 from tests.helpers import calls
 
-HERE = (
-    list(VARIANTS)[list(VARIANTS).index(torch.backends.cpu.get_cpu_capability()) :]
-    if cpu_kernel.why_not() is None
-    else []
-)
-pytestmark = pytest.mark.skipif(not HERE, reason=f"{cpu_kernel.why_not()}")
+CAPABILITIES = []  # of this machine, the highest first
+if cpu_kernel.why_not() is None:
+    CAPABILITIES = list(VARIANTS)
+    CAPABILITIES = CAPABILITIES[CAPABILITIES.index(torch.backends.cpu.get_cpu_capability()) :]
+pytestmark = pytest.mark.skipif(not CAPABILITIES, reason=f"{cpu_kernel.why_not()}")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Problems here are tiny: on a busy machine, torch's own threads would wait for each other most of the time."""
+    """Use one torch thread: on a busy machine the threads of tiny problems wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=[*HERE, "torch"])
-def way(request, monkeypatch):
-    """Every variant this machine can run, and `gather` without the compiled loop."""
+@pytest.fixture(params=[*CAPABILITIES, "torch"])
+def implementation(request, monkeypatch):
+    """Run `gather` with every compiled variant of this machine, and in torch."""
     if request.param == "torch":
         monkeypatch.setattr(cpu_kernel, "why_not", lambda problem=None: "switched off")
     else:
@@ -50,18 +49,18 @@ def way(request, monkeypatch):
 
 @st.composite
 def problems(draw):
-    """(masks, q, k, v, rel_pos, scale) in float64, logits and relative terms of standard deviation 1 and more."""
+    """Draw (masks, q, k, v, rel_pos, scale) in float64 with wide logits and relative terms."""
     block = draw(st.sampled_from([3, 16, 40, 64, 128, 256]))
     order, tile = draw(st.sampled_from(["raster", "tile"])), (2, max(block // 3, 1))
-    q_layout = TokenLayout((draw(st.integers(1, 14)), draw(st.integers(1, 23))), num_prefix_tokens=draw(st.integers(0, 3)), order=order, tile=tile, block_size=block)  # fmt: skip
-    kv_layout = q_layout
+
+    def layout(**tokens):
+        grid = draw(st.integers(1, 14)), draw(st.integers(1, 23))
+        return TokenLayout(grid, order=order, tile=tile, block_size=block, **tokens)
+
+    q_layout = kv_layout = layout(num_prefix_tokens=draw(st.integers(0, 3)))
     if draw(st.booleans()):
-        kv_layout = TokenLayout((draw(st.integers(1, 14)), draw(st.integers(1, 23))), num_suffix_tokens=draw(st.integers(0, 3)), order=order, tile=tile, block_size=block)  # fmt: skip
-    images, groups, group = (
-        draw(st.integers(1, 2)),
-        draw(st.integers(1, 2)),
-        draw(st.integers(1, 2)),
-    )
+        kv_layout = layout(num_suffix_tokens=draw(st.integers(0, 3)))
+    images, groups, group = (draw(st.integers(1, 2)) for _ in range(3))
     heads, generator = groups * group, torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     types = [draw(st.sampled_from([0, 1])) for _ in range(heads)]
     base, slices = None, types.count(1)
@@ -75,27 +74,19 @@ def problems(draw):
         base, types, layout=q_layout, kv_layout=kv_layout, block_size=block, allow_empty_rows=True
     )
 
+    def random(*shape):
+        return 1.5 * torch.randn(images, *shape, generator=generator, dtype=torch.float64)
+
     dim, dim_v = (draw(st.sampled_from([1, 8, 32, 37, 64, 80, 256])) for _ in range(2))
     num_q, num_k = q_layout.num_tokens, kv_layout.num_tokens
-    q, k, v = (
-        torch.randn(
-            images, tokens, heads_, width, generator=generator, dtype=torch.float64
-        ).transpose(1, 2)
-        * 1.5
-        for tokens, heads_, width in (
-            (num_q, heads, dim),
-            (num_k, groups, dim),
-            (num_k, groups, dim_v),
-        )
-    )
+    shapes = ((num_q, heads, dim), (num_k, groups, dim), (num_k, groups, dim_v))
+    q, k, v = (random(*shape).transpose(1, 2) for shape in shapes)
     if draw(st.booleans()):
         q, k, v = (x.contiguous() for x in (q, k, v))
     rel_pos = None
-    if kv_layout.num_prefix_tokens == kv_layout.num_suffix_tokens == 0 and draw(
-        st.booleans()
-    ):  # relative position knows no special tokens
-        sides = kv_layout.grid
-        rel_pos = bsa.RelPos(*(1.5 * torch.randn(images, heads, num_q, n, generator=generator, dtype=torch.float64) for n in sides))  # fmt: skip
+    only_patches = kv_layout.num_prefix_tokens == kv_layout.num_suffix_tokens == 0
+    if only_patches and draw(st.booleans()):  # relative position needs patches only
+        rel_pos = bsa.RelPos(*(random(heads, num_q, side) for side in kv_layout.grid))
     return masks, q, k, v, rel_pos, draw(st.sampled_from([None, 0.3]))
 
 
@@ -106,37 +97,31 @@ def attend(problem, backend, dtype=torch.float32, **options):
     return calls.attend(masks, q, k, v, rel_pos=rel_pos, scale=scale, backend=backend, **options)
 
 
-ROUNDING = 2.0**-21  # a few times float32's own
+ROUNDING = 2.0**-21  # a few times the rounding error of float32
 
 
 def rounded(x):
-    """x with every element off by about a rounding error."""
-    return x * (
-        1
-        + ROUNDING
-        * torch.randn(x.shape, generator=torch.Generator().manual_seed(x.numel()), dtype=x.dtype)
-    )
+    """Change every element of `x` by about one rounding error."""
+    generator = torch.Generator().manual_seed(x.numel())
+    return x * (1 + ROUNDING * torch.randn(x.shape, generator=generator, dtype=x.dtype))
 
 
 def assert_as_exact_as(eager, result, expected, perturbed, size):
-    """Within a few times the errors of plain float32 arithmetic, and of float64 on inputs that were rounded before.
+    """Assert that the error is at most a few times that of float32 arithmetic.
 
-    size   of the numbers that were added up on the way: a sum that should be 0 is not exactly
-
-    The factor allows for the rounded inputs being one draw, which may be a lucky one.
+    eager      computed in float32
+    perturbed  computed in float64 from rounded inputs; one draw may be lucky, hence the factor
+    size       size of the summands: a sum that should be 0 is not exactly 0
     """
-    budget = (
-        (eager.double() - expected).abs().max()
-        + (perturbed - expected).abs().max()
-        + ROUNDING * size
-    )
-    assert (result.double() - expected).abs().max() <= 4 * budget
+    off_eager, off_perturbed = ((x.double() - expected).abs().max() for x in (eager, perturbed))
+    budget = off_eager + off_perturbed + ROUNDING * size
+    assert (result.double() - expected).abs().max() <= 8 * budget
 
 
 class TestForward:
     @settings(max_examples=250, deadline=None)
     @given(problem=problems())
-    @pytest.mark.parametrize("capability", HERE)
+    @pytest.mark.parametrize("capability", CAPABILITIES)
     def test_equals_reference(self, capability, problem):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
@@ -146,20 +131,15 @@ class TestForward:
         masks, q, k, v, rel_pos, scale = problem
         rel_pos = rel_pos and bsa.RelPos(*map(rounded, rel_pos))
         near = (masks, rounded(q), rounded(k), rounded(v), rel_pos, scale)
-        assert_as_exact_as(
-            eager.out,
-            out,
-            expected.out,
-            attend(near, "reference", torch.float64).out,
-            v.abs().max(),
-        )
+        perturbed = attend(near, "reference", torch.float64).out
+        assert_as_exact_as(eager.out, out, expected.out, perturbed, v.abs().max())
         assert out.stride() == eager.out.stride()
         finite = expected.lse.isfinite()
         assert torch.equal(lse.isposinf(), expected.lse.isposinf())
         torch.testing.assert_close(lse[finite].double(), expected.lse[finite], rtol=1e-5, atol=1e-5)
 
-    def test_is_what_runs(self, way, monkeypatch):
-        """The comparison above is of the variant it names: what it calls is called."""
+    def test_the_selected_variant_runs(self, implementation, monkeypatch):
+        """The comparisons of this file test the variants that they name."""
         called = []
         real = cpu_kernel.variant
 
@@ -171,29 +151,26 @@ class TestForward:
         masks, q, k, v = small()
         with torch.no_grad():
             bsa.sparse_attention(q, k, v, masks, backend="gather")
-        assert set(called) == ({way} if way != "torch" else set())
+        assert set(called) == ({implementation} if implementation != "torch" else set())
 
     @pytest.mark.parametrize("change", ["one block less", "another order", "no relative position"])
-    def test_twin_a_wrong_result_differs(self, way, change):
+    def test_twin_a_wrong_result_differs(self, implementation, change):
         masks, q, k, v = small()
         rel_pos = bsa.RelPos(torch.randn(1, 2, 221, 13) * 2, torch.randn(1, 2, 221, 17) * 2)
         base = masks.base_blockmask.clone()
         if change == "one block less":
             base[0, 0, 3, 3] = False
-        layout = (
-            TokenLayout(masks.layout.grid, block_size=16)
-            if change == "another order"
-            else masks.layout
-        )
+        layout = masks.layout
+        if change == "another order":
+            layout = TokenLayout(layout.grid, block_size=16)
+        terms = None if change == "no relative position" else rel_pos
         other = HeadMasks(base, layout=layout)
         a = bsa.sparse_attention(q, k, v, masks, rel_pos=rel_pos, backend="gather")
-        b = bsa.sparse_attention(
-            q, k, v, other, rel_pos=None if change.startswith("no") else rel_pos, backend="gather"
-        )
+        b = bsa.sparse_attention(q, k, v, other, rel_pos=terms, backend="gather")
         assert (a - b).abs().max() > 1e-2
 
     @pytest.mark.parametrize("name", ["q", "k", "v"])
-    def test_nan_shows_where_it_is_seen_and_nowhere_else(self, way, name):
+    def test_nan_reaches_the_queries_that_attend_to_it_only(self, implementation, name):
         tensors = {x: torch.randn(1, 1, 64, 8) for x in "qkv"}
         masks = HeadMasks(torch.eye(4, dtype=torch.bool)[None, None], block_size=16)
         tensors[name][0, 0, 20] = torch.nan
@@ -203,27 +180,26 @@ class TestForward:
         assert torch.equal(out[0, 0].isnan(), seen[:, None].expand(-1, 8))
 
     @pytest.mark.parametrize("size", [1e2, 1e5, 1e18])
-    def test_huge_logits(self, way, size):
+    def test_huge_logits(self, implementation, size):
         masks, q, k, v = small()
         problem = (masks, q.double() * size, k.double(), v.double(), None, None)
         out, expected = attend(problem, "gather").out, attend(problem, "reference").out
         assert out.isfinite().all()
-        # Rounding decides between near ties of huge logits; where float64 sees one winner, so must we.
+        # Rounding decides between near ties of huge logits; compare where float64 has one winner.
         exact = attend(problem, "reference", torch.float64).out
         clear = (expected.double() - exact).abs().amax(-1) < 1e-4
         assert clear.float().mean() > 0.5
         assert (out.double() - exact).abs().amax(-1)[clear].max() < 1e-2
 
-    def test_infinite_logits_as_reference(self, way):
+    def test_infinite_logits_as_reference(self, implementation):
         masks, q, k, v = small()
         q[0, 0, 5] = torch.inf
-        a, b = (
-            bsa.sparse_attention(q, k, v, masks, backend=name) for name in ("gather", "reference")
-        )
+        names = ("gather", "reference")
+        a, b = (bsa.sparse_attention(q, k, v, masks, backend=name) for name in names)
         assert torch.equal(a.isnan(), b.isnan())
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_low_precision_is_computed_in_float32(self, way, dtype):
+    def test_low_precision_is_computed_in_float32(self, implementation, dtype):
         masks, q, k, v = (x.to(dtype) if isinstance(x, torch.Tensor) else x for x in small())
         out = bsa.sparse_attention(q, k, v, masks, backend="gather")
         wide = bsa.sparse_attention(q.float(), k.float(), v.float(), masks, backend="gather")
@@ -231,32 +207,32 @@ class TestForward:
         assert torch.equal(out, wide.to(dtype))
 
     def test_strided_inputs_are_not_copied(self, monkeypatch):
-        """Token-major projections, as models have them, are read where they lie."""
+        """Token-major projections, which models use, are read in place."""
         masks, q, k, v = small()
         packed = torch.stack([x.transpose(1, 2) for x in (q, k, v)], 2)  # (B, N, 3, H, D)
         views = packed.permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
         batches = []
         real = cpu_kernel._describe
-        monkeypatch.setattr(
-            cpu_kernel, "_describe", lambda *args: batches.append(real(*args)) or batches[-1]
-        )
+
+        def spy(*args):
+            batches.append(real(*args))
+            return batches[-1]
+
+        monkeypatch.setattr(cpu_kernel, "_describe", spy)
         with torch.no_grad():
             out = bsa.sparse_attention(*views, masks, backend="gather")
             assert torch.equal(out, bsa.sparse_attention(q, k, v, masks, backend="gather"))
         start, end = packed.data_ptr(), packed.data_ptr() + packed.numel() * 4
-        strided, contiguous = (
-            [getattr(batch, name).data for name in "qkv"] for batch, _ in batches
-        )
+        strided, contiguous = ([getattr(x, name).data for name in "qkv"] for x, _ in batches)
         assert all(start <= pointer < end for pointer in strided)
         assert not any(start <= pointer < end for pointer in contiguous)  # the twin
 
 
 def small():
-    """Two sparse heads of 16 in tile order on a 13 x 17 grid."""
+    """Return (masks, q, k, v): two sparse heads of 16 in tile order on a 13 x 17 grid."""
     layout = TokenLayout((13, 17), order="tile", tile=(4, 4), block_size=16)
-    masks = HeadMasks(
-        stack_heads([local_window(layout, 2), random_blocks(layout, 0.5, 1)], 1), layout=layout
-    )
+    base = stack_heads([local_window(layout, 2), random_blocks(layout, 0.5, 1)], 1)
+    masks = HeadMasks(base, layout=layout)
     generator = torch.Generator().manual_seed(3)
     return masks, *(torch.randn(1, 2, 221, 16, generator=generator) * 1.5 for _ in range(3))
 
@@ -264,22 +240,20 @@ def small():
 class TestGradients:
     @settings(max_examples=250, deadline=None)
     @given(problem=problems(), seed=st.integers(0, 99))
-    @pytest.mark.parametrize("capability", HERE)
+    @pytest.mark.parametrize("capability", CAPABILITIES)
     def test_equal_references(self, capability, problem, seed):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
             got = differentiate(problem, "gather", seed)
-        exact, eager = (
-            differentiate(problem, "reference", seed, dtype)
-            for dtype in (torch.float64, torch.float32)
-        )
+        exact = differentiate(problem, "reference", seed, torch.float64)
+        eager = differentiate(problem, "reference", seed, torch.float32)
         near = differentiate(problem, "reference", seed, torch.float64, rounded)
         size = max(x.abs().max() for x in (*exact, *problem[1:4]))
         for tensors in zip(eager, got, exact, near, strict=True):
             assert_as_exact_as(*tensors, size)
 
-    def test_twin_without_the_softmaxs_own_gradient(self, way):
-        """The comparison above can fail: leaving out delta changes the gradient by far more than its tolerance."""
+    def test_twin_without_delta(self, implementation):
+        """The comparison can fail: omitting the delta of the softmax exceeds the tolerance."""
         masks, q, k, v = small()
         q.requires_grad_()
         out = bsa.sparse_attention(q, k, v, masks, backend="gather")
@@ -290,10 +264,10 @@ class TestGradients:
         wrong = gradients(problem, torch.zeros_like(out), grad)[0]
         assert (right - wrong).abs().max() > 0.1
 
-    def test_gradients_of_what_nobody_keeps_are_zero(self, way):
+    def test_gradients_of_masked_keys_are_zero(self, implementation):
         q, k, v = (torch.randn(1, 1, 64, 8, requires_grad=True) for _ in range(3))
         base = torch.eye(4, dtype=torch.bool)[None, None].clone()
-        base[0, 0, 2] = base[0, 0, 1]  # nobody sees block 2
+        base[0, 0, 2] = base[0, 0, 1]  # no query attends to block 2
         out = bsa.sparse_attention(q, k, v, HeadMasks(base, block_size=16), backend="gather")
         out.sum().backward()
         assert not k.grad[:, :, 32:48].any()
@@ -301,7 +275,7 @@ class TestGradients:
         assert k.grad[:, :, 16:32].any()
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_low_precision(self, way, dtype):
+    def test_low_precision(self, implementation, dtype):
         masks, *exact = (x.to(dtype) if isinstance(x, torch.Tensor) else x for x in small())
         narrow, wide = (
             [x.clone().to(t).requires_grad_() for x in exact] for t in (dtype, torch.float32)
@@ -316,12 +290,10 @@ class TestGradients:
 def differentiate(problem, backend, seed, dtype=torch.float32, change=lambda x: x):
     masks, *tensors, rel_pos, scale = problem
     leaves = [change(x.to(dtype)).requires_grad_() for x in (*tensors, *(rel_pos or ()))]
-    out = attend(
-        (masks, *leaves[:3], bsa.RelPos(*leaves[3:]) if rel_pos else None, scale), backend, dtype
-    ).out
-    grad = torch.randn(
-        out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    terms = bsa.RelPos(*leaves[3:]) if rel_pos else None
+    out = attend((masks, *leaves[:3], terms, scale), backend, dtype).out
+    generator = torch.Generator().manual_seed(seed)
+    grad = torch.randn(out.shape, generator=generator, dtype=torch.float64)
     return torch.autograd.grad(out, leaves, change(grad.to(dtype)))
 
 
@@ -332,7 +304,7 @@ class TestRuns:
         yield
         torch.set_num_threads(1)
 
-    def test_a_hundred_calls_from_eight_threads_equal_the_serial_ones(self, way):
+    def test_a_hundred_calls_from_eight_threads_equal_the_serial_ones(self, implementation):
         inputs = [[torch.randn(1, 2, 221, 16) for _ in range(3)] for _ in range(10)]
         masks = small()[0]
 
@@ -356,7 +328,7 @@ class TestRuns:
         for i, result in enumerate(results):
             assert all(torch.equal(a, b) for a, b in zip(result, serial[i % 10]))
 
-    def test_the_number_of_threads_changes_no_bit(self, way):
+    def test_the_number_of_threads_changes_no_bit(self, implementation):
         masks, q, k, v = small()
         outs = []
         for threads in (1, 2, 3):
@@ -366,7 +338,7 @@ class TestRuns:
 
 
 class Built(TorchDispatchMode):
-    """Counts integer tensors that are new memory, not views of what was there."""
+    """Record the operations that allocate integer tensors, other than views of their inputs."""
 
     def __init__(self):
         super().__init__()
@@ -374,24 +346,20 @@ class Built(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        given = {
-            x.untyped_storage().data_ptr()
-            for x in tree_leaves((args, kwargs))
-            if isinstance(x, torch.Tensor)
-        }
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        given = {x.untyped_storage().data_ptr() for x in inputs}
         for x in tree_leaves(out):
-            if (
-                isinstance(x, torch.Tensor)
-                and not x.is_floating_point()
-                and x.dtype != torch.bool  # which rows see nothing, found from logits
-                and x.untyped_storage().data_ptr() not in given
-            ):
+            if not isinstance(x, torch.Tensor) or x.is_floating_point():
+                continue
+            if x.dtype == torch.bool:  # empty rows, found from logits
+                continue
+            if x.untyped_storage().data_ptr() not in given:
                 self.names.append(str(function))
         return out
 
 
 @pytest.mark.parametrize("rel_pos", [False, True])
-def test_a_warm_forward_builds_no_index_tensor(way, rel_pos):
+def test_a_warm_forward_builds_no_index_tensor(implementation, rel_pos):
     masks, q, k, v = small()
     terms = bsa.RelPos(torch.randn(1, 2, 221, 13), torch.randn(1, 2, 221, 17)) if rel_pos else None
     problem = Problem(q, k, v, masks, 0.25, rel_pos=terms)
@@ -400,23 +368,21 @@ def test_a_warm_forward_builds_no_index_tensor(way, rel_pos):
     with Built() as warm:
         out = attend_problem(problem, "gather").out
     assert warm.names == []
-    assert cold.names  # the twin: making masks ready is seen
+    assert cold.names  # the twin: preparing the masks is recorded
     assert torch.equal(out, expected)
 
 
-def test_many_lengths_in_one_batch(way):
-    """More tables of runs than the masks remember: those in use must outlive being forgotten."""
+def test_many_lengths_in_one_batch(implementation):
+    """There are more tables of key ranges than the cache holds; those in use must stay alive."""
     lengths = [100 + 13 * i for i in range(45)]
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(2, n, 16, generator=generator) for n in lengths]
-    masks = [
-        HeadMasks(
-            torch.rand(1, 2, -(-n // 16), -(-n // 16), generator=generator) < 0.5,
-            block_size=16,
-            allow_empty_rows=True,
-        )
-        for n in lengths
-    ]
+
+    def random_masks(blocks):
+        base = torch.rand(1, 2, blocks, blocks, generator=generator) < 0.5
+        return HeadMasks(base, block_size=16, allow_empty_rows=True)
+
+    masks = [random_masks(-(-n // 16)) for n in lengths]
     together = bsa.sparse_attention(images, images, images, masks, backend="gather")
     for out, image, hm in zip(together, images, masks, strict=True):
         alone = bsa.sparse_attention(image[None], image[None], image[None], hm, backend="gather")[0]
@@ -424,7 +390,7 @@ def test_many_lengths_in_one_batch(way):
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
-def test_the_default_dtype_does_not_matter(way, default):
+def test_the_default_dtype_does_not_matter(implementation, default):
     masks, *tensors = small()
 
     def gradients():
@@ -443,20 +409,19 @@ def test_the_default_dtype_does_not_matter(way, default):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gradients_without_a_query(way, dtype):
+def test_gradients_without_a_query(implementation, dtype):
     q, k = (torch.randn(1, 1, n, 8, dtype=dtype, requires_grad=True) for n in (0, 128))
     bsa.sparse_attention(q, k, k, HeadMasks(None, [0]), backend="gather").sum().backward()
     assert q.grad.shape == q.shape
     assert not k.grad.any()
 
 
-def test_any_nan_is_nan(way):
-    """A NaN may carry bits of its own."""
+def test_any_nan_is_nan(implementation):
+    """NaN has many bit patterns."""
     masks, q, k, v = small()
     k.view(torch.int32)[0, 0, 3] = -1
-    a, b = (
-        bsa.sparse_attention(q, k, v, masks, backend=name).isnan() for name in ("gather", "sdpa")
-    )
+    names = ("gather", "sdpa")
+    a, b = (bsa.sparse_attention(q, k, v, masks, backend=name).isnan() for name in names)
     assert a.any()
     assert torch.equal(a & b, a)
 
@@ -472,7 +437,7 @@ class TestWhyNot:
         assert "dropout" in cpu_kernel.why_not(Problem(q, q, q, masks, 1.0, dropout_p=0.5))
         assert "on meta" in cpu_kernel.why_not(Problem(*(q.to("meta"),) * 3, masks, 1.0))
 
-    def test_without_a_library_torch_serves(self, monkeypatch):
+    def test_without_a_library_gather_runs_in_torch(self, monkeypatch):
         masks, q, k, v = small()
         expected = bsa.sparse_attention(q, k, v, masks, backend="gather")
         cpu_kernel.library.cache_clear(), cpu_kernel.variant.cache_clear()
@@ -483,7 +448,7 @@ class TestWhyNot:
         finally:
             cpu_kernel.library.cache_clear(), cpu_kernel.variant.cache_clear()
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-        assert not torch.equal(out, expected)  # the twin: it was another way
+        assert not torch.equal(out, expected)  # the twin: another implementation ran
 
     def test_switched_off(self, monkeypatch):
         cpu_kernel.library.cache_clear()
@@ -494,19 +459,18 @@ class TestWhyNot:
             cpu_kernel.library.cache_clear()
 
     def test_a_library_of_another_version_is_refused(self, monkeypatch):
-        """Python that was updated without building again must not hand pointers to a loop that reads them otherwise."""
         cpu_kernel.library.cache_clear()
         monkeypatch.setattr(cpu_kernel, "INTERFACE", cpu_kernel.INTERFACE + 1)
         try:
-            assert "another version of its source: install bsa-vision again" in cpu_kernel.library()
+            assert "another version of bsa-vision: reinstall bsa-vision" in cpu_kernel.library()
         finally:
             cpu_kernel.library.cache_clear()
 
     def test_another_processor_is_named(self):
         assert "capability is DEFAULT" in cpu_kernel.variant("DEFAULT")
 
-    def test_long_dense_calls_take_it(self):
-        """`auto`: measured faster than torch's own attention from 1024 keys on with either variant."""
+    def test_auto_uses_it_for_long_dense_calls(self):
+        """From 1024 keys on the loop was measured to be faster than torch's attention."""
         from bsa_vision.attention.backends.select import choose
 
         dense = HeadMasks(None, [0, 0])
@@ -515,7 +479,7 @@ class TestWhyNot:
             assert choose(Problem(q, q, q, dense, 1.0)) == expected
 
 
-def test_the_table_of_runs_is_the_block_rows(way):
+def test_key_ranges_equal_the_block_rows(implementation):
     masks = small()[0]
     table = masks.key_ranges(221, 221)
     rows = masks.block_rows(221, 221)[0]

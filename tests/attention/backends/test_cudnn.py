@@ -1,4 +1,4 @@
-"""The cudnn backend's marshalling, against a stand-in that behaves as nvidia-cudnn-frontend 1.32.0 reads (tests/helpers/fake_cudnn.py)."""
+"""Tests of the cudnn backend, with a stand-in for the package (tests/helpers/fake_cudnn.py)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers import fake_cudnn
 
 @pytest.fixture(scope="module", autouse=True)
 def installed():
-    """The stand-in, importable under the real names."""
+    """Make the stand-in importable under the real names."""
     modules = fake_cudnn.make_modules()
     sys.modules.update(modules)
     cudnn._probe.cache_clear()
@@ -33,9 +33,24 @@ def installed():
     cudnn._probe.cache_clear()
 
 
-def problem(heads=4, key_heads=None, tokens=(300, 300), dim=40, value_dim=None, dtype=torch.bfloat16, batch=2, mask_batch=1, empty=False, seed=0):  # fmt: skip
+def problem(
+    heads=4,
+    key_heads=None,
+    tokens=(300, 300),
+    dim=40,
+    value_dim=None,
+    dtype=torch.bfloat16,
+    batch=2,
+    mask_batch=1,
+    empty=False,
+    seed=0,
+):
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((heads, tokens[0], dim), (key_heads or heads, tokens[1], dim), (key_heads or heads, tokens[1], value_dim or dim))  # fmt: skip
+    shapes = (
+        (heads, tokens[0], dim),
+        (key_heads or heads, tokens[1], dim),
+        (key_heads or heads, tokens[1], value_dim or dim),
+    )
     q, k, v = (torch.randn(batch, *shape, generator=generator).to(dtype) for shape in shapes)
     blocks = [-(-count // 128) for count in tokens]
     base = torch.rand(mask_batch, heads - 1, *blocks, generator=generator) < 0.5
@@ -91,27 +106,25 @@ def test_gradients(dims):
 
 
 def test_rows_that_are_not_aligned():
-    """A slice of fused projections with an odd width, and one that may be read where it lies."""
+    """Slices of fused projections: one of odd width, and one that can be read in place."""
     own = problem(dim=128)
     for offset, width in ((3, 131), (8, 136)):
         wide = [torch.zeros(*x.shape[:3], width, dtype=x.dtype) for x in (own.q, own.k, own.v)]
-        slices = [
-            x[..., offset : offset + 128].copy_(y) for x, y in zip(wide, (own.q, own.k, own.v))
-        ]
+        parts = [x[..., offset : offset + 128] for x in wide]
+        slices = [x.copy_(y) for x, y in zip(parts, (own.q, own.k, own.v))]
         moved = replace(own, **dict(zip("qkv", slices)))
         assert torch.equal(cudnn.run(moved).out, cudnn.run(own).out)
     assert cudnn._padded(slices[0], 128, 16).data_ptr() == slices[0].data_ptr()
     later = own.q.flatten().repeat(2)[64:]
-    later = later[(-later.data_ptr() % 128) // 2 + 8 :][: own.q.numel()].view_as(
-        own.q
-    )  # 16 bytes past a multiple of 128
+    start = (-later.data_ptr() % 128) // 2 + 8  # 16 bytes past a multiple of 128
+    later = later[start:][: own.q.numel()].view_as(own.q)
     assert cudnn._padded(later, 128, 16) is later
     moved = cudnn._padded(later, 128, 128)
     assert moved.data_ptr() != later.data_ptr()
     assert torch.equal(moved, later)
 
 
-def test_lists_are_made_once():
+def test_lists_are_built_once():
     own = problem()
     lists = cudnn._lists(own)
     assert cudnn._lists(replace(own, q=own.q + 1)) is lists
@@ -122,18 +135,19 @@ def test_lists_are_made_once():
     assert lists.counts[:, 1, 1].tolist() == [len(kept)] * 2
 
 
-def test_relative_position_with_widths_of_its_own():
-    """SAM ViT-B's windows: 64 + 14 + 14 make 96, and v stays at 64."""
+def test_relative_position_widens_q_and_k_only():
+    """In the windows of SAM's ViT-B, 64 + 14 + 14 columns become 96, and v stays at 64."""
     layout, generator = TokenLayout((14, 14)), torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(3, 2, 196, 64, generator=generator).bfloat16() for _ in range(3))
-    rel_pos = RelPos(
-        *(1.5 * torch.randn(3, 2, 196, 14, generator=generator).bfloat16() for _ in range(2))
-    )
-    masks = HeadMasks(
-        stack_heads([random_blocks(layout, 0.4, seed=i) for i in range(2)], 1), layout=layout
-    )
-    places = dict(key_row=torch.arange(196) // 14, key_column=torch.arange(196) % 14)
-    own = Problem(q, k, v, masks, 0.125, rel_pos=rel_pos, **places)
+
+    def random(dim):
+        return torch.randn(3, 2, 196, dim, generator=generator).bfloat16()
+
+    q, k, v = (random(64) for _ in range(3))
+    rel_pos = RelPos(*(1.5 * random(14) for _ in range(2)))
+    base = stack_heads([random_blocks(layout, 0.4, seed=i) for i in range(2)], 1)
+    masks = HeadMasks(base, layout=layout)
+    coordinates = dict(key_row=torch.arange(196) // 14, key_column=torch.arange(196) % 14)
+    own = Problem(q, k, v, masks, 0.125, rel_pos=rel_pos, **coordinates)
     widths = []
     with pytest.MonkeyPatch.context() as patch:
         module = sys.modules["cudnn.block_sparse_attention"]
@@ -151,7 +165,18 @@ def test_relative_position_with_widths_of_its_own():
     assert not torch.allclose(found, without, atol=0.5)
 
 
-def why_not(dim=64, value_dim=None, dtype=torch.bfloat16, device="cuda", block_size=128, tokens=256, heads=2, key_heads=None, requires_grad=False, **fields):  # fmt: skip
+def why_not(
+    dim=64,
+    value_dim=None,
+    dtype=torch.bfloat16,
+    device="cuda",
+    block_size=128,
+    tokens=256,
+    heads=2,
+    key_heads=None,
+    requires_grad=False,
+    **fields,
+):
     with FakeTensorMode():
         q = torch.empty(
             1, heads, tokens, dim, dtype=dtype, device=device, requires_grad=requires_grad
@@ -167,15 +192,15 @@ def why_not(dim=64, value_dim=None, dtype=torch.bfloat16, device="cuda", block_s
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dim": 136}, "at most 128 wide, got head dims 136 and 136"),
-        ({"value_dim": 160}, "got head dims 64 and 160"),
+        ({"dim": 136}, "take head dims up to 128, got 136 and 136"),
+        ({"value_dim": 160}, "take head dims up to 128, got 64 and 160"),
         ({"dtype": torch.float32}, "take float16 or bfloat16, got torch.float32"),
         ({"device": "cpu"}, "run on CUDA, the tensors are on cpu"),
         ({"block_size": 64}, "blocks of 128 tokens, the masks have 64"),
         ({"is_causal": True}, "not causal"),
         ({"dropout_p": 0.1}, "no dropout"),
         ({"tokens": 0}, "there are no tokens"),
-        ({"heads": 70000}, "65535 heads of all images together, got 70000"),
+        ({"heads": 70000}, "take up to 65535 heads over all images, got 70000"),
         ({"requires_grad": True, "dtype": torch.float16}, "gradient takes bfloat16"),
         ({"requires_grad": True, "key_heads": 1}, "gradient needs as many key heads"),
         ({"cu_seqlens_q": torch.tensor([0, 256])}, "images of one size"),
@@ -192,19 +217,11 @@ def test_why_not(monkeypatch, change, reason):
         ((9, 0), True, None),
         ((10, 0), True, None),
         ((11, 0), False, None),
-        (
-            (11, 0),
-            True,
-            "gradient needs a GPU of compute capability 9.x, 10.0 or 10.3, this one has 11.0",
-        ),
+        ((11, 0), True, "gradient needs compute capability 9.x, 10.0 or 10.3, this GPU has 11.0"),
         ((12, 0), False, None),
-        (
-            (12, 1),
-            True,
-            "gradient needs a GPU of compute capability 9.x, 10.0 or 10.3, this one has 12.1",
-        ),
-        ((8, 9), False, "9.0 to 12.x, this one has 8.x"),
-        ((13, 0), False, "9.0 to 12.x, this one has 13.x"),
+        ((12, 1), True, "gradient needs compute capability 9.x, 10.0 or 10.3, this GPU has 12.1"),
+        ((8, 9), False, "compute capability 9.0 to 12.x, this GPU has 8.x"),
+        ((13, 0), False, "compute capability 9.0 to 12.x, this GPU has 13.x"),
     ],
 )
 def test_gpus(monkeypatch, capability, training, reason):
@@ -213,21 +230,20 @@ def test_gpus(monkeypatch, capability, training, reason):
     assert found is None if reason is None else reason in found
 
 
-def test_by_name(monkeypatch):
+def test_choosing_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(self_test, "failure", lambda *call: None)
     with FakeTensorMode():
         q = torch.empty(1, 2, 256, 64, dtype=torch.bfloat16, device="cuda")
     own = Problem(q, q, q, HeadMasks(torch.eye(2, dtype=torch.bool).expand(1, 2, -1, -1)), 1.0)
     assert choose(own, "cudnn") == "cudnn"
-    with pytest.raises(
-        bsa.BackendUnavailable, match="cannot run this call: cuDNN's kernels are not causal"
-    ):
+    message = "cannot run this call: cuDNN's kernels are not causal"
+    with pytest.raises(bsa.BackendUnavailable, match=message):
         choose(replace(own, is_causal=True), "cudnn")
 
 
-def test_empty_rows_are_counted():
-    """Whatever the masks allow: in the part that a shorter call uses, rows may be empty."""
+def test_empty_rows_are_found():
+    """The part of a mask that a shorter call uses may have empty rows."""
     mask = torch.eye(4, dtype=torch.bool).flip(0).expand(1, 1, 4, 4)
     q = torch.randn(1, 1, 200, 64).bfloat16()
     assert cudnn._lists(Problem(q, q, q, HeadMasks(mask), 1.0)).some_are_empty
@@ -245,14 +261,8 @@ def absent(error):
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (
-            ModuleNotFoundError("No module named 'cudnn'", name="cudnn"),
-            "not installed, or older than 1.32",
-        ),
-        (
-            ModuleNotFoundError("No module named 'cuda'", name="cuda"),
-            "cannot be imported: No module named 'cuda'",
-        ),
+        (ModuleNotFoundError("no cudnn", name="cudnn"), "not installed, or older than 1.32"),
+        (ModuleNotFoundError("no cuda", name="cuda"), "cannot be imported: no cuda"),
         (ImportError("requires the 'cuda' module"), "installed but broken: ImportError: requires"),
     ],
 )
@@ -269,13 +279,12 @@ def test_a_missing_or_broken_package_is_a_reason(monkeypatch, error, reason):
 
 
 def test_second_derivatives_are_refused():
-    """cuDNN's gradient is a constant to torch: without a word, they would be zero."""
+    """torch treats cuDNN's gradient as a constant, so they would silently be zero."""
     given = problem(heads=1, tokens=(20, 20), batch=1)
     leaves = [x.detach().requires_grad_() for x in (given.q, given.k, given.v)]
     q, k, v = leaves
     out = cudnn.run(replace(given, q=q, k=k, v=v)).out
     (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-    with pytest.raises(
-        RuntimeError, match=r"do not reach through 'cudnn'.*name backend='reference'"
-    ):
+    message = r"backend 'cudnn' has no second derivatives.*use backend='reference'"
+    with pytest.raises(RuntimeError, match=message):
         first.square().sum().backward()

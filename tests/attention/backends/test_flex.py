@@ -1,4 +1,4 @@
-"""The flex backend: FlexAttention's un-compiled form and its compiled form for CPUs, against `reference`; its lists, one by one."""
+"""The flex backend: eager and compiled FlexAttention against `reference`, and its block lists."""
 
 from __future__ import annotations
 
@@ -20,19 +20,33 @@ from bsa_vision.attention.backends.problem import Problem
 from bsa_vision.attention.backends.select import choose
 from bsa_vision.masks import TokenLayout, local_window, random_blocks, stack_heads
 from tests.attention.backends.test_cpu_kernel import problems
-from tests.attention.test_functional import close, qkv, run_varlen
+from tests.attention.test_functional import close, qkv
+from tests.attention.test_kernel_functions import run_varlen
 from tests.helpers.calls import attend
 from tests.helpers.problems import varlens
 
 
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch):
-    """Its limits are those of GPUs; torch refuses gradients on CPUs, which the un-compiled form computes all the same."""
+    """Lift the GPU limits; torch refuses gradients on CPUs, but the eager form computes them."""
     from torch.nn.attention import flex_attention
 
     monkeypatch.setattr(flex, "why_not", lambda problem: None)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
     torch._dynamo.reset()
+
+
+def random_masks(layout, density=0.5, heads=2):
+    base = [random_blocks(layout, density, seed=seed) for seed in range(heads)]
+    return HeadMasks(stack_heads(base, 1), layout=layout)
+
+
+def local_masks(layout, heads=2):
+    return HeadMasks(stack_heads([local_window(layout, radius=2)] * heads, 1), layout=layout)
+
+
+def small_layout():
+    return TokenLayout((9, 14), order="tile", tile=(4, 4), block_size=16)
 
 
 def run(problem, backend, **options):
@@ -47,12 +61,12 @@ class TestEqualsReference:
         found, expected = (run(problem, name, return_lse=True) for name in ("flex", "reference"))
         close(found.out, expected.out)
         assert torch.allclose(found.lse.double(), expected.lse, atol=1e-5)
-        assert found.lse.dtype == torch.float32 or found.lse.dtype == torch.float64
+        assert found.lse.dtype in (torch.float32, torch.float64)
 
     @settings(max_examples=15, deadline=None)
     @given(problems(), st.sampled_from([0, 256]))
     def test_gradients(self, problem, widest):
-        """Relative position as columns and, where they would be too wide, as a function of the logits."""
+        """Relative position as columns or, where they would be too wide, as a score_mod."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(flex, "_widest", lambda problem: widest)
             self.gradients(problem)
@@ -62,11 +76,10 @@ class TestEqualsReference:
         grads = []
         for backend in ("flex", "reference"):
             leaves = [x.detach().clone().requires_grad_() for x in (*tensors, *(rel_pos or ()))]
-            own = RelPos(*leaves[3:]) if rel_pos else None
-            out = attend(masks, *leaves[:3], rel_pos=own, scale=scale, backend=backend).out
-            grad = torch.randn(
-                out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype
-            )
+            terms = RelPos(*leaves[3:]) if rel_pos else None
+            out = attend(masks, *leaves[:3], rel_pos=terms, scale=scale, backend=backend).out
+            generator = torch.Generator().manual_seed(1)
+            grad = torch.randn(out.shape, generator=generator, dtype=out.dtype)
             grads.append(torch.autograd.grad(out, leaves, grad))
         for found, expected in zip(*grads):
             assert (found - expected).abs().max() <= 1e-9 * max(expected.abs().max(), 1)
@@ -80,40 +93,38 @@ class TestEqualsReference:
         close(out, expected)
         assert torch.allclose(lse.double(), expected_lse, atol=1e-5)
 
-    def test_relative_position_is_columns_where_gradients_are_asked_for(self, monkeypatch):
-        """A function of the logits has a gradient, too: one atomic addition for each of them."""
-        layout, generator = (
-            TokenLayout((9, 14), order="tile", tile=(4, 4), block_size=16),
-            torch.Generator().manual_seed(5),
-        )
-        masks = HeadMasks(stack_heads([local_window(layout, radius=2)] * 2, 1), layout=layout)
+    def test_relative_position_becomes_columns_if_gradients_are_needed(self, monkeypatch):
+        """The gradient of a score_mod would take one atomic addition per logit."""
+        masks, generator = local_masks(small_layout()), torch.Generator().manual_seed(5)
         q, k, v = qkv(2, 2, 126, 8)
-        rel_pos = RelPos(
-            *(torch.randn(2, 2, 126, n, generator=generator, dtype=q.dtype) for n in (9, 14))
+        rel_pos, wide = (
+            RelPos(*(torch.randn(2, 2, 126, n, generator=generator, dtype=q.dtype) for n in grid))
+            for grid in ((9, 14), (9, 200))
         )
-        modified, score_mod = [], flex._score_mod
-        monkeypatch.setattr(
-            flex, "_score_mod", lambda problem: modified.append(score_mod(problem)) or modified[-1]
-        )
+        made, score_mod = [], flex._score_mod
+
+        def spy(problem):
+            made.append(score_mod(problem))
+            return made[-1]
+
+        monkeypatch.setattr(flex, "_score_mod", spy)
         attend(masks, q, k, v, rel_pos=rel_pos, backend="flex")
-        assert modified == [None]
+        assert made == [None]
         with torch.no_grad():
             attend(masks, q, k, v, rel_pos=rel_pos, backend="flex")
-        assert modified[1] is not None
-        wide = RelPos(*(torch.randn(2, 2, 126, n, generator=generator) for n in (9, 200)))
-        attend(masks, *(x.float() for x in (q, k, v)), rel_pos=wide, backend="flex")
-        assert modified[2] is not None
+        assert made[1] is not None
+        attend(masks, q, k, v, rel_pos=wide, backend="flex")
+        assert made[2] is not None
 
     @pytest.mark.parametrize("with_rel_pos", [False, True])
     @pytest.mark.parametrize("gradients", [False, True])
     def test_rows_whose_logits_are_all_minus_infinity(self, with_rel_pos, gradients):
-        """0 and log-sum-exp +inf, by keys or by relative position, as columns of queries and keys and as a function of the logits."""
-        layout = TokenLayout((9, 14), order="tile", tile=(4, 4), block_size=16)
-        masks = HeadMasks(stack_heads([local_window(layout, radius=2)] * 2, 1), layout=layout)
+        """Queries without keys give 0 and +inf, as columns and as a score_mod."""
+        layout = small_layout()
+        masks = local_masks(layout)
         q, k, v = (x.detach().abs() for x in qkv(2, 2, 126, 8))
-        terms = (
-            [torch.zeros(2, 2, 126, n, dtype=q.dtype) for n in layout.grid] if with_rel_pos else []
-        )
+        sides = layout.grid if with_rel_pos else ()
+        terms = [torch.zeros(2, 2, 126, side, dtype=q.dtype) for side in sides]
         for term in terms:
             term[:, 0, 5] = term[:, 1, 60:70, 3:] = -torch.inf
         if not terms:
@@ -121,13 +132,10 @@ class TestEqualsReference:
         results = []
         for backend in ("flex", "reference"):
             leaves = [x.clone().requires_grad_(gradients) for x in (q, k, v, *terms)]
-            rel_pos = RelPos(*leaves[3:]) if terms else None
-            out, lse, _ = attend(
-                masks, *leaves[:3], rel_pos=rel_pos, backend=backend, return_lse=True
-            )
-            results.append(
-                [out, lse, *(torch.autograd.grad(out.sum(), leaves) if gradients else ())]
-            )
+            options = dict(rel_pos=RelPos(*leaves[3:]) if terms else None, return_lse=True)
+            out, lse, _ = attend(masks, *leaves[:3], backend=backend, **options)
+            grads = torch.autograd.grad(out.sum(), leaves) if gradients else ()
+            results.append([out, lse, *grads])
         assert results[0][1].isposinf().any()
         for found, expected in zip(*results):
             assert torch.equal(found.isposinf(), expected.isposinf())
@@ -137,7 +145,7 @@ class TestEqualsReference:
     def test_ragged_gradients(self):
         q, k, v = (x.squeeze(0) for x in qkv(1, 2, 300, 8))
         sizes = ((10, 9), (14, 15))
-        masks = [HeadMasks(stack_heads([local_window(layout, radius=2)] * 2, 1), layout=layout) for layout in map(TokenLayout, sizes)]  # fmt: skip
+        masks = [local_masks(TokenLayout(size)) for size in sizes]
         grads = []
         for backend in ("flex", "reference"):
             lists = [x.split([90, 210], dim=1) for x in (q, k, v)]
@@ -156,59 +164,45 @@ class TestEqualsReference:
         assert not torch.allclose(*outs, atol=1e-3)
 
 
-def call(layout, heads=2, causal=False, rel_pos=None, **options) -> Problem:
-    q, k, v = (x.detach() for x in qkv(1, heads, layout.num_tokens, 8))
-    masks = HeadMasks(
-        stack_heads([random_blocks(layout, 0.5, seed=i) for i in range(heads)], 1), layout=layout
-    )
-    return Problem(q, k, v, masks, 1.0, is_causal=causal, rel_pos=rel_pos, **options)
+def call(layout) -> Problem:
+    q, k, v = (x.detach() for x in qkv(1, 2, layout.num_tokens, 8))
+    return Problem(q, k, v, random_masks(layout), 1.0)
 
 
 class TestCompiled:
-    """Inside a user's own torch.compile: one operator, differentiated by the backend that runs it."""
+    """Inside torch.compile: one operator, differentiated by the backend that runs it."""
 
     def grads(self, backend, with_rel_pos=True):
-        layout = TokenLayout((9, 14), order="tile", tile=(4, 4), block_size=16)
-        masks = HeadMasks(stack_heads([local_window(layout, radius=2)] * 2, 1), layout=layout)
+        masks = local_masks(small_layout())
         leaves = [x.detach().requires_grad_() for x in qkv(2, 2, 126, 8)]
         generator = torch.Generator().manual_seed(5)
-        terms = [
-            torch.randn(2, 2, 126, n, generator=generator, dtype=torch.float64).requires_grad_()
-            for n in (9, 14)
-        ]
-        terms = terms if with_rel_pos else []
+        for side in (9, 14) if with_rel_pos else ():
+            term = torch.randn(2, 2, 126, side, generator=generator, dtype=torch.float64)
+            leaves.append(term.requires_grad_())
 
         def loss(q, k, v, *terms):
             rel_pos = RelPos(*terms) if terms else None
-            return (
-                bsa.sparse_attention(q, k, v, masks, rel_pos=rel_pos, backend=backend)
-                .square()
-                .sum()
-            )
+            out = bsa.sparse_attention(q, k, v, masks, rel_pos=rel_pos, backend=backend)
+            return out.square().sum()
 
-        call = (
-            loss
-            if backend == "reference"
-            else torch.compile(loss, fullgraph=True, backend="aot_eager")
-        )
-        return torch.autograd.grad(call(*leaves, *terms), [*leaves, *terms])
+        if backend != "reference":
+            loss = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        return torch.autograd.grad(loss(*leaves), leaves)
 
     @pytest.mark.parametrize("with_rel_pos", [False, True])
     def test_gradients(self, monkeypatch, with_rel_pos):
         expected = self.grads("reference", with_rel_pos=with_rel_pos)
-        monkeypatch.setattr(gather, "gradients", None)  # not by this one
+        monkeypatch.setattr(gather, "gradients", None)  # must not be used
         for a, b in zip(self.grads("flex", with_rel_pos=with_rel_pos), expected, strict=True):
             close(a, b, 1e-9)
 
-    def test_by_another_where_it_has_none(self, monkeypatch):
-        """A backend that says no as soon as gradients are asked for, as merged parts do."""
-        monkeypatch.setattr(
-            flex,
-            "why_not",
-            lambda problem: (
-                "no gradient" if torch.is_grad_enabled() and problem.q.requires_grad else None
-            ),
-        )
+    def test_gather_computes_gradients_that_flex_lacks(self, monkeypatch):
+        """A backend may be unavailable if gradients are needed, as merged parts are."""
+
+        def no_gradient(problem):
+            return "no gradient" if problem.needs_gradient else None
+
+        monkeypatch.setattr(flex, "why_not", no_gradient)
         for a, b in zip(self.grads("flex"), self.grads("reference"), strict=True):
             close(a, b, 1e-9)
         monkeypatch.setattr(gather, "gradients", None)  # the twin
@@ -217,25 +211,18 @@ class TestCompiled:
 
 
 class TestLists:
-    """What the compiled kernel goes by, which the un-compiled form never reads."""
+    """The block lists, which the compiled kernel uses and the eager form never reads."""
 
     @settings(max_examples=60, deadline=None)
     @given(varlens(max_tokens=600, exact=False))
     def test_are_the_mask(self, varlen):
-        """Listed as full: all pairs are seen, tokens past the end too, where there are none; listed as partial: some are; not listed: none."""
+        """Full blocks keep all pairs, partial blocks some, blocks that are not listed none."""
         q, k, v = (x.transpose(0, 1)[None] for x in (varlen.q, varlen.k, varlen.v))
-        masks = HeadMasks(
-            varlen.base_blockmask,
-            varlen.head_mask_type,
-            varlen.streaming_info,
-            allow_empty_rows=True,
-        )
-        ends = dict(
-            cu_seqlens_q=varlen.cu_q,
-            cu_seqlens_k=varlen.cu_k,
-            max_seqlens=(varlen.longest[0], varlen.longest[1]),
-        )
-        problem = Problem(q, k, v, masks, 1.0, is_causal=varlen.causal, **ends)
+        tensors = (varlen.base_blockmask, varlen.head_mask_type, varlen.streaming_info)
+        masks = HeadMasks(*tensors, allow_empty_rows=True)
+        ragged = dict(cu_seqlens_q=varlen.cu_q, cu_seqlens_k=varlen.cu_k)
+        ragged["max_seqlens"] = varlen.max_seqlens
+        problem = Problem(q, k, v, masks, 1.0, is_causal=varlen.causal, **ragged)
         where = flex._where(problem)
         full = dense(where.blocks.full_kv_num_blocks, where.blocks.full_kv_indices)
         partial = dense(where.blocks.kv_num_blocks, where.blocks.kv_indices)
@@ -243,88 +230,83 @@ class TestLists:
         assert where.tokens[0] % 128 == where.tokens[1] % 128 == 0
         seen = torch.zeros(*full.shape[:2], *where.tokens, dtype=torch.bool)
         for span in problem.spans():
-            own = problem.token_mask(span)
-            own = torch.ones(q.shape[1], span.q.stop - span.q.start, span.k.stop - span.k.start, dtype=torch.bool) if own is None else own  # fmt: skip
+            mask = problem.token_mask(span)
             rows, columns = where.place_q[span.q], where.place_k[span.k]
-            seen[0, :, rows[:, None], columns[None]] = own
+            if mask is None:
+                mask = torch.ones(q.shape[1], len(rows), len(columns), dtype=torch.bool)
+            seen[0, :, rows[:, None], columns[None]] = mask
         exists = torch.zeros(where.tokens[0], dtype=torch.bool).index_fill(0, where.place_q, True)
         blocks = seen.unflatten(3, (-1, 128)).unflatten(2, (-1, 128))  # (1, H, R, i, C, j)
         some = blocks.any(5).any(3)
-        # Queries that do not exist do not matter; keys that do not exist must not be seen.
+        # Padding does not matter as queries, but must not be attended to as keys.
         every = (blocks | ~exists.view(1, 1, -1, 128, 1, 1)).all(5).all(3) & some
         assert torch.equal(full, every)
         assert torch.equal(partial, some & ~every)
 
-    def test_a_plain_call_asks_no_questions(self):
+    def test_a_plain_call_has_full_blocks_only(self):
         where = flex._where(call(TokenLayout((20, 20))))
         assert where.blocks.kv_num_blocks.sum() == 0
         assert where.place_q is None
 
-    def test_made_once_and_small(self):
+    def test_are_built_once_and_small(self):
         problem = call(TokenLayout((64, 64)))
         where = flex._where(problem)
         assert flex._where(replace(problem, q=problem.q + 1)) is where
         held = [x for x in where.blocks.as_tuple() if isinstance(x, torch.Tensor)]
         assert sum(x.numel() for x in held) < 20 * 2 * 32 * 32  # no N x N
 
-    def test_another_mask_compiles_nothing_anew(self):
-        layout, generator = (
-            TokenLayout((12, 20), order="tile", tile=(4, 4)),
-            torch.Generator().manual_seed(0),
-        )
-        q, k, v = (torch.randn(1, 2, 240, 16, generator=generator) for _ in range(3))
-        made = []
+    def test_another_mask_does_not_recompile(self):
+        layout = TokenLayout((12, 20), order="tile", tile=(4, 4))
+        generator = torch.Generator().manual_seed(0)
+
+        def random(dim):
+            return torch.randn(1, 2, 240, dim, generator=generator)
+
+        q, k, v = (random(16) for _ in range(3))
+        graphs = []
         for seed in range(4):
-            masks = HeadMasks(
-                stack_heads([random_blocks(layout, 0.3, seed=seed)] * 2, 1), layout=layout
-            )
-            rel_pos = RelPos(
-                *(torch.randn(1, 2, 240, side, generator=generator) for side in (12, 20))
-            )
+            base = stack_heads([random_blocks(layout, 0.3, seed=seed)] * 2, 1)
+            masks, rel_pos = HeadMasks(base, layout=layout), RelPos(random(12), random(20))
             attend(masks, q, k, v, rel_pos=rel_pos, backend="flex")
-            made.append(counters["stats"]["unique_graphs"])
-        assert made[0] == made[-1] > 0
-        attend(
-            masks, *(x[:, :, :, :8] for x in (q, k, v)), rel_pos=rel_pos, backend="flex"
-        )  # the twin: another head dim does
-        assert counters["stats"]["unique_graphs"] > made[-1]
+            graphs.append(counters["stats"]["unique_graphs"])
+        assert graphs[0] == graphs[-1] > 0
+        narrow = (x[..., :8] for x in (q, k, v))  # the twin: another head dim does
+        attend(masks, *narrow, rel_pos=rel_pos, backend="flex")
+        assert counters["stats"]["unique_graphs"] > graphs[-1]
 
 
 def dense(counts, indices):
-    """Lists as (1, H, R, C) bool."""
+    """Convert block lists to (1, H, R, C) bool."""
     listed = torch.arange(indices.shape[-1]) < counts[..., None]
     return torch.zeros(indices.shape, dtype=torch.bool).scatter(-1, indices.long(), listed)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
-    shutil.which("c++") is None,
-    reason="needs a C++ compiler, which compiles FlexAttention for CPUs",
+    shutil.which("c++") is None, reason="needs a C++ compiler for FlexAttention on CPUs"
 )
 @pytest.mark.parametrize("with_rel_pos", [False, True])
 def test_compiled_for_a_cpu(monkeypatch, with_rel_pos):
-    """Inductor's kernel for CPUs goes by the lists, as the one for GPUs does; a wrong list shows, though the function is right."""
+    """Inductor's CPU kernel follows the lists, as the GPU kernel does, so wrong lists are found."""
     layout = TokenLayout((17, 25), order="tile")
     q, k, v = (x.detach().float() for x in qkv(1, 2, 425, 16))
-    rel_pos = (
-        RelPos(torch.randn(1, 2, 425, 17), torch.randn(1, 2, 425, 25)) if with_rel_pos else None
-    )
-    masks = HeadMasks(
-        stack_heads([random_blocks(layout, 0.5, seed=i) for i in range(2)], 1), layout=layout
-    )
+    terms = RelPos(torch.randn(1, 2, 425, 17), torch.randn(1, 2, 425, 25))
+    rel_pos = terms if with_rel_pos else None
+    masks = random_masks(layout)
     monkeypatch.setattr(flex, "_compiled", inductor)
-    found, expected = (
-        attend(masks, q, k, v, rel_pos=rel_pos, backend=name).out for name in ("flex", "reference")
-    )
+
+    def outs():
+        names = ("flex", "reference")
+        return (attend(masks, q, k, v, rel_pos=rel_pos, backend=name).out for name in names)
+
+    found, expected = outs()
     close(found, expected, 1e-5)
-    k[:, 0, :128], v[:, 1, 128:256] = torch.nan, torch.nan  # what is skipped is not read
-    found, expected = (
-        attend(masks, q, k, v, rel_pos=rel_pos, backend=name).out for name in ("flex", "reference")
-    )
+    k[:, 0, :128], v[:, 1, 128:256] = torch.nan, torch.nan  # skipped blocks are not read
+    found, expected = outs()
     seen = expected.isnan()
     assert 0 < seen.sum() < seen.numel()
-    assert (
-        found[:, 1].isnan().equal(seen[:, 1])
-    )  # torch's kernel for CPUs loses NaN of keys that are seen
+    # Values only: torch's CPU kernel loses NaN in unmasked keys.
+    assert found[:, 1].isnan().equal(seen[:, 1])
     close(found[~seen], expected[~seen], 1e-5)
     if not with_rel_pos:
         k, v = k.nan_to_num(), v.nan_to_num()
@@ -338,10 +320,8 @@ def inductor(device):
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled = torch.compile(flex_attention, fullgraph=True)
-    return lambda *tensors, **options: (
-        compiled(*tensors, **options),
-        torch.empty(0),
-    )  # on CPUs without log-sum-exp
+    # There is no log-sum-exp on CPUs.
+    return lambda *tensors, **options: (compiled(*tensors, **options), torch.empty(0))
 
 
 WHY_NOT = flex.why_not
@@ -371,14 +351,14 @@ def why_not(
         ({"value_dim": 4}, "got 64 and 4"),
         ({"dtype": torch.float64}, "got torch.float64"),
         ({"device": "cpu"}, "skips blocks on CUDA only, the tensors are on cpu"),
-        ({"block_size": 64}, "must divide the blocks, the masks have blocks of 64"),
+        ({"block_size": 64}, "block sizes that are multiples of 128, the masks have 64"),
         ({"exact_streaming": True}, "decided per token"),
         ({"dropout_p": 0.1}, "no dropout"),
         ({"return_probs": True}, "no dropout"),
         ({"tokens": 0}, "there are no tokens"),
         (
             {"cu_seqlens_q": torch.zeros(5000, dtype=torch.int32)},
-            "whose block mask would be too large (5.0e+07 entries)",
+            "whose block mask would be too large (5.0e+07 entries, limit 1.7e+07)",
         ),
     ],
 )
@@ -386,10 +366,12 @@ def test_why_not(change, reason):
     assert reason in why_not(**change)
 
 
-def test_what_it_serves(monkeypatch):
+def test_supported_calls(monkeypatch):
     monkeypatch.setattr(flex, "_probe", lambda: None)
     rel_pos = RelPos(torch.empty(0), torch.empty(0))
-    assert why_not() is why_not(dim=80, dtype=torch.float32) is why_not(block_size=256, rel_pos=rel_pos, is_causal=True) is None  # fmt: skip
+    assert why_not() is None
+    assert why_not(dim=80, dtype=torch.float32) is None
+    assert why_not(block_size=256, rel_pos=rel_pos, is_causal=True) is None
     monkeypatch.setattr(flex, "_probe", lambda: "no Triton")
     assert why_not() == "no Triton"
 
@@ -407,21 +389,20 @@ def test_what_it_serves(monkeypatch):
     ],
 )
 def test_tiles(monkeypatch, capability, shared_memory, call, tile):
-    def about(dim=64, with_rel_pos=False, dtype=torch.bfloat16):
+    def problem(dim=64, with_rel_pos=False, dtype=torch.bfloat16):
         with FakeTensorMode():
             q = torch.empty(1, 2, 256, dim, dtype=dtype, device="cuda")
-        return Problem(
-            q, q, q, HeadMasks(None, [0, 0]), 1.0, rel_pos=RelPos(q, q) if with_rel_pos else None
-        )
+        rel_pos = RelPos(q, q) if with_rel_pos else None
+        return Problem(q, q, q, HeadMasks(None, [0, 0]), 1.0, rel_pos=rel_pos)
 
     properties = SimpleNamespace(shared_memory_per_block_optin=shared_memory)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    found = flex._tiles(about(**call))
+    found = flex._tiles(problem(**call))
     assert (found and tuple(found.values())) == tile
 
 
-def test_auto_takes_it_on_a_gpu(monkeypatch):
+def test_auto_chooses_it_on_a_gpu(monkeypatch):
     monkeypatch.setattr(flex, "why_not", WHY_NOT)
     monkeypatch.setattr(flex, "_probe", lambda: None)
     monkeypatch.setattr(measured_costs, "describe", lambda *what: "a GPU")
@@ -434,6 +415,6 @@ def test_auto_takes_it_on_a_gpu(monkeypatch):
     assert choose(Problem(q, q, q, HeadMasks(base), 1.0)) == "gather"
 
 
-def test_this_torch_has_it():
+def test_availability():
     reason = flex._probe()
     assert reason is None or "Triton" in reason

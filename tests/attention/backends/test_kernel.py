@@ -1,4 +1,4 @@
-"""The kernel backend's marshalling, against a stand-in that behaves as block_sparse_attn v0.0.2 does (tests/helpers/fake_kernel.py)."""
+"""Tests of the kernel backend, with a stand-in for the package (tests/helpers/fake_kernel.py)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.helpers.problems import Varlen, varlens
 
 @pytest.fixture(scope="module", autouse=True)
 def installed():
-    """The stand-in, importable under the real name."""
+    """Make the stand-in importable under the real name."""
     modules = fake_kernel.make_modules()
     sys.modules.update(modules)
     kernel._probe.cache_clear()
@@ -47,7 +47,7 @@ def problem_of(varlen: Varlen, dtype: torch.dtype) -> Problem:
         varlen.scale or q.shape[-1] ** -0.5,
         cu_seqlens_q=varlen.cu_q,
         cu_seqlens_k=varlen.cu_k,
-        max_seqlens=(varlen.longest[0], varlen.longest[1]),
+        max_seqlens=varlen.max_seqlens,
         is_causal=varlen.causal,
         exact_streaming=varlen.exact,
         return_lse=True,
@@ -68,7 +68,7 @@ def test_ragged_problems(varlen):
 @settings(max_examples=15, deadline=None)
 @given(varlens(max_tokens=150, exact=False))
 def test_gradients(varlen):
-    """From the mask by columns, which no forward reads."""
+    """The gradient uses the mask by columns, which the forward never reads."""
     grads = []
     for backend in (kernel, reference):
         problem = problem_of(varlen, torch.float16)
@@ -77,42 +77,31 @@ def test_gradients(varlen):
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
         grads.append(torch.autograd.grad(out, leaves, grad))
     for found, expected in zip(*grads):
-        assert torch.allclose(
-            found.float(), expected.float(), atol=0.02 * max(float(expected.abs().max()), 1)
-        )
+        tolerance = 0.02 * max(float(expected.abs().max()), 1)
+        assert torch.allclose(found.float(), expected.float(), atol=tolerance)
 
 
 def test_no_gradient_of_exact_streaming(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    asked = dict(is_causal=True, exact_streaming=True)
-    assert why_not(**asked) is None
-    assert why_not(requires_grad=True, **asked) == "the kernel has no gradient for exact streaming"
+    exact = dict(is_causal=True, exact_streaming=True)
+    assert why_not(**exact) is None
+    assert why_not(requires_grad=True, **exact) == "the kernel has no gradient for exact streaming"
     problem = uniform([0, -1], 0, streaming_info=[0, 0, 3, 5])
     q = problem.q.clone().requires_grad_()
-    out = kernel.run(replace(problem, q=q, is_causal=True, exact_streaming=True)).out
-    with pytest.raises(
-        BackendUnavailable, match="no gradient for exact streaming: use backend='reference'"
-    ):
+    out = kernel.run(replace(problem, q=q, **exact)).out
+    message = "no gradient for exact streaming: use backend='reference'"
+    with pytest.raises(BackendUnavailable, match=message):
         out.sum().backward()
 
 
 def test_images_shorter_than_the_longest():
-    """Blocks past the end of a short image, as masks sized for the longest have them, push none of its own out of its lists."""
+    """Blocks past the end of a short image do not displace its own blocks in the lists."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 1, 712, 16, generator=generator).half() for _ in range(3))
     ends = torch.tensor([0, 512, 712], dtype=torch.int32)
     masks = HeadMasks(torch.ones(1, 1, 4, 4, dtype=torch.bool))
-    problem = Problem(
-        q,
-        k,
-        v,
-        masks,
-        0.25,
-        cu_seqlens_q=ends,
-        cu_seqlens_k=ends,
-        max_seqlens=(512, 512),
-        return_lse=True,
-    )
+    ragged = dict(cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlens=(512, 512))
+    problem = Problem(q, k, v, masks, 0.25, **ragged, return_lse=True)
     converted = kernel._convert(problem, gradient=True)
     assert converted.rows[1, 0].tolist() == [[1, 0, -1, -1]] * 2 + [[-1] * 4] * 2
     assert torch.equal(converted.columns, converted.rows)
@@ -121,14 +110,15 @@ def test_images_shorter_than_the_longest():
     assert torch.allclose(out.float(), expected.out.float(), atol=5e-3)
     assert torch.allclose(lse, expected.lse, atol=1e-3)
     assert lse[1, 0, 200:].isposinf().all()
-    too_long = fake_kernel.decode(converted.rows[:1].expand(2, -1, -1, -1).contiguous(), converted.types, converted.streaming, (ends, ends), (512, 512))  # fmt: skip
-    assert not too_long[
-        1, ..., :2
-    ].any()  # the twin: with lists of the longest image a short one sees nothing
+    # The twin: with the lists of the longest image, a short image has no keys.
+    too_long = converted.rows[:1].expand(2, -1, -1, -1).contiguous()
+    streaming = (converted.types, converted.streaming)
+    decoded = fake_kernel.decode(too_long, *streaming, (ends, ends), (512, 512))
+    assert not decoded[1, ..., :2].any()
 
 
 def test_masks_are_converted_once():
-    """And in the kernel's terms: the blocks of each row, the last one first."""
+    """The kernel expects the blocks of each row in descending order."""
     problem = uniform([1, 0, 1], 2)
     first = kernel._converted(problem)
     assert kernel._converted(replace(problem, q=problem.q + 1)) is first
@@ -137,17 +127,15 @@ def test_masks_are_converted_once():
     assert first.types.tolist() == [1, 0, 2]
     with Counted() as calls:
         kernel.run(problem)
-    assert not any(
-        name in calls.names
-        for name in ("aten.sort", "aten.argsort", "aten._local_scalar_dense", "aten.nonzero")
-    )
-    with Counted() as calls:  # the twin: making them does sort
+    slow = {"aten.sort", "aten.argsort", "aten._local_scalar_dense", "aten.nonzero"}
+    assert not slow & calls.names
+    with Counted() as calls:  # the twin: the conversion sorts
         kernel._convert(problem, gradient=False)
     assert "aten.sort" in calls.names
 
 
 class Counted(TorchDispatchMode):
-    """Names of the operations outside of the stand-in."""
+    """Record the names of the operations outside the stand-in."""
 
     def __enter__(self):
         self.names, self.inside = set(), fake_kernel.forward_operator
@@ -187,9 +175,13 @@ def uniform(
     [([1, 1, 1], 3), ([0, 1, 0], 1), ([1, 2, 2, 1], 2), ([2, 0, 3], 3), ([3, 1, 2], 3)],
 )
 def test_explicit_slices_are_expanded(head_mask_type, slices):
-    problem = uniform(head_mask_type, slices)
-    expected = reference.run(problem).out.float()
-    assert torch.allclose(kernel.run(problem).out.float(), expected, atol=5e-3)
+    assert_equals_reference(uniform(head_mask_type, slices))
+
+
+def assert_equals_reference(problem, backend=kernel):
+    out, expected = backend.run(problem).out, reference.run(problem).out
+    assert out.shape == expected.shape
+    assert torch.allclose(out.float(), expected.float(), atol=5e-3)
 
 
 @pytest.mark.parametrize(("head_mask_type", "slices"), [([2, 0, 3], 3), ([3, 1, 2], 3)])
@@ -199,7 +191,7 @@ def test_twin_upstream_refuses_explicit_slices(head_mask_type, slices):
 
 
 def test_twin_upstream_misreads_explicit_slices():
-    """Two ones and two slices pass its check, and the last head gets slice 2 instead of 1."""
+    """Two ones and two slices pass its check, but the last head gets slice 2 instead of 1."""
     problem = uniform([1, 2, 2, 1], 2)
     raw = raw_call(problem, [1, 2, 2, 1]).unflatten(0, (2, 200)).transpose(1, 2)
     difference = (raw.float() - reference.run(problem).out.float()).abs().amax((0, 2, 3))
@@ -208,7 +200,7 @@ def test_twin_upstream_misreads_explicit_slices():
 
 
 def raw_call(problem: Problem, head_mask_type: list[int]) -> torch.Tensor:
-    """What a user's own call would be."""
+    """Call the package's public function, as a user would."""
     q, k, v = (
         x.transpose(1, 2).flatten(0, 1).contiguous() for x in (problem.q, problem.k, problem.v)
     )
@@ -221,30 +213,32 @@ def raw_call(problem: Problem, head_mask_type: list[int]) -> torch.Tensor:
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 128))
 def test_head_dims_are_padded_and_sliced(dim):
-    problem = uniform([0, 1], 1, dim=dim)
-    out = kernel.run(problem).out
-    assert out.shape == problem.q.shape
-    assert torch.allclose(out.float(), reference.run(problem).out.float(), atol=5e-3)
+    assert_equals_reference(uniform([0, 1], 1, dim=dim))
 
 
-def test_twin_the_traps_are_real():
-    """The stand-in does what upstream does: odd head dims come back too wide, 129 and more as garbage."""
+def test_twin_the_pitfalls_are_real():
+    """As upstream, the stand-in returns odd head dims too wide, and garbage from 129 on."""
     assert raw_call(uniform([0, 1], 1, dim=20), [0, 1]).shape[-1] == 24
     assert raw_call(uniform([0, 1], 1, dim=136), [0, 1]).isnan().all()
 
 
 def test_masks_per_image_and_streaming():
-    problem = uniform([1, 0, 1], 2, mask_batch=2)
-    assert torch.allclose(
-        kernel.run(problem).out.float(), reference.run(problem).out.float(), atol=5e-3
-    )
-    problem = uniform([1, -1], 1, streaming_info=[0, 0, 1, 1])
-    assert torch.allclose(
-        kernel.run(problem).out.float(), reference.run(problem).out.float(), atol=5e-3
-    )
+    for problem in (
+        uniform([1, 0, 1], 2, mask_batch=2),
+        uniform([1, -1], 1, streaming_info=[0, 0, 1, 1]),
+    ):
+        assert_equals_reference(problem)
 
 
-def why_not(dim=64, value_dim=None, dtype=torch.bfloat16, device="cuda", block_size=128, requires_grad=False, **fields) -> str | None:  # fmt: skip
+def why_not(
+    dim=64,
+    value_dim=None,
+    dtype=torch.bfloat16,
+    device="cuda",
+    block_size=128,
+    requires_grad=False,
+    **fields,
+) -> str | None:
     with FakeTensorMode():
         q = torch.empty(1, 2, 256, dim, dtype=dtype, device=device, requires_grad=requires_grad)
         v = torch.empty(1, 2, 256, value_dim or dim, dtype=dtype, device=device)
@@ -266,14 +260,14 @@ def why_not(dim=64, value_dim=None, dtype=torch.bfloat16, device="cuda", block_s
             {"rel_pos": RelPos(torch.empty(2, 64), torch.empty(2, 64))},
             "makes queries 192 wide, more than 128, and without a layout",
         ),
-        ({"exact_streaming": True}, "causal only"),
+        ({"exact_streaming": True}, "exact streaming needs causal attention"),
     ],
 )
 def test_why_not(change, reason):
     assert reason in why_not(**change)
 
 
-def test_a_gpu_that_is_new_enough_is_served(monkeypatch):
+def test_compute_capability(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert why_not() is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -286,17 +280,15 @@ def test_another_package_of_that_name(monkeypatch):
     monkeypatch.delattr(interface, "_wrapped_block_sparse_attn_backward")
     kernel._probe.cache_clear()
     try:
-        assert "has no _wrapped_block_sparse_attn_backward: it is not v0.0.2" in why_not()
+        missing = "has no _wrapped_block_sparse_attn_backward: it is not MIT HAN Lab's v0.0.2"
+        assert missing in why_not()
     finally:
         kernel._probe.cache_clear()
 
 
 def test_v_of_another_width():
     problem = uniform([0, 1], 1, dim=20)
-    problem = replace(problem, v=problem.v[..., :13])
-    assert torch.allclose(
-        kernel.run(problem).out.float(), reference.run(problem).out.float(), atol=5e-3
-    )
+    assert_equals_reference(replace(problem, v=problem.v[..., :13]))
 
 
 def test_auto_prefers_the_kernel_on_a_gpu(monkeypatch):
@@ -311,10 +303,10 @@ def test_auto_prefers_the_kernel_on_a_gpu(monkeypatch):
     assert choose(Problem(q, q, q, HeadMasks(None, [0, 0]), 1.0)) == "sdpa"
 
 
-def broken(message):
+def broken(error):
     def find_spec(name, *_):
         if name == "block_sparse_attn":
-            raise message
+            raise error
 
     return types.SimpleNamespace(find_spec=find_spec)
 
@@ -322,24 +314,10 @@ def broken(message):
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (
-            ImportError("libcudart.so.11: cannot open"),
-            "installed but broken: ImportError: libcudart.so.11",
-        ),
-        (
-            RuntimeError("CUDA version mismatch"),
-            "installed but broken: RuntimeError: CUDA version mismatch",
-        ),
-        (
-            ModuleNotFoundError(
-                "No module named 'block_sparse_attn_cuda'", name="block_sparse_attn_cuda"
-            ),
-            "cannot be imported",
-        ),
-        (
-            ModuleNotFoundError("No module named 'block_sparse_attn'", name="block_sparse_attn"),
-            "not installed",
-        ),
+        (ImportError("libcudart.so.11"), "installed but broken: ImportError: libcudart.so.11"),
+        (RuntimeError("CUDA version"), "installed but broken: RuntimeError: CUDA version"),
+        (ModuleNotFoundError(name="block_sparse_attn_cuda"), "cannot be imported"),
+        (ModuleNotFoundError(name="block_sparse_attn"), "not installed"),
     ],
 )
 def test_a_missing_or_broken_package_is_a_reason(monkeypatch, error, reason):
@@ -354,22 +332,18 @@ def test_a_missing_or_broken_package_is_a_reason(monkeypatch, error, reason):
         kernel._probe.cache_clear()
 
 
-def test_other_backends_serve_what_the_kernel_does_not():
+def test_gather_runs_what_the_kernel_cannot():
     problem = uniform([0, 1], 1, dim=136)
     assert gather.why_not(problem) is None
-    assert torch.allclose(
-        gather.run(problem).out.float(), reference.run(problem).out.float(), atol=5e-3
-    )
+    assert_equals_reference(problem, gather)
 
 
 def test_second_derivatives_are_refused():
-    """The kernel's gradient is a constant to torch: without a word, they would be zero."""
-    q, k, v = (
-        torch.randn(1, 1, 16, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
-    )
+    """torch treats the kernel's gradient as a constant, so they would silently be zero."""
+    options = dict(dtype=torch.bfloat16, requires_grad=True)
+    q, k, v = (torch.randn(1, 1, 16, 32, **options) for _ in range(3))
     problem = Problem(q, k, v, HeadMasks(torch.ones(1, 1, 1, 1, dtype=torch.bool)), scale=0.2)
     (first,) = torch.autograd.grad(kernel.run(problem).out.square().sum(), q, create_graph=True)
-    with pytest.raises(
-        RuntimeError, match=r"do not reach through 'kernel'.*name backend='reference'"
-    ):
+    message = r"backend 'kernel' has no second derivatives.*use backend='reference'"
+    with pytest.raises(RuntimeError, match=message):
         first.square().sum().backward()

@@ -1,4 +1,4 @@
-"""Backends for GPUs on trial: stand-ins and FlexAttention's un-compiled form pass, what is off or breaks does not."""
+"""Self-tests of GPU backends: stand-ins and eager FlexAttention pass, wrong backends fail."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from bsa_vision.attention.backends.problem import Problem, Result
 from bsa_vision.attention.backends.select import choose, reasons
 from tests.helpers import fake_cudnn, fake_kernel
 
+FAILED = "it failed its self-test on this machine"
+
 
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch):
-    """All three say they can; packages are stand-ins."""
+    """Make all three backends available, with stand-ins for the packages."""
     from torch.nn.attention import flex_attention
 
     for name, module in {**fake_kernel.make_modules(), **fake_cudnn.make_modules()}.items():
@@ -38,11 +40,11 @@ def on_a_cpu(monkeypatch):
 
 
 def failure(backend, dtype=torch.bfloat16, dims=(64, 64), grid=None, gradient=False):
-    return self_test.failure(
-        backend, reference, self_test.CallKind(dtype, torch.device("cpu"), dims, grid, gradient)
-    )
+    kind = self_test.CallKind(dtype, torch.device("cpu"), dims, grid, gradient)
+    return self_test.failure(backend, reference, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize(
     ("dims", "grid"),
@@ -51,19 +53,19 @@ def failure(backend, dtype=torch.bfloat16, dims=(64, 64), grid=None, gradient=Fa
 )
 @pytest.mark.parametrize("backend", [kernel, cudnn, flex])
 def test_right_results_pass(backend, dims, grid, gradient):
-    with torch.inference_mode(), torch.autocast("cpu"):  # whatever the caller is in
+    with torch.inference_mode(), torch.autocast("cpu"):  # must not reach the self-test
         assert failure(backend, dims=dims, grid=grid, gradient=gradient) is None
 
 
 def test_large_grids_and_tiny_ones():
-    """As wide as the call's own, on a corner of its keys."""
+    """Terms are as wide as those of the call; keys fill a corner of a large grid."""
     for grid in ((64, 64), (1, 1), (3, 200)):
         assert failure(flex, grid=grid) is None
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128)])
-def test_what_is_too_wide_for_this_gpu_is_seen(monkeypatch, dims):
-    """Of which the same call at another width says nothing."""
+def test_a_head_dim_too_large_for_the_gpu_is_found(monkeypatch, dims):
+    """A test at another head dim would not find it."""
     run = flex.run
 
     def out_of_resources(problem):
@@ -89,59 +91,52 @@ def test_kinds():
 
 
 @pytest.mark.parametrize("backend", [kernel, cudnn, flex])
-def test_a_lost_block_is_seen(monkeypatch, backend):
+def test_a_lost_block_is_found(monkeypatch, backend):
     run = backend.run
 
-    def off(problem):
+    def wrong(problem):
         masks = problem.masks
         base = masks.base_blockmask.clone()
         base[0, 0, 1, 1] = ~base[0, 0, 1, 1]
-        return run(
-            Problem(
-                problem.q,
-                problem.k,
-                problem.v,
-                HeadMasks(base, masks.slices, layout=masks.layout),
-                problem.scale,
-            )
-        )
+        return run(replace(problem, masks=HeadMasks(base, masks.slices, layout=masks.layout)))
 
-    monkeypatch.setattr(backend, "run", off)
-    assert "gave wrong results here: off is output by" in failure(backend)
+    monkeypatch.setattr(backend, "run", wrong)
+    assert failure(backend).startswith(f"{FAILED}: output differs by ")
 
 
-def test_a_wrong_gradient_is_seen(monkeypatch):
-    run = reference.run
-    monkeypatch.setattr(
-        flex,
-        "run",
-        lambda problem: Result(run(problem).out * 1.0 + 0.5 * (problem.v - problem.v.detach())),
-    )
-    assert "wrong results here: off is dv by" in failure(flex, gradient=True)
+def test_a_wrong_gradient_is_found(monkeypatch):
+    def wrong(problem):
+        return Result(reference.run(problem).out + 0.5 * (problem.v - problem.v.detach()))
+
+    monkeypatch.setattr(flex, "run", wrong)
+    assert failure(flex, gradient=True).startswith(f"{FAILED}: dv differs by ")
     assert failure(flex) is None
 
 
 def test_nan_is_wrong(monkeypatch):
-    run = reference.run
-    monkeypatch.setattr(flex, "run", lambda problem: Result(run(problem).out * torch.nan))
-    assert "off is output by nan" in failure(flex)
+    def wrong(problem):
+        return Result(reference.run(problem).out * torch.nan)
+
+    monkeypatch.setattr(flex, "run", wrong)
+    assert failure(flex) == f"{FAILED}: output differs by nan"
 
 
-def test_what_breaks_is_not_taken(monkeypatch):
+def test_an_exception_is_a_failure(monkeypatch):
     def explode(problem):
         raise RuntimeError("PTX of another driver")
 
     monkeypatch.setattr(flex, "run", explode)
-    assert failure(flex) == "a small call with it failed here: RuntimeError: PTX of another driver"
+    assert failure(flex) == f"{FAILED}: RuntimeError: PTX of another driver"
 
 
-def test_choosing_goes_by_it(monkeypatch):
-    tried = []
-    monkeypatch.setattr(
-        self_test,
-        "failure",
-        lambda backend, *rest: tried.append(backend) or ("no good" if backend is kernel else None),
-    )
+def test_backends_that_fail_are_not_chosen(monkeypatch):
+    tested = []
+
+    def failure(backend, *_):
+        tested.append(backend)
+        return "no good" if backend is kernel else None
+
+    monkeypatch.setattr(self_test, "failure", failure)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     with FakeTensorMode():
         q = torch.empty(1, 2, 256, 64, dtype=torch.bfloat16, device="cuda")
@@ -150,7 +145,7 @@ def test_choosing_goes_by_it(monkeypatch):
     assert reasons(own)["kernel"] == "no good"
     with pytest.raises(bsa.BackendUnavailable, match="'kernel' cannot run this call: no good"):
         choose(own, "kernel")
-    tried.clear()
+    tested.clear()
     q = torch.zeros(1, 2, 256, 64)
     choose(Problem(q, q, q, own.masks, 1.0), "reference")
-    assert tried == []  # on a CPU nothing is on trial
+    assert tested == []  # no self-tests on a CPU

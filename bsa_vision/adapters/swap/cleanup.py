@@ -1,4 +1,4 @@
-"""What must be undone at the end, whatever happened."""
+"""Cleanup that is safe against interruptions."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def always(undo: Callable[[], object]) -> Iterator[None]:
-    """Call `undo` at the end, and again: an interruption (Ctrl-C) may have cut the first call short.
+    """Call `undo` twice at the end, in case an interruption (Ctrl-C) ended the first call early.
 
-    `undo` must do no harm where nothing is left to undo.
+    `undo` must do nothing if nothing is left to undo.
     """
     try:
         try:
