@@ -63,10 +63,7 @@ class Implementation(NamedTuple):
 def _prepared(
     inputs: Inputs, forward: Callable[..., Tensor], biased: bool = False, backend: str = ""
 ) -> Prepared:
-    """Wrap `forward(q, k, v, *rel_pos)`, with gradients if the case needs them.
-
-    biased  pass relative position
-    """
+    """Wrap `forward(q, k, v, *rel_pos)`, with gradients if asked for; `biased` has rel_pos."""
     tensors = inputs.tensors if biased else inputs.tensors[:3]
 
     @torch.no_grad()
@@ -162,10 +159,7 @@ def _flex(inputs: Inputs) -> Prepared:
 
 
 def _lists(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Return the number of kept blocks per row, (1, H, R), and their columns, (1, H, R, C).
-
-    Both are int32; the columns list the kept blocks first.
-    """
+    """Return int32 counts of kept blocks, (1, H, R), and columns, kept first, (1, H, R, C)."""
     blocks = _blocks(inputs)
     index = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
     return blocks.sum(-1, dtype=torch.int32), index

@@ -399,7 +399,11 @@ class TestMemory:
     @pytest.mark.parametrize(
         ("pattern", "options", "message"),
         [
-            ("window", dict(size=4), "for other keys allowed are dense, special, local_window, axial"),
+            (
+                "window",
+                dict(size=4),
+                "for other keys allowed are dense, special, local_window, axial",
+            ),
             (
                 "prompt_region",
                 dict(radius=2),
